@@ -1,0 +1,120 @@
+"""Attention, twice: the plain form that anyone can check, and the shared form that is served.
+
+The shared form never copies user KV over candidates: the N·T queries of all candidates are folded into the rows
+of one GEMM a head against the user's keys. The item's own T keys are merged exactly, by their log-sum-exp, through
+one extra *sink* slot of the user KV:
+
+    s2 = q·k_itemᵀ          l2 = logsumexp(s2)          o2 = softmax(s2)·v_item
+    Q  = [q | l2 | 1]       K = [[k_user, 0], [0, 1], [mask, 0]]       V = [[v_user | 0], [0 | 1]]
+    O  = softmax(Q·K)·V     out = O[:dh] + O[dh]·o2
+
+The sink's score is l2, its weight in the softmax is therefore the item tokens' total share, and its value column
+carries that share out of the GEMM. An empty history leaves the sink alone: O[dh] = 1, out = o2. Splitting softmax
+by log-sum-exp is the merge step of flash decoding (Dao et al., 2023); the sink makes it free of concatenation.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from kvcast.contract.schema import KVLayout
+from kvcast.network.masks import MASKED
+
+# Extra rows under the transposed keys, and where they stand: the sink's row, then the mask's.
+SINK_ROWS = 1
+MASK_ROWS = 1
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """Plain attention, softmax(Q·Kᵀ/√dh + mask)·V: the slow reference.
+
+    query, key, value: `[B, H, S, dh]`; mask broadcasts to `[B, H, S, S]`. Returns `[B, H, S, dh]`.
+    """
+    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1]) + mask  # [B, H, S, S]
+    return scores.softmax(dim=-1) @ value
+
+
+def make_layout(layers: int, heads: int, head_width: int) -> KVLayout:
+    """Return the layout that `pack_user_kv` writes: the sink in slot 0, events after it."""
+    return KVLayout(
+        layers=layers,
+        heads=heads,
+        key_rows=head_width + SINK_ROWS + MASK_ROWS,
+        value_columns=head_width + SINK_ROWS,
+        lead_slots=1,
+        mask_row=head_width + SINK_ROWS,
+        mask_value=MASKED,
+    )
+
+
+def pack_user_kv(key: Tensor, value: Tensor, is_event: Tensor) -> tuple[Tensor, Tensor]:
+    """Lay out one layer's keys and values of the user tokens for sharing.
+
+    Args:
+        key: `[B, L, H, dh]`.
+        value: `[B, L, H, dh]`.
+        is_event: BOOL `[B, L]`; padding gets a masked slot of zeros.
+
+    Returns:
+        keys `[B, H, dh+2, 1+L]` and values `[B, H, 1+L, dh+1]`.
+    """
+    users, _, heads, head_width = key.shape
+    real = is_event[:, :, None, None].to(key.dtype)  # [B, L, 1, 1]
+    mask_row = ((1.0 - real) * MASKED).expand(-1, -1, heads, 1)  # [B, L, H, 1]
+    sink_row = torch.zeros_like(mask_row)
+    event_keys = torch.cat([key * real, sink_row, mask_row], dim=-1)  # [B, L, H, dh+2]
+    event_values = torch.cat([value * real, sink_row], dim=-1)  # [B, L, H, dh+1]
+    # The sink: key (0, …, 0, 1, 0), value (0, …, 0, 1).
+    one = torch.nn.functional.pad(key.new_ones(1), (head_width, 0))  # [dh+1]
+    sink_value = one.expand(users, 1, heads, -1)
+    sink_key = torch.nn.functional.pad(one, (0, 1)).expand(users, 1, heads, -1)
+    keys = torch.cat([sink_key, event_keys], dim=1).permute(0, 2, 3, 1)  # [B, H, dh+2, 1+L]
+    values = torch.cat([sink_value, event_values], dim=1).transpose(1, 2)  # [B, H, 1+L, dh+1]
+    return keys.contiguous(), values.contiguous()
+
+
+def attend_history(query: Tensor, user_keys: Tensor, user_values: Tensor) -> Tensor:
+    """Attention of the user tokens over each other, on the packed KV of one layer.
+
+    query: `[B, L, H, dh]`; user_keys: `[B, H, dh+2, 1+L]`; user_values: `[B, H, 1+L, dh+1]`. The sink is switched
+    off by giving it the score of padding. Returns `[B, L, H, dh]`.
+    """
+    head_width = query.shape[-1]
+    folded = (query / math.sqrt(head_width)).transpose(1, 2)  # [B, H, L, dh]
+    no_sink = torch.full_like(folded[..., :1], MASKED)
+    augmented = torch.cat([folded, no_sink, torch.ones_like(no_sink)], dim=-1)  # [B, H, L, dh+2]
+    output = (augmented @ user_keys).softmax(dim=-1) @ user_values  # [B, H, L, dh+1]
+    return output[..., :head_width].transpose(1, 2)
+
+
+def attend_user_and_item(
+    query: Tensor, key: Tensor, value: Tensor, user_keys: Tensor, user_values: Tensor
+) -> Tensor:
+    """Attention of item tokens over all user tokens and the tokens of their own item, in the shared form.
+
+    Args:
+        query: `[B, N, Q, H, dh]`, the Q item tokens of each candidate whose output is wanted.
+        key: `[B, N, T, H, dh]`, all tokens of each candidate.
+        value: `[B, N, T, H, dh]`.
+        user_keys: `[B, H, dh+2, 1+L]`, one layer as packed.
+        user_values: `[B, H, 1+L, dh+1]`.
+
+    Returns:
+        `[B, N, Q, H, dh]`.
+    """
+    head_width = query.shape[-1]
+    item_query = (query / math.sqrt(head_width)).permute(0, 3, 1, 2, 4)  # [B, H, N, Q, dh]
+    item_scores = item_query @ key.permute(0, 3, 1, 4, 2)  # [B, H, N, Q, T]
+    peak = item_scores.amax(dim=-1, keepdim=True)
+    weights = (item_scores - peak).exp()
+    total = weights.sum(dim=-1, keepdim=True)
+    item_share = peak + total.log()  # [B, H, N, Q, 1]: log-sum-exp of the item's own scores
+    item_output = (weights / total) @ value.permute(0, 3, 1, 2, 4)  # [B, H, N, Q, dh]
+
+    augmented = torch.cat([item_query, item_share, torch.ones_like(item_share)], dim=-1)
+    rows = augmented.flatten(2, 3)  # [B, H, N·Q, dh+2]
+    shared = (rows @ user_keys).softmax(dim=-1) @ user_values  # [B, H, N·Q, dh+1]
+    shared = shared.unflatten(2, item_output.shape[2:4])  # [B, H, N, Q, dh+1]
+    output = shared[..., :head_width] + shared[..., head_width:] * item_output
+    return output.permute(0, 2, 3, 1, 4)  # [B, N, Q, H, dh]

@@ -1,0 +1,162 @@
+"""The first family: a pre-LN transformer, the shape of LONGER's undirected version made target-blind.
+
+A history token is the sum of its fields' embeddings and a position; each candidate attribute is a token of its
+own, the sum of its embedding and a type embedding. Fields of one name share one table. The score is read from the
+target token (the first). In the last layer nothing is computed that no score needs: of the user only keys and
+values, of an item only the target token.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from kvcast.contract.config import ModelConfig
+from kvcast.contract.schema import KVLayout
+from kvcast.network.attention import (
+    attend,
+    attend_history,
+    attend_user_and_item,
+    make_layout,
+    pack_user_kv,
+)
+from kvcast.network.interface import MaskKind, RankingNetwork, UserKV
+from kvcast.network.masks import find_events, make_monolith_mask
+
+FEED_FORWARD_FACTOR = 4
+
+
+class Block(nn.Module):
+    """One pre-LN layer. Its parts are called apart, because the user side and the item side need different ones."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(width)
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.output = nn.Linear(width, width)
+        self.feed_forward_norm = nn.LayerNorm(width)
+        self.expand = nn.Linear(width, FEED_FORWARD_FACTOR * width)
+        self.contract = nn.Linear(FEED_FORWARD_FACTOR * width, width)
+
+    def split_heads(self, tokens: Tensor) -> Tensor:
+        """`[..., d]` → `[..., H, dh]`."""
+        return tokens.unflatten(-1, (self.heads, -1))
+
+    def close(self, tokens: Tensor, attended: Tensor) -> Tensor:
+        """Add attention `[..., H, dh]` to the residual stream `[..., d]`, then the feed-forward part."""
+        tokens = tokens + self.output(attended.flatten(-2))
+        hidden = nn.functional.gelu(self.expand(self.feed_forward_norm(tokens)))
+        return tokens + self.contract(hidden)  # type: ignore[no-any-return]
+
+
+class Transformer(RankingNetwork):
+    """Pre-LN transformer ranker. Weights are shared by all three calls."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        network, schema = config.network, config.schema
+        vocabularies = {field.name: field.vocab_size for field in schema.history_fields}
+        vocabularies |= {field.name: field.vocab_size for field in schema.candidate_fields}
+        self.embeddings = nn.ModuleDict(
+            {name: nn.Embedding(size, network.width) for name, size in vocabularies.items()}
+        )
+        self.positions = nn.Embedding(config.limits.history, network.width)
+        self.types = nn.Embedding(len(schema.candidate_fields), network.width)
+        self.blocks = nn.ModuleList(Block(network.width, network.heads) for _ in range(network.layers))
+        self.score_norm = nn.LayerNorm(network.width)
+        self.score = nn.Linear(network.width, 1)
+
+    @property
+    def kv_layout(self) -> KVLayout:
+        """The sink layout of `kvcast.network.attention`."""
+        network = self.config.network
+        return make_layout(network.layers, network.heads, network.head_width)
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Draw weights that keep every layer's output near unit size, so that all parts matter to a score."""
+        residual_gain = 1 / math.sqrt(2 * len(self.blocks))
+        for name, parameter in self.named_parameters():
+            parameter.normal_(generator=generator)
+            if name.endswith("norm.weight"):
+                parameter.mul_(0.1).add_(1)
+            elif name.endswith("bias"):
+                parameter.mul_(0.1)
+            elif name.startswith(("blocks", "score")):
+                parameter.mul_(1 / math.sqrt(parameter.shape[1]))
+                if name.endswith(("output.weight", "contract.weight")):
+                    parameter.mul_(residual_gain)
+
+    def encode_user(self, history: Tensor) -> UserKV:
+        """Encode histories INT64 `[B, L, history_fields]` into the user KV of every layer."""
+        is_event = find_events(history)
+        tokens = self._embed_history(history, is_event)  # [B, L, d]
+        keys, values = [], []
+        for index, block in enumerate(self.blocks):
+            normed = block.attention_norm(tokens)
+            user_keys, user_values = pack_user_kv(
+                block.split_heads(block.key(normed)), block.split_heads(block.value(normed)), is_event
+            )
+            keys.append(user_keys)
+            values.append(user_values)
+            if index < len(self.blocks) - 1:
+                query = block.split_heads(block.query(normed))
+                tokens = block.close(tokens, attend_history(query, user_keys, user_values))
+        return UserKV(tuple(keys), tuple(values))
+
+    def fuse(self, user_kv: UserKV, candidates: Tensor) -> Tensor:
+        """Score candidates INT64 `[B, N, T]` against their user's KV: FP32 `[B, N]`."""
+        tokens = self._embed_candidates(candidates)  # [B, N, T, d]
+        for index, block in enumerate(self.blocks):
+            normed = block.attention_norm(tokens)
+            key, value = block.split_heads(block.key(normed)), block.split_heads(block.value(normed))
+            if index == len(self.blocks) - 1:
+                tokens, normed = tokens[:, :, :1], normed[:, :, :1]  # the target token only
+            query = block.split_heads(block.query(normed))
+            attended = attend_user_and_item(query, key, value, user_kv.keys[index], user_kv.values[index])
+            tokens = block.close(tokens, attended)
+        return self._read_scores(tokens[:, :, 0])
+
+    def run_monolith(
+        self, history: Tensor, candidates: Tensor, mask: MaskKind
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Score every candidate in a full sequence `[item tokens | history tokens]` of its own."""
+        users, count, item_tokens = candidates.shape
+        is_event = find_events(history)
+        history_tokens = self._embed_history(history, is_event)  # [B, L, d]
+        repeated = history_tokens[:, None].expand(-1, count, -1, -1)  # [B, N, L, d]
+        tokens = torch.cat([self._embed_candidates(candidates), repeated], dim=2).flatten(0, 1)
+        attention_mask = make_monolith_mask(is_event, item_tokens, mask)  # [B, 1, T+L, T+L]
+        attention_mask = attention_mask[:, None].expand(-1, count, -1, -1, -1).flatten(0, 1)
+        user_keys = []
+        for block in self.blocks:
+            normed = block.attention_norm(tokens)
+            query, key, value = (
+                block.split_heads(part(normed)).transpose(1, 2)  # [B·N, H, T+L, dh]
+                for part in (block.query, block.key, block.value)
+            )
+            user_keys.append(key[:, :, item_tokens:].unflatten(0, (users, count)))
+            tokens = block.close(tokens, attend(query, key, value, attention_mask).transpose(1, 2))
+        return self._read_scores(tokens[:, 0]).unflatten(0, (users, count)), tuple(user_keys)
+
+    def _embed_history(self, history: Tensor, is_event: Tensor) -> Tensor:
+        """`[B, L, history_fields]` → `[B, L, d]`. A position counts real events only, oldest first."""
+        position = (is_event.long().cumsum(dim=1) - 1).clamp(min=0)  # [B, L]
+        tokens = self.positions(position)
+        for column, field in enumerate(self.config.schema.history_fields):
+            tokens = tokens + self.embeddings[field.name](history[:, :, column])
+        return tokens  # type: ignore[no-any-return]
+
+    def _embed_candidates(self, candidates: Tensor) -> Tensor:
+        """`[B, N, T]` → `[B, N, T, d]`: a token an attribute."""
+        attributes = [
+            self.embeddings[field.name](candidates[:, :, column])
+            for column, field in enumerate(self.config.schema.candidate_fields)
+        ]
+        return torch.stack(attributes, dim=2) + self.types.weight  # type: ignore[no-any-return]
+
+    def _read_scores(self, target_tokens: Tensor) -> Tensor:
+        """`[..., d]` → `[...]`."""
+        return self.score(self.score_norm(target_tokens)).squeeze(-1)  # type: ignore[no-any-return]
