@@ -1,0 +1,5 @@
+"""From a configuration and weights to proved ONNX artefacts in a model repository.
+
+`graphs` traces, `proofs` refuses what is not exact, `release` names the result, `pipeline` runs it all and writes.
+The room knows torch and ONNX; it knows nothing of how the artefacts are served.
+"""

@@ -1,0 +1,154 @@
+"""The three ONNX graphs of a network, traced by `torch.onnx.export`.
+
+`user_encoder` takes histories and returns stacked KV and the release, so that Triton's native onnxruntime backend
+could serve it as it is. `doc_fusion` takes one KV tensor a layer: a layer of a stacked array is a view, while a
+slice inside a graph is a copy. `ranker_full` is the monolith. The module traces; it proves and writes nothing else.
+"""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from kvcast.contract.manifest import RELEASE_METADATA_KEY
+from kvcast.contract.tensors import (
+    CANDIDATES,
+    DOC_FUSION,
+    HISTORY,
+    RANKER_FULL,
+    RELEASE,
+    SCORES,
+    USER_ENCODER,
+    USER_KEYS,
+    USER_VALUES,
+    layer_tensor_name,
+)
+from kvcast.network.interface import RankingNetwork, UserKV
+
+OPSET = 20
+
+
+class EncoderGraph(nn.Module):
+    """history → user_keys, user_values, release."""
+
+    def __init__(self, network: RankingNetwork, release: str) -> None:
+        super().__init__()
+        self.network = network
+        fingerprint = torch.frombuffer(bytearray.fromhex(release), dtype=torch.uint8)
+        self.register_buffer("fingerprint", fingerprint)
+
+    def forward(self, history: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """INT64 `[B, L, history_fields]` → `[B, M, H, key_rows, slots]`, `[B, M, H, slots, value_columns]`, `[B, 32]`."""
+        user_kv = self.network.encode_user(history)
+        release = self.get_buffer("fingerprint").expand(history.shape[0], -1)
+        return torch.stack(user_kv.keys, dim=1), torch.stack(user_kv.values, dim=1), release
+
+
+class FusionGraph(nn.Module):
+    """candidates and one KV tensor a layer → scores."""
+
+    def __init__(self, network: RankingNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, candidates: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> Tensor:
+        """INT64 `[B, N, T]` and M times `[B, H, …]` each → FP32 `[B, N]`."""
+        return self.network.fuse(UserKV(keys, values), candidates)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What the exporter needs to trace one model: the module, sample inputs and the names on both sides."""
+
+    model: str
+    module: nn.Module
+    sample: tuple[object, ...]
+    dynamic_shapes: tuple[object, ...]
+    input_names: list[str]
+    output_names: list[str]
+
+
+def describe_graphs(network: RankingNetwork, release: str) -> list[Graph]:
+    """Return the three graphs of a network, in the order in which a request meets them."""
+    schema, layers = network.config.schema, network.kv_layout.layers
+    # Every dynamic size is at least 2 here, or tracing would take a 1 for a constant.
+    history = torch.ones(2, 5, len(schema.history_fields), dtype=torch.int64)
+    candidates = torch.ones(2, 3, len(schema.candidate_fields), dtype=torch.int64)
+    user_kv = network.encode_user(history)
+    layer_names = [layer_tensor_name(spec, m) for spec in (USER_KEYS, USER_VALUES) for m in range(layers)]
+    return [
+        Graph(
+            USER_ENCODER.name,
+            EncoderGraph(network, release),
+            (history,),
+            ({0: "users", 1: "L"},),
+            [HISTORY.name],
+            [USER_KEYS.name, USER_VALUES.name, RELEASE.name],
+        ),
+        Graph(
+            DOC_FUSION.name,
+            FusionGraph(network),
+            (candidates, user_kv.keys, user_kv.values),
+            (
+                {0: "users", 1: "N"},
+                ({0: "users", 3: "slots"},) * layers,
+                ({0: "users", 2: "slots"},) * layers,
+            ),
+            [CANDIDATES.name, *layer_names],
+            [SCORES.name],
+        ),
+        Graph(
+            RANKER_FULL.name,
+            network,
+            (history, candidates),
+            ({0: "users", 1: "L"}, {0: "users", 1: "N"}),
+            [HISTORY.name, CANDIDATES.name],
+            [SCORES.name],
+        ),
+    ]
+
+
+def export_graph(graph: Graph, release: str, path: Path) -> None:
+    """Trace one graph into an ONNX file at `path`, weights in `path` + ".data" beside it.
+
+    The release is written into the file's metadata, so that a file that was swapped is noticed at load.
+    """
+    with _quiet_exporter():
+        program = torch.onnx.export(
+            graph.module,
+            graph.sample,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=graph.input_names,
+            output_names=graph.output_names,
+            dynamic_shapes=graph.dynamic_shapes,
+            verbose=False,
+        )
+    if program is None:
+        raise RuntimeError(f"{graph.model}: the ONNX exporter returned nothing")
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # stack traces, with the paths of the exporting machine
+    program.model.metadata_props[RELEASE_METADATA_KEY] = release
+    program.save(str(path), external_data=True)
+    onnx.checker.check_model(str(path))
+
+
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Hold back what the exporter prints of its own steps; its errors are exceptions."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,180 @@
+"""What an artefact must prove before it is written: six properties, and a negative control of the mask.
+
+The proofs see a network only through `Calls`, numpy in and out, so the same code judges the torch network and the
+ONNX graphs. A property that does not hold raises `ProofError` naming it. The module knows no family and no file.
+"""
+
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcast.contract.errors import ArtefactError
+from kvcast.contract.schema import FeatureSchema, Field
+
+Ids = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+# The largest difference of scores that fp32 rounding may cause between two exact formulations.
+TOLERANCE = 1e-5
+
+
+class ProofError(ArtefactError):
+    """The artefact does not have a property that serving relies on."""
+
+
+class Calls(abc.ABC):
+    """The three calls of a network, on numpy arrays, however they are computed."""
+
+    @abc.abstractmethod
+    def encode_user(self, history: Ids) -> list[Floats]:
+        """INT64 `[B, L, history_fields]` → the user KV, opaque to the proofs but for equality."""
+
+    @abc.abstractmethod
+    def fuse(self, user_kv: list[Floats], candidates: Ids) -> Floats:
+        """User KV and INT64 `[B, N, T]` → scores FP32 `[B, N]`."""
+
+    @abc.abstractmethod
+    def run_monolith(self, history: Ids, candidates: Ids) -> Floats:
+        """Every candidate in a full sequence of its own, mask target-blind → scores FP32 `[B, N]`."""
+
+    def rank(self, history: Ids, candidates: Ids) -> Floats:
+        """Encode, then fuse: the cached path."""
+        return self.fuse(self.encode_user(history), candidates)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A random request: history INT64 `[1, L, history_fields]`, candidates INT64 `[1, N, T]`, all different."""
+
+    history: Ids
+    candidates: Ids
+
+
+# Keys of the user tokens inside the monolith, per layer, for given candidates and mask.
+UserKeysProbe = Callable[[Ids, Ids, str], list[Floats]]
+
+
+def draw_sample(schema: FeatureSchema, history_length: int, count: int, seed: int) -> Sample:
+    """Draw a request without padding, whose candidates differ in their target field."""
+    generator = np.random.default_rng(seed)
+    history = draw_ids(schema.history_fields, history_length, generator)
+    candidates = draw_ids(schema.candidate_fields, count, generator)
+    target = schema.candidate_fields[0]
+    candidates[:, 0] = generator.choice(np.arange(1, target.vocab_size), count, replace=False)
+    return Sample(history[None], candidates[None])
+
+
+def draw_ids(fields: tuple[Field, ...], rows: int, generator: np.random.Generator) -> Ids:
+    """Draw INT64 `[rows, fields]`, every id at least 1, so that no row is padding."""
+    return np.stack([generator.integers(1, field.vocab_size, rows) for field in fields], axis=1)
+
+
+def prove(calls: Calls, sample: Sample) -> float:
+    """Prove properties 1 to 6 on one sample.
+
+    Returns:
+        The largest difference of scores between the cached path and the monolith.
+
+    Raises:
+        ProofError: a property does not hold; the message names it.
+    """
+    user_kv = calls.encode_user(sample.history)
+    scores = calls.fuse(user_kv, sample.candidates)
+    if scores.shape != sample.candidates.shape[:2] or not np.isfinite(scores).all():
+        raise ProofError(f"scores: expected finite {list(sample.candidates.shape[:2])}, got {scores}")
+    _prove_kv_ignores_candidates(calls, sample, user_kv)
+    _prove_together_equals_alone(calls, sample, user_kv, scores)
+    _prove_permutation(calls, sample, user_kv, scores)
+    _prove_different_scores(scores)
+    _prove_padding_changes_nothing(calls, sample, scores)
+    return _prove_cached_equals_monolith(calls, sample, scores)
+
+
+def prove_history_is_blind(probe: UserKeysProbe, schema: FeatureSchema, sample: Sample) -> None:
+    """Prove property 1 inside the monolith, and run its negative control.
+
+    Under the target-blind mask other candidates must leave the user tokens' keys bit-identical in every layer. Under
+    the undirected mask they must change them from layer 2 on: if they do not, the first result proves nothing.
+
+    Raises:
+        ProofError: one of the two does not hold.
+    """
+    count = sample.candidates.shape[1]
+    others = draw_sample(schema, 1, count, seed=count + 1).candidates
+    blind, blind_others = (probe(sample.history, c, "target_blind") for c in (sample.candidates, others))
+    for layer, (keys, other_keys) in enumerate(zip(blind, blind_others, strict=True), start=1):
+        if not np.array_equal(keys, other_keys):
+            raise ProofError(f"property 1, user KV ignores candidates: layer {layer} changes with the candidates")
+    seeing, seeing_others = (probe(sample.history, c, "undirected") for c in (sample.candidates, others))
+    for layer, (keys, other_keys) in enumerate(zip(seeing, seeing_others, strict=True), start=1):
+        if np.array_equal(keys, other_keys) != (layer == 1):
+            raise ProofError(
+                "negative control: under the undirected mask the candidates should change user KV from layer 2 on, "
+                f"and layer {layer} does not behave so"
+            )
+
+
+def _prove_kv_ignores_candidates(calls: Calls, sample: Sample, user_kv: list[Floats]) -> None:
+    calls.fuse(user_kv, sample.candidates[:, ::-1])
+    again = calls.encode_user(sample.history)
+    if not all(np.array_equal(first, second) for first, second in zip(user_kv, again, strict=True)):
+        raise ProofError("property 1, user KV ignores candidates: encoding again gives other bits")
+
+
+def _prove_together_equals_alone(calls: Calls, sample: Sample, user_kv: list[Floats], scores: Floats) -> None:
+    count = scores.shape[1]
+    alone = [calls.fuse(user_kv, sample.candidates[:, [index]]) for index in range(count)]
+    _expect_equal("property 2, N candidates together = each alone", scores, np.concatenate(alone, axis=1))
+
+
+def _prove_permutation(calls: Calls, sample: Sample, user_kv: list[Floats], scores: Floats) -> None:
+    order = np.random.default_rng(0).permutation(scores.shape[1])
+    permuted = calls.fuse(user_kv, sample.candidates[:, order])
+    _expect_equal("property 3, permuting candidates permutes scores", scores[:, order], permuted)
+
+
+def _prove_different_scores(scores: Floats) -> None:
+    if len(np.unique(scores)) < scores.size:
+        raise ProofError(
+            f"property 4, different candidates get different scores: got only {len(np.unique(scores))} "
+            f"different scores for {scores.size} candidates"
+        )
+
+
+def _prove_padding_changes_nothing(calls: Calls, sample: Sample, scores: Floats) -> None:
+    name = "property 5, padding changes nothing"
+    history = sample.history
+    for places, where in (([0, 0, 0], "front"), ([history.shape[1]] * 3, "end"), ([1, 2, 2], "middle")):
+        padded = np.insert(history, places, 0, axis=1)
+        _expect_equal(f"{name} ({where})", scores, calls.rank(padded, sample.candidates))
+    # In a batch with a longer history, as the models pack it, and the two users in both orders.
+    half = history[:, : history.shape[1] // 2]
+    short = np.pad(half, ((0, 0), (0, history.shape[1] - half.shape[1]), (0, 0)))
+    expected = np.concatenate([scores, calls.rank(half, sample.candidates)])
+    both = np.repeat(sample.candidates, 2, axis=0)
+    _expect_equal(f"{name} (batch)", expected, calls.rank(np.concatenate([history, short]), both))
+    _expect_equal(f"{name} (batch)", expected[::-1], calls.rank(np.concatenate([short, history]), both))
+    nothing = [np.zeros((1, length, history.shape[2]), np.int64) for length in (1, 3)]
+    empty, more = (calls.rank(padding, sample.candidates) for padding in nothing)
+    _expect_equal(f"{name} (empty history)", empty, more)
+
+
+def _prove_cached_equals_monolith(calls: Calls, sample: Sample, scores: Floats) -> float:
+    name = "property 6, cached path = monolith"
+    error = _expect_equal(name, calls.run_monolith(sample.history, sample.candidates), scores)
+    padding = np.zeros_like(sample.history[:, :2])
+    empty = calls.run_monolith(padding, sample.candidates)
+    return max(error, _expect_equal(f"{name} (empty history)", empty, calls.rank(padding, sample.candidates)))
+
+
+def _expect_equal(name: str, expected: Floats, got: Floats) -> float:
+    """Return the largest difference, which must be within `TOLERANCE`."""
+    if expected.shape != got.shape:
+        raise ProofError(f"{name}: expected scores of shape {list(expected.shape)}, got {list(got.shape)}")
+    difference = float(np.abs(expected - got).max())
+    if not difference <= TOLERANCE:  # a NaN fails too
+        raise ProofError(f"{name}: expected scores equal to {TOLERANCE}, got a difference of {difference:.3g}")
+    return difference

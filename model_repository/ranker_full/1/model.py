@@ -1,0 +1,19 @@
+"""Triton adapter of `ranker_full`; the work is in `kvcast.runtime`."""
+
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+from kvcast.runtime import FullRanker, load_model, serve_requests
+
+
+class TritonPythonModel:
+    """What Triton's Python backend calls."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Open the exported artefact beside this file."""
+        self.model = load_model(pb_utils, args, FullRanker)
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """Answer each request, in order."""
+        return serve_requests(pb_utils, requests, self.model)

@@ -1,0 +1,110 @@
+"""An exported model on disk, opened: manifest checked, files unaltered, an ORT session on the best provider.
+
+It knows manifests and ONNX Runtime; it does not know what the graphs compute.
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnxruntime as ort
+
+from kvcast.contract.errors import ArtefactError
+from kvcast.contract.manifest import ONNX_FILE, RELEASE_METADATA_KEY, Manifest, read_manifest
+
+CUDA_PROVIDER = "CUDAExecutionProvider"
+CPU_PROVIDER = "CPUExecutionProvider"
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    """What an operator can set in `config.pbtxt`.
+
+    provider: `auto` takes CUDA where it works and the CPU elsewhere; `cpu` and `cuda` insist.
+    threads: intra-op threads of the session; 0 means the cores divided by the instances.
+    instances: instances of this model on this machine, which share the cores.
+    """
+
+    provider: str = "auto"
+    threads: int = 0
+    instances: int = 1
+
+    def count_threads(self) -> int:
+        """Return the threads of one session."""
+        return self.threads or max(1, len(os.sched_getaffinity(0)) // self.instances)
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """An opened model: its manifest, its session and the provider that the session really runs on."""
+
+    manifest: Manifest
+    session: ort.InferenceSession
+    threads: int
+
+    @property
+    def provider(self) -> str:
+        """The execution provider in use, by ONNX Runtime's name."""
+        return str(self.session.get_providers()[0])
+
+    @property
+    def is_on_gpu(self) -> bool:
+        """Whether the session runs on CUDA."""
+        return self.provider == CUDA_PROVIDER
+
+
+def open_artefact(folder: Path, model: str, options: SessionOptions) -> Artefact:
+    """Open the artefact of `model` in `folder`.
+
+    Raises:
+        ArtefactError: a file is missing or altered, belongs to another model or release, or cannot be loaded.
+    """
+    manifest = read_manifest(folder)
+    if manifest.model != model:
+        raise ArtefactError(f"{folder}: expected the artefact of {model}, got that of {manifest.model}")
+    _check_files(folder, manifest)
+    threads = options.count_threads()
+    session = _open_session(folder / ONNX_FILE, options.provider, threads)
+    release = session.get_modelmeta().custom_metadata_map.get(RELEASE_METADATA_KEY)
+    if release != manifest.release:
+        raise ArtefactError(
+            f"{folder / ONNX_FILE}: expected release {manifest.release[:12]}, as the manifest says, got {release}"
+        )
+    return Artefact(manifest, session, threads)
+
+
+def _check_files(folder: Path, manifest: Manifest) -> None:
+    for name, expected in manifest.files.items():
+        path = folder / name
+        try:
+            with path.open("rb") as file:
+                got = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise ArtefactError(f"{path}: cannot be read ({error.strerror}): export again") from error
+        if got != expected:
+            raise ArtefactError(
+                f"{path}: expected SHA-256 {expected[:12]}…, as the manifest says, got {got[:12]}…: export again"
+            )
+
+
+def _open_session(path: Path, provider: str, threads: int) -> ort.InferenceSession:
+    if provider not in ("auto", "cpu", "cuda"):
+        raise ArtefactError(f"execution_provider: expected auto, cpu or cuda, got {provider!r}")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    # Sessions of several models share the cores: a spinning one doubles the others' latency.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    has_cuda = CUDA_PROVIDER in ort.get_available_providers()
+    if has_cuda and provider != "cpu":
+        ort.preload_dlls()  # CUDA's libraries, where they were installed as Python packages
+        providers = [CUDA_PROVIDER, CPU_PROVIDER]
+    else:
+        providers = [CPU_PROVIDER]
+    try:
+        session = ort.InferenceSession(path, options, providers=providers)
+    except Exception as error:  # noqa: BLE001 ONNX Runtime raises a dozen unrelated types
+        raise ArtefactError(f"{path}: ONNX Runtime cannot load it: {error}") from error
+    if provider == "cuda" and session.get_providers()[0] != CUDA_PROVIDER:
+        raise ArtefactError("execution_provider: cuda was asked for, and ONNX Runtime can only use the CPU here")
+    return session
