@@ -31,6 +31,8 @@ class ModelSpec:
     name: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    steps: tuple[str, ...] = ()
+    """The models that an ensemble chains; empty for a model that does its own work."""
 
 
 NUMPY_DTYPES: dict[str, npt.DTypeLike] = {
@@ -56,11 +58,11 @@ MANIFEST = TensorSpec("manifest", "STRING", ("1",))
 
 USER_ENCODER = ModelSpec("user_encoder", (HISTORY,), (USER_KEYS, USER_VALUES, RELEASE, MANIFEST))
 DOC_FUSION = ModelSpec("doc_fusion", (USER_KEYS, USER_VALUES, RELEASE, CANDIDATES), (SCORES,))
-RANKER = ModelSpec("ranker", (HISTORY, CANDIDATES), (SCORES,))
+RANKER = ModelSpec("ranker", (HISTORY, CANDIDATES), (SCORES,), steps=(USER_ENCODER.name, DOC_FUSION.name))
 RANKER_FULL = ModelSpec("ranker_full", (HISTORY, CANDIDATES), (SCORES,))
 MODELS = (USER_ENCODER, DOC_FUSION, RANKER, RANKER_FULL)
-# The models that hold an ONNX file; `ranker` only chains the first two.
-EXPORTED_MODELS = (USER_ENCODER, DOC_FUSION, RANKER_FULL)
+# The models that hold an ONNX file of their own.
+EXPORTED_MODELS = tuple(model for model in MODELS if not model.steps)
 
 
 def layer_tensor_name(spec: TensorSpec, layer: int) -> str:

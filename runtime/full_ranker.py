@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from kvcast.contract.errors import ServerFaultError
 from kvcast.contract.tensors import CANDIDATES, HISTORY, RANKER_FULL, SCORES
-from kvcast.contract.validation import check_candidates, check_finite, check_history, check_same_users
+from kvcast.contract.validation import check_candidates, check_history, check_same_users
 from kvcast.runtime.packing import strip_padding
 from kvcast.runtime.serve import ServedModel, Tensors
 
@@ -65,7 +66,8 @@ class FullRanker(ServedModel[FullJob]):
             feeds = {HISTORY.name: np.repeat(history[None], len(own), axis=0), CANDIDATES.name: own}
             scores.append(self.artefact.session.run([SCORES.name], feeds)[0][:, 0])
         joined = np.concatenate(scores)
-        check_finite(SCORES.name, joined)
+        if not np.isfinite(joined).all():
+            raise ServerFaultError(f"{SCORES.name}: expected finite numbers, got {joined}")
         return joined
 
     def warm_up(self) -> None:

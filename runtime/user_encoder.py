@@ -28,6 +28,11 @@ class EncodeJob:
     histories: list[Ids]
     wanted: frozenset[str]
 
+    @property
+    def wants_kv(self) -> bool:
+        """Whether anything has to be encoded."""
+        return bool(self.wanted & {USER_KEYS.name, USER_VALUES.name})
+
 
 class UserEncoder(ServedModel[EncodeJob]):
     """Encodes histories of several requests, packed into as few runs as pay."""
@@ -51,8 +56,7 @@ class UserEncoder(ServedModel[EncodeJob]):
 
     def run(self, jobs: Sequence[EncodeJob]) -> list[Tensors]:
         """Encode the users of all jobs that want KV."""
-        encoding = [job for job in jobs if job.wanted & {USER_KEYS.name, USER_VALUES.name}]
-        encoded = iter(self.encode([history for job in encoding for history in job.histories]))
+        encoded = iter(self.encode([history for job in jobs if job.wants_kv for history in job.histories]))
         outputs = []
         for job in jobs:
             users = len(job.histories)
@@ -61,7 +65,7 @@ class UserEncoder(ServedModel[EncodeJob]):
                 tensors[RELEASE.name] = np.tile(self._release, (users, 1))
             if MANIFEST.name in job.wanted:
                 tensors[MANIFEST.name] = np.tile(self._manifest, (users, 1))
-            if job in encoding:
+            if job.wants_kv:
                 user_kv = stack_user_kv([next(encoded) for _ in range(users)], self.artefact.manifest.user_kv)
                 by_name = {USER_KEYS.name: user_kv.keys, USER_VALUES.name: user_kv.values}
                 tensors |= {name: array for name, array in by_name.items() if name in job.wanted}

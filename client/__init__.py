@@ -1,0 +1,32 @@
+"""What callers install: a library (sync and asyncio, gRPC and HTTP) and the `kvcast rank` command.
+
+    with RankerClient("127.0.0.1:8001") as client:
+        print(client.rank(history, candidates).top(10))
+
+Errors say whose move it is: `InvalidRequestError` (fix the request), `TryAgainError` (send it again, later),
+`ServerFaultError` (call the operator). No torch, no onnxruntime.
+"""
+
+from kvcast.client.clients import AsyncRankerClient, RankerClient
+from kvcast.client.ranking import RankedCandidate, Ranking
+from kvcast.client.request import RankRequest
+from kvcast.contract.errors import (
+    DeadlineExceededError,
+    InvalidRequestError,
+    KvcastError,
+    ServerFaultError,
+    TryAgainError,
+)
+
+__all__ = [
+    "AsyncRankerClient",
+    "DeadlineExceededError",
+    "InvalidRequestError",
+    "KvcastError",
+    "RankRequest",
+    "RankedCandidate",
+    "RankerClient",
+    "Ranking",
+    "ServerFaultError",
+    "TryAgainError",
+]

@@ -1,0 +1,116 @@
+"""`kvcast rank`: rank the candidates of a JSON request on a running server."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from kvcast.client.clients import DEFAULT_ADDRESSES, DEFAULT_DEADLINE, RankerClient
+from kvcast.client.ranking import Ranking
+from kvcast.client.request import RankRequest
+from kvcast.contract.errors import InvalidRequestError, KvcastError, TryAgainError
+from kvcast.contract.manifest import Manifest
+from kvcast.contract.tensors import RANKER
+
+# Exit statuses, by whose move it is; 0 is a ranking and 1 is left to Python.
+WRONG_REQUEST, TRY_AGAIN, SERVER_FAULT = 2, 3, 4
+
+EXAMPLE = """\
+example request:
+  {"history": [{"item": 812, "action": 2}],
+   "candidates": [{"item": 31, "category": 4, "brand": 17, "price_bucket": 9}]}
+
+exit status: 0 ranked, 2 the request is wrong, 3 try again later, 4 the server is broken
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="kvcast rank",
+        description="Rank the candidates of a request on a running server. Fields and vocabularies are the served "
+        "model's; the history is oldest event first.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("request", metavar="REQUEST.json", help="path of the request, or - for standard input")
+    parser.add_argument("--top", type=int, default=10, metavar="K", help="how many to print (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print JSON: all scores, the top K, the latency")
+    parser.add_argument("--protocol", choices=("grpc", "http"), default="grpc")
+    parser.add_argument("--address", metavar="HOST:PORT", help="(this machine, port 8001 for gRPC, 8000 for HTTP)")
+    parser.add_argument("--model", default=RANKER.name, help="model to ask (%(default)s)")
+    parser.add_argument("--deadline", type=float, default=DEFAULT_DEADLINE, metavar="SECONDS")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Rank; return the exit status."""
+    arguments = make_parser().parse_args(argv)
+    try:
+        text = _read_text(arguments.request)
+        address = arguments.address or DEFAULT_ADDRESSES[arguments.protocol]
+        with RankerClient(
+            address, protocol=arguments.protocol, model=arguments.model, deadline=arguments.deadline
+        ) as client:
+            manifest = client.get_manifest()
+            request = RankRequest.from_json(text, manifest.schema)
+            ranking = client.rank(request.history, request.candidates)
+        where = f"{arguments.model} at {address} ({arguments.protocol})"
+        show = to_json if arguments.json else to_table
+        print(show(ranking, arguments.top, len(request.history), where, manifest))
+    except InvalidRequestError as error:
+        return _fail(f"the request is wrong: {error}", WRONG_REQUEST)
+    except TryAgainError as error:
+        return _fail(f"try again later: {error}", TRY_AGAIN)
+    except KvcastError as error:
+        return _fail(f"the server is broken: {error}", SERVER_FAULT)
+    except ValueError as error:
+        return _fail(str(error), WRONG_REQUEST)
+    return 0
+
+
+def to_table(ranking: Ranking, top: int, events: int, where: str, manifest: Manifest) -> str:
+    """Return the ranking for people."""
+    lines = [
+        f"{len(ranking.scores)} candidates after {events} events, ranked in {1e3 * ranking.seconds:.1f} ms by {where}",
+        f"model {manifest.config}, release {manifest.release[:12]}",
+        "",
+        f"{'rank':>4}  {manifest.candidate_fields[0].name:>8}  {'score':>9}",
+    ]
+    lines += [
+        f"{place:>4}  {candidate.item:>8}  {candidate.score:>9.5f}"
+        for place, candidate in enumerate(ranking.top(top), start=1)
+    ]
+    return "\n".join(lines)
+
+
+def to_json(ranking: Ranking, top: int, events: int, where: str, manifest: Manifest) -> str:
+    """Return the ranking for machines."""
+    table = {
+        "scores": [float(score) for score in ranking.scores],
+        "top": [vars(candidate) for candidate in ranking.top(top)],
+        "milliseconds": 1e3 * ranking.seconds,
+        "events": events,
+        "server": where,
+        "config": manifest.config,
+        "release": manifest.release,
+    }
+    return json.dumps(table)
+
+
+def _read_text(path: str) -> str:
+    if path == "-":
+        return sys.stdin.read()
+    try:
+        return Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequestError(f"{path}: cannot be read: {error}") from error
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"kvcast rank: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,266 @@
+"""`RankerClient` and `AsyncRankerClient`: check a request, send it, check the answer.
+
+What both do is written once, in `Conversation`; the two classes differ in how they wait. Neither knows how bytes
+travel (`transport`).
+"""
+
+import asyncio
+import threading
+import time
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcast.client.ranking import Ranking
+from kvcast.client.transport import (
+    AsyncGrpcTransport,
+    AsyncHttpTransport,
+    AsyncTransport,
+    GrpcTransport,
+    HttpTransport,
+    Protocol,
+    Tensors,
+    Transport,
+)
+from kvcast.contract.errors import InvalidRequestError, ServerFaultError
+from kvcast.contract.manifest import Manifest, parse_manifest
+from kvcast.contract.tensors import CANDIDATES, HISTORY, MANIFEST, RANKER, SCORES, USER_ENCODER
+from kvcast.contract.validation import check_candidates, check_history
+
+DEFAULT_DEADLINE = 30.0
+DEFAULT_ADDRESSES: dict[Protocol, str] = {"grpc": "127.0.0.1:8001", "http": "127.0.0.1:8000"}
+
+# A history is not read where only the manifest is asked for; any will do.
+MANIFEST_REQUEST: Tensors = {HISTORY.name: np.zeros((1, 1, 1), np.int64)}
+
+
+class Conversation:
+    """The parts of a ranking that need no connection: what to send, and what to make of the answer."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+
+    def prepare(self, history: npt.ArrayLike, candidates: npt.ArrayLike) -> Tensors:
+        """Return the checked tensors of a request, batch axis added.
+
+        Raises:
+            InvalidRequestError: history or candidates are not what the server's manifest says.
+        """
+        manifest = self.manifest
+        fields = manifest.history_fields
+        events = _as_array(HISTORY.name, history)
+        if events.size == 0 and events.ndim <= 2:
+            events = np.zeros((0, len(fields)), np.int64)  # [] is a user without history
+        rows = _as_array(CANDIDATES.name, candidates)
+        if rows.size == 0 and rows.ndim <= 2:
+            rows = np.zeros((0, len(manifest.candidate_fields)), np.int64)
+        return {
+            HISTORY.name: check_history(events[None], fields, manifest.limits),
+            CANDIDATES.name: check_candidates(rows[None], manifest.candidate_fields, manifest.limits),
+        }
+
+    @staticmethod
+    def conclude(request: Tensors, outputs: Tensors, seconds: float) -> Ranking:
+        """Return the ranking.
+
+        Raises:
+            ServerFaultError: the scores are not one finite number a candidate.
+        """
+        candidates, scores = request[CANDIDATES.name][0], outputs[SCORES.name]
+        if scores.shape != (1, len(candidates)) or not np.isfinite(scores).all():
+            raise ServerFaultError(
+                f"{SCORES.name}: expected {len(candidates)} finite numbers, got shape {list(scores.shape)}"
+            )
+        return Ranking(scores[0], candidates, seconds)
+
+
+class RankerClient:
+    """Ranks candidates on one server; safe to use from several threads, and a context manager."""
+
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        protocol: Protocol = "grpc",
+        model: str = RANKER.name,
+        deadline: float = DEFAULT_DEADLINE,
+    ) -> None:
+        """Prepare a client; nothing is sent before the first call.
+
+        Args:
+            address: `host:port`; by default this machine's usual port for the protocol.
+            protocol: `grpc` or `http`.
+            model: `ranker`, or another model of the same wire.
+            deadline: seconds that a call may take, unless it brings its own.
+        """
+        transports: dict[Protocol, type[GrpcTransport | HttpTransport]] = {
+            "grpc": GrpcTransport,
+            "http": HttpTransport,
+        }
+        self._transport: Transport = transports[_check_protocol(protocol)](address or DEFAULT_ADDRESSES[protocol])
+        self._model = model
+        self._deadline = _check_deadline(deadline)
+        self._manifest: Manifest | None = None
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        """Return the client."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the connections."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._transport.close()
+
+    def get_manifest(self, *, refresh: bool = False, deadline: float | None = None) -> Manifest:
+        """Return what the server serves: fields, vocabularies, limits, release. Asked once, unless `refresh`."""
+        with self._lock:
+            if self._manifest is None or refresh:
+                outputs = self._transport.infer(
+                    USER_ENCODER.name, MANIFEST_REQUEST, [MANIFEST.name], self._resolve(deadline)
+                )
+                self._manifest = _read_manifest(outputs)
+            return self._manifest
+
+    def rank(
+        self, history: npt.ArrayLike, candidates: npt.ArrayLike, *, deadline: float | None = None
+    ) -> Ranking:
+        """Score a user's candidates.
+
+        Args:
+            history: integers `[L, history_fields]`, oldest event first; L = 0 is a new user.
+            candidates: integers `[N, T]`, N at least 1.
+            deadline: seconds that this call may take.
+
+        Returns:
+            Scores in the caller's order.
+
+        Raises:
+            InvalidRequestError: the request is wrong, said by this side or by the server.
+            TryAgainError: the server is away or busy, or the deadline has passed.
+            ServerFaultError: the server's answer cannot be used.
+        """
+        seconds = self._resolve(deadline)
+        request = self._prepare(history, candidates, seconds)
+        started = time.perf_counter()
+        outputs = self._transport.infer(self._model, request, [SCORES.name], seconds)
+        return Conversation.conclude(request, outputs, time.perf_counter() - started)
+
+    def _prepare(self, history: npt.ArrayLike, candidates: npt.ArrayLike, deadline: float) -> Tensors:
+        manifest = self.get_manifest(deadline=deadline)
+        try:
+            return Conversation(manifest).prepare(history, candidates)
+        except InvalidRequestError:
+            # The server may have moved on to a release with a larger vocabulary since it was asked.
+            current = self.get_manifest(refresh=True, deadline=deadline)
+            if current == manifest:
+                raise
+            return Conversation(current).prepare(history, candidates)
+
+    def _resolve(self, deadline: float | None) -> float:
+        return self._deadline if deadline is None else _check_deadline(deadline)
+
+
+class AsyncRankerClient:
+    """`RankerClient` for asyncio: the same calls, awaited; an asynchronous context manager."""
+
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        protocol: Protocol = "grpc",
+        model: str = RANKER.name,
+        deadline: float = DEFAULT_DEADLINE,
+    ) -> None:
+        """Prepare a client, inside a running event loop; arguments as for `RankerClient`."""
+        transports: dict[Protocol, type[AsyncGrpcTransport | AsyncHttpTransport]] = {
+            "grpc": AsyncGrpcTransport,
+            "http": AsyncHttpTransport,
+        }
+        self._transport: AsyncTransport = transports[_check_protocol(protocol)](
+            address or DEFAULT_ADDRESSES[protocol]
+        )
+        self._model = model
+        self._deadline = _check_deadline(deadline)
+        self._manifest: Manifest | None = None
+        self._lock = asyncio.Lock()
+
+    async def __aenter__(self) -> Self:
+        """Return the client."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the connections."""
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._transport.close()
+
+    async def get_manifest(self, *, refresh: bool = False, deadline: float | None = None) -> Manifest:
+        """Return what the server serves, as `RankerClient.get_manifest`."""
+        async with self._lock:
+            if self._manifest is None or refresh:
+                outputs = await self._transport.infer(
+                    USER_ENCODER.name, MANIFEST_REQUEST, [MANIFEST.name], self._resolve(deadline)
+                )
+                self._manifest = _read_manifest(outputs)
+            return self._manifest
+
+    async def rank(
+        self, history: npt.ArrayLike, candidates: npt.ArrayLike, *, deadline: float | None = None
+    ) -> Ranking:
+        """Score a user's candidates, as `RankerClient.rank`."""
+        seconds = self._resolve(deadline)
+        request = await self._prepare(history, candidates, seconds)
+        started = time.perf_counter()
+        outputs = await self._transport.infer(self._model, request, [SCORES.name], seconds)
+        return Conversation.conclude(request, outputs, time.perf_counter() - started)
+
+    async def _prepare(self, history: npt.ArrayLike, candidates: npt.ArrayLike, deadline: float) -> Tensors:
+        manifest = await self.get_manifest(deadline=deadline)
+        try:
+            return Conversation(manifest).prepare(history, candidates)
+        except InvalidRequestError:
+            current = await self.get_manifest(refresh=True, deadline=deadline)
+            if current == manifest:
+                raise
+            return Conversation(current).prepare(history, candidates)
+
+    def _resolve(self, deadline: float | None) -> float:
+        return self._deadline if deadline is None else _check_deadline(deadline)
+
+
+def _as_array(name: str, value: npt.ArrayLike) -> npt.NDArray[Any]:
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise InvalidRequestError(f"{name}: expected a rectangular array of integers, got rows of different lengths") from error
+
+
+def _check_protocol(protocol: Protocol) -> Protocol:
+    if protocol not in DEFAULT_ADDRESSES:
+        raise ValueError(f"protocol: expected grpc or http, got {protocol!r}")
+    return protocol
+
+
+def _check_deadline(deadline: float) -> float:
+    if not 0 < deadline < float("inf"):
+        raise ValueError(f"deadline: expected a positive number of seconds, got {deadline}")
+    return deadline
+
+
+def _read_manifest(outputs: Tensors) -> Manifest:
+    array = outputs[MANIFEST.name]
+    if array.size != 1:
+        raise ServerFaultError(f"{MANIFEST.name}: expected one string, got shape {list(array.shape)}")
+    return parse_manifest(array.reshape(-1)[0].decode())

@@ -1,0 +1,238 @@
+"""One inference over tritonclient, in its four forms: gRPC or HTTP, sync or asyncio.
+
+All four take and return the same thing and raise the same errors, whatever their library's own habits. A transport
+knows tensors by name; it does not know what is ranked.
+"""
+
+import abc
+import asyncio
+import threading
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import tritonclient.grpc
+import tritonclient.grpc.aio
+import tritonclient.http
+import tritonclient.http.aio
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
+
+from kvcast.contract.errors import (
+    DeadlineExceededError,
+    InvalidRequestError,
+    KvcastError,
+    ServerFaultError,
+    TryAgainError,
+)
+
+Protocol = Literal["grpc", "http"]
+Tensors = dict[str, npt.NDArray[Any]]
+
+# Connections of one asyncio HTTP client: as many requests as may be in flight at once.
+HTTP_CONNECTIONS = 64
+
+# How each protocol spells what went wrong. Everything that is not listed is the server's fault.
+ERRORS_BY_STATUS: dict[str, type[KvcastError]] = {
+    "StatusCode.INVALID_ARGUMENT": InvalidRequestError,
+    "StatusCode.RESOURCE_EXHAUSTED": InvalidRequestError,  # a message larger than the server takes
+    "StatusCode.UNAVAILABLE": TryAgainError,
+    "StatusCode.CANCELLED": TryAgainError,
+    "StatusCode.DEADLINE_EXCEEDED": DeadlineExceededError,
+    "400": InvalidRequestError,
+    "413": InvalidRequestError,
+    "429": TryAgainError,
+    "503": TryAgainError,
+    "499": DeadlineExceededError,
+}
+
+
+class Transport(abc.ABC):
+    """A sync connection to one server. Safe to use from several threads."""
+
+    @abc.abstractmethod
+    def infer(self, model: str, inputs: Tensors, outputs: Sequence[str], deadline: float) -> Tensors:
+        """Run one inference.
+
+        Args:
+            model: the model's name.
+            inputs: arrays by tensor name, batch axis first.
+            outputs: names of the tensors wanted.
+            deadline: seconds within which the answer must be here; it travels to the server's queue too.
+
+        Raises:
+            InvalidRequestError, TryAgainError, ServerFaultError: by whose move it is.
+        """
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Close the connections."""
+
+
+class AsyncTransport(abc.ABC):
+    """An asyncio connection to one server."""
+
+    @abc.abstractmethod
+    async def infer(self, model: str, inputs: Tensors, outputs: Sequence[str], deadline: float) -> Tensors:
+        """Run one inference, as `Transport.infer`."""
+
+    @abc.abstractmethod
+    async def close(self) -> None:
+        """Close the connections."""
+
+
+class GrpcTransport(Transport):
+    """gRPC: one channel, which multiplexes all threads."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._client = tritonclient.grpc.InferenceServerClient(address)
+
+    def infer(self, model: str, inputs: Tensors, outputs: Sequence[str], deadline: float) -> Tensors:
+        """Run one inference."""
+        arguments = _make_arguments(tritonclient.grpc, inputs, outputs, deadline)
+        try:
+            reply = self._client.infer(model, **arguments, client_timeout=deadline)
+        except Exception as error:  # noqa: BLE001 translated, whatever it is
+            raise translate(error, self._address, deadline) from error
+        return _read_outputs(reply, outputs)
+
+    def close(self) -> None:
+        """Close the channel."""
+        self._client.close()
+
+
+class HttpTransport(Transport):
+    """HTTP: tritonclient's client is not thread-safe, so each thread has one of its own."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._local = threading.local()
+        self._clients: list[Any] = []
+        self._lock = threading.Lock()
+
+    def infer(self, model: str, inputs: Tensors, outputs: Sequence[str], deadline: float) -> Tensors:
+        """Run one inference."""
+        arguments = _make_arguments(tritonclient.http, inputs, outputs, deadline)
+        try:
+            reply = self._get_client(deadline).infer(model, **arguments)
+        except Exception as error:  # noqa: BLE001 translated, whatever it is
+            raise translate(error, self._address, deadline) from error
+        return _read_outputs(reply, outputs)
+
+    def close(self) -> None:
+        """Close the connections of all threads."""
+        with self._lock:
+            clients, self._clients = self._clients, []
+        for client in clients:
+            client.close()
+        self._local = threading.local()
+
+    def _get_client(self, deadline: float) -> Any:
+        """Return this thread's client; its timeout is fixed when it is made, so another deadline makes another."""
+        if getattr(self._local, "deadline", None) != deadline:
+            client = tritonclient.http.InferenceServerClient(
+                self._address, connection_timeout=deadline, network_timeout=deadline
+            )
+            with self._lock:
+                previous = getattr(self._local, "client", None)
+                if previous in self._clients:
+                    self._clients.remove(previous)
+                    previous.close()
+                self._clients.append(client)
+            self._local.client, self._local.deadline = client, deadline
+        return self._local.client
+
+
+class AsyncGrpcTransport(AsyncTransport):
+    """gRPC for asyncio."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._client = tritonclient.grpc.aio.InferenceServerClient(address)
+
+    async def infer(self, model: str, inputs: Tensors, outputs: Sequence[str], deadline: float) -> Tensors:
+        """Run one inference."""
+        arguments = _make_arguments(tritonclient.grpc, inputs, outputs, deadline)
+        try:
+            reply = await self._client.infer(model, **arguments, client_timeout=deadline)
+        except Exception as error:  # noqa: BLE001 translated, whatever it is
+            raise translate(error, self._address, deadline) from error
+        return _read_outputs(reply, outputs)
+
+    async def close(self) -> None:
+        """Close the channel."""
+        await self._client.close()
+
+
+class AsyncHttpTransport(AsyncTransport):
+    """HTTP for asyncio."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._client = tritonclient.http.aio.InferenceServerClient(
+            address, conn_limit=HTTP_CONNECTIONS, conn_timeout=24 * 3600
+        )
+
+    async def infer(self, model: str, inputs: Tensors, outputs: Sequence[str], deadline: float) -> Tensors:
+        """Run one inference."""
+        arguments = _make_arguments(tritonclient.http, inputs, outputs, deadline)
+        try:
+            async with asyncio.timeout(deadline):
+                reply = await self._client.infer(model, **arguments)
+        except Exception as error:  # noqa: BLE001 translated, whatever it is
+            raise translate(error, self._address, deadline) from error
+        return _read_outputs(reply, outputs)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.close()
+
+
+def translate(error: Exception, address: str, deadline: float) -> KvcastError:
+    """Return the error of our own that says whose move it is."""
+    if isinstance(error, KvcastError):
+        return error
+    if isinstance(error, InferenceServerException):
+        status, message = str(error.status()), str(error.message())
+        if "not found" in message and "model" in message:
+            return ServerFaultError(f"{address}: {message}: is it among the server's MODELS?")
+        kind = ERRORS_BY_STATUS.get(status, ServerFaultError)
+        if kind is DeadlineExceededError:
+            return _miss_deadline(address, deadline)
+        return kind(f"{address}: {message}" if kind is not InvalidRequestError else message)
+    if isinstance(error, TimeoutError):
+        return _miss_deadline(address, deadline)
+    if isinstance(error, OSError):
+        return TryAgainError(f"{address}: no connection ({error}): is the server up, and is this its port?")
+    return ServerFaultError(f"{address}: unusable answer ({type(error).__name__}: {error})")
+
+
+def _miss_deadline(address: str, deadline: float) -> DeadlineExceededError:
+    return DeadlineExceededError(f"{address}: no answer within the deadline of {deadline:g} s")
+
+
+def _make_arguments(
+    library: ModuleType, inputs: Tensors, outputs: Sequence[str], deadline: float
+) -> dict[str, Any]:
+    """Return the arguments of `infer` that all four clients share."""
+    tensors = []
+    for name, array in inputs.items():
+        tensor = library.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
+        tensor.set_data_from_numpy(np.ascontiguousarray(array))
+        tensors.append(tensor)
+    return {
+        "inputs": tensors,
+        "outputs": [library.InferRequestedOutput(name) for name in outputs],
+        "timeout": max(1, int(deadline * 1e6)),  # microseconds in the server's queue
+    }
+
+
+def _read_outputs(reply: Any, outputs: Sequence[str]) -> Tensors:
+    """Return the outputs by name; Triton can answer OK without them (a cached error, a numpy 2 stub)."""
+    arrays = {name: reply.as_numpy(name) for name in outputs}
+    missing = [name for name, array in arrays.items() if array is None]
+    if missing:
+        raise ServerFaultError(f"the server answered without the outputs {', '.join(missing)}")
+    return arrays

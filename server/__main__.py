@@ -1,0 +1,95 @@
+"""`python -m kvcast.server`: serve a model repository in the foreground, until Ctrl-C or SIGTERM."""
+
+import argparse
+import signal
+import sys
+import tomllib
+from pathlib import Path
+from types import FrameType
+
+from kvcast.server.installation import ServerError
+from kvcast.server.launcher import ServerSettings, TritonServer, write_line
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="kvcast serve",
+        description="Serve a model repository with tritonserver, in the foreground. Ctrl-C or SIGTERM ends it and "
+        "everything that it started.",
+    )
+    parser.add_argument("--repository", type=Path, default=Path("model_repository"), metavar="DIR")
+    parser.add_argument(
+        "--models", default="ranker", help="space-separated, e.g. 'ranker ranker_full' (%(default)s)"
+    )
+    parser.add_argument("--config", help="refuse an export of another configuration than this (name or TOML file)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to bind to (%(default)s: this machine only)")
+    parser.add_argument("--http-port", type=int, default=8000, metavar="PORT")
+    parser.add_argument("--grpc-port", type=int, default=8001, metavar="PORT")
+    parser.add_argument("--metrics-port", type=int, default=8002, metavar="PORT")
+    parser.add_argument(
+        "extra_flags", nargs="*", metavar="-- FLAG", help="further flags for tritonserver, after --"
+    )
+    return parser
+
+
+def read_config_name(config: str | None) -> str | None:
+    """Return a configuration's name: the argument itself, or the `name` in the TOML file that it is the path of."""
+    if config is None or not config.endswith(".toml"):
+        return config
+    try:
+        return str(tomllib.loads(Path(config).read_text())["name"])
+    except (OSError, tomllib.TOMLDecodeError, KeyError) as error:
+        raise ServerError(f"config {config}: cannot be read ({error}): expected a TOML file with a name") from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serve until told to stop; return the exit status."""
+    arguments = make_parser().parse_args(argv)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _leave)
+    try:
+        settings = ServerSettings(
+            repository=arguments.repository,
+            models=arguments.models.split(),
+            config=read_config_name(arguments.config),
+            host=arguments.host,
+            http_port=arguments.http_port,
+            grpc_port=arguments.grpc_port,
+            metrics_port=arguments.metrics_port,
+            extra_flags=arguments.extra_flags,
+        )
+        with TritonServer(settings, log=write_line) as server:
+            print(describe(server), flush=True)
+            status = server.wait()
+        print(f"kvcast serve: tritonserver ended by itself with status {status}", file=sys.stderr)
+    except ServerError as error:
+        print(f"kvcast serve: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("kvcast serve: stopped", file=sys.stderr)
+        return 0
+    return 1
+
+
+def describe(server: TritonServer) -> str:
+    """Return what a person needs to know of a server that is ready."""
+    settings = server.settings
+    return (
+        f"kvcast: ready to answer with {', '.join(settings.models)}\n"
+        f"  HTTP     http://{server.http_address}\n"
+        f"  gRPC     {server.grpc_address}\n"
+        f"  metrics  http://{settings.host}:{settings.metrics_port}/metrics\n"
+        f"  admin key (model repository, shared memory, logging, trace) in {server.admin_key_file}\n"
+        "Ctrl-C stops it."
+    )
+
+
+def _leave(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 the signature of a signal handler
+    """Leave the `with` block on the first signal; the clean-up itself is not interrupted by further ones."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

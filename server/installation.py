@@ -1,0 +1,96 @@
+"""Where tritonserver is and what it needs around it: one on PATH as it is, or the one in the nvidia-pytriton wheel.
+
+The wheel carries the server and the Python backend, but keeps the backend's stub (one per Python version) elsewhere. A
+folder of symlinks puts them together; copies would not do, because a copied stub no longer finds its libraries.
+"""
+
+import ctypes.util
+import importlib.util
+import os
+import shutil
+import sys
+import sysconfig
+from dataclasses import dataclass, field
+from pathlib import Path
+
+STUB = "triton_python_backend_stub"
+
+
+class ServerError(Exception):
+    """The server cannot be started or has stopped; the message is one sentence with the remedy."""
+
+
+@dataclass(frozen=True)
+class Installation:
+    """A tritonserver that can be run: its binary, extra flags, and changes to the environment."""
+
+    binary: Path
+    flags: list[str] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def find_installation(workspace: Path) -> Installation:
+    """Find a tritonserver: the one on PATH (as in the NGC image) if there is one, else the wheel's.
+
+    Args:
+        workspace: a private folder, in which the backends folder of the wheel is put together.
+
+    Raises:
+        ServerError: there is none, or something that it needs is missing.
+    """
+    on_path = shutil.which("tritonserver")
+    if on_path is not None:
+        return Installation(Path(on_path))
+    wheel = importlib.util.find_spec("pytriton")
+    if wheel is None or not wheel.submodule_search_locations:
+        raise ServerError(
+            "tritonserver is neither on PATH nor installed as a wheel: run `make setup`, or "
+            "`pip install 'kvcast[server]'`, or use NVIDIA's Triton image"
+        )
+    root = Path(wheel.submodule_search_locations[0]) / "tritonserver"
+    backends = _link_backends(root, workspace)
+    interpreter = Path(sys.executable).parent
+    return Installation(
+        binary=root / "bin" / "tritonserver",
+        flags=[f"--backend-directory={backends}"],
+        environment={
+            "LD_LIBRARY_PATH": _prepend(_find_libpython_folder(), "LD_LIBRARY_PATH"),
+            # The stub takes the first python on PATH for its own, and with it the virtual environment's packages.
+            "PATH": _prepend(interpreter, "PATH"),
+        },
+    )
+
+
+def _link_backends(root: Path, workspace: Path) -> Path:
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    stub = root / "python_backend_stubs" / version / STUB
+    if not stub.exists():
+        has = ", ".join(sorted(path.name for path in stub.parent.parent.iterdir()))
+        raise ServerError(f"tritonserver's wheel has no stub for Python {version}: use one of {has}")
+    backend = workspace / "backends" / "python"
+    backend.mkdir(parents=True)
+    for source in [*(root / "backends" / "python").iterdir(), stub]:
+        (backend / source.name).symlink_to(source)
+    return backend.parent
+
+
+def _find_libpython_folder() -> Path:
+    """Return the folder of this interpreter's shared library, which the stub is linked against."""
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    name = f"libpython{version}.so.1.0"
+    candidates = [sysconfig.get_config_var("LIBDIR"), f"{sys.base_prefix}/lib"]
+    multiarch = sysconfig.get_config_var("MULTIARCH")
+    candidates += [f"/usr/lib/{multiarch}"] if multiarch else []
+    for folder in filter(None, candidates):
+        if (Path(folder) / name).exists():
+            return Path(folder)
+    if ctypes.util.find_library(f"python{version}"):
+        return Path(sys.base_prefix) / "lib"  # the loader's own search path has it
+    raise ServerError(
+        f"{name} is missing, which Triton's Python backend is linked against: install it "
+        f"(Debian: apt-get install libpython{version}) or use a Python built with --enable-shared"
+    )
+
+
+def _prepend(folder: Path, variable: str) -> str:
+    return os.pathsep.join(filter(None, [str(folder), os.environ.get(variable)]))

@@ -1,0 +1,93 @@
+"""What has to be there before a server starts: exported models of the configuration asked for, and free ports.
+
+Each check fails with one sentence and its remedy, instead of a server that dies with a page of log.
+"""
+
+import errno
+import socket
+from pathlib import Path
+
+from kvcast.contract.errors import ArtefactError
+from kvcast.contract.manifest import MANIFEST_FILE, Manifest, read_manifest
+from kvcast.contract.tensors import MODELS
+from kvcast.server.installation import ServerError
+
+
+def check_repository(repository: Path, models: list[str], config: str | None) -> Manifest:
+    """Check that every model to be served is exported, all of one release, of `config` if that is given.
+
+    Returns:
+        The manifest of one of them.
+
+    Raises:
+        ServerError: one is unknown, missing, or of another release or configuration.
+    """
+    manifests = [read_served_manifest(repository, name, config) for name in expand_models(models)]
+    releases = {manifest.release for manifest in manifests}
+    if len(releases) > 1:
+        of_each = ", ".join(f"{manifest.model} {manifest.release[:12]}" for manifest in manifests)
+        raise ServerError(f"{repository} holds models of different releases ({of_each}): export again")
+    manifest = manifests[0]
+    if config is not None and manifest.config != config:
+        raise ServerError(
+            f"{repository} holds the export of {manifest.config!r}, not of {config!r}: "
+            f"run `make export CONFIG={config}`, or serve what is there with CONFIG={manifest.config}"
+        )
+    return manifest
+
+
+def expand_models(models: list[str]) -> list[str]:
+    """Return the models that hold an artefact, for models by name, ensembles replaced by their steps.
+
+    Raises:
+        ServerError: there is no such model, or none was named.
+    """
+    known = {model.name: model for model in MODELS}
+    unknown = [name for name in models if name not in known]
+    if unknown or not models:
+        raise ServerError(f"models: expected some of {', '.join(known)}, got {' '.join(unknown) or 'none'}")
+    return list(dict.fromkeys(step for name in models for step in (known[name].steps or (name,))))
+
+
+def read_served_manifest(repository: Path, model: str, config: str | None) -> Manifest:
+    """Read the manifest of the newest version of a model.
+
+    Raises:
+        ServerError: the model has not been exported into this repository.
+    """
+    folders = [path.parent for path in repository.glob(f"{model}/[0-9]*/{MANIFEST_FILE}")]
+    if not folders:
+        wanted = f" CONFIG={config}" if config else ""
+        raise ServerError(f"{repository} has no exported {model}: run `make export{wanted}` first")
+    try:
+        return read_manifest(max(folders, key=lambda folder: int(folder.name)))
+    except ArtefactError as error:
+        raise ServerError(f"{error} (run `make export`)") from error
+
+
+def count_shared_memory(manifest: Manifest) -> int:
+    """Return bytes of shared memory for a model process: user KV of the expected workload, and room beside it.
+
+    A region grows when it must and never shrinks, and the growing request is several times slower: so regions start
+    where the workload needs them. They are allocated at once, so they hold two requests' KV and not a full batch's.
+    """
+    return 2 * manifest.user_kv.bytes_of(manifest.workload.history) + (16 << 20)
+
+
+def check_port(host: str, port: int, purpose: str, variable: str) -> None:
+    """Check that a port can be bound.
+
+    Raises:
+        ServerError: it cannot.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise ServerError(f"cannot bind {purpose} to {host}:{port}: {error.strerror}") from error
+            raise ServerError(
+                f"port {port} ({purpose}) is in use on {host}: stop what listens there, "
+                f"or choose another with {variable}=…"
+            ) from error
