@@ -1,10 +1,9 @@
-"""`python -m kvcast.clicklog`: print a request from the click-log generator, as `client/examples/request.json` was made."""
+"""`python -m kvcast.clicklog`: print a generated request, as `client/examples/request.json` was made."""
 
 import argparse
 import sys
 
 from kvcast.clicklog.generator import ClickLog
-from kvcast.client.request import RankRequest
 from kvcast.contract.config import load_config
 
 
@@ -17,11 +16,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--candidates", type=int, metavar="N", help="candidates (the configuration's workload)")
     arguments = parser.parse_args(argv)
     config = load_config(arguments.config)
-    log = ClickLog(config.schema, arguments.seed)
     history = config.workload.history if arguments.history is None else arguments.history
     count = config.workload.candidates if arguments.candidates is None else arguments.candidates
-    request = RankRequest(log.draw_history(history), log.draw_candidates(count))
-    print(request.to_json(config.schema), end="")
+    print(ClickLog(config.schema, arguments.seed).draw_request(history, count).to_json(config.schema), end="")
     return 0
 
 

@@ -8,6 +8,7 @@ Field names that the shop does not know get uniform random ids, so any schema ca
 import numpy as np
 import numpy.typing as npt
 
+from kvcast.contract.request import RankRequest
 from kvcast.contract.schema import FeatureSchema, Field
 
 Ids = npt.NDArray[np.int64]
@@ -53,6 +54,10 @@ class ClickLog:
         )
         return self._fill(self.schema.candidate_fields, items)
 
+    def draw_request(self, length: int, count: int) -> RankRequest:
+        """Draw a new user with `length` events, and `count` candidates."""
+        return RankRequest(self.draw_history(length), self.draw_candidates(count))
+
     def _stock_items(self, items: int, sizes: dict[str, int]) -> dict[str, Ids]:
         draw = self._generator
         categories, brands = sizes.get("category", 64), sizes.get("brand", 64)
@@ -77,8 +82,7 @@ class ClickLog:
         shelves = np.split(order, starts[1:])
         shares = [self._popularity[shelf - 1] for shelf in shelves]
         return {
-            int(name): (shelf, share / share.sum())
-            for name, shelf, share in zip(names, shelves, shares, strict=True)
+            int(name): (shelf, share / share.sum()) for name, shelf, share in zip(names, shelves, shares, strict=True)
         }
 
     def _browse(self, length: int) -> Ids:

@@ -9,7 +9,6 @@ Errors say whose move it is: `InvalidRequestError` (fix the request), `TryAgainE
 
 from kvcast.client.clients import AsyncRankerClient, RankerClient
 from kvcast.client.ranking import RankedCandidate, Ranking
-from kvcast.client.request import RankRequest
 from kvcast.contract.errors import (
     DeadlineExceededError,
     InvalidRequestError,
@@ -17,6 +16,7 @@ from kvcast.contract.errors import (
     ServerFaultError,
     TryAgainError,
 )
+from kvcast.contract.request import RankRequest
 
 __all__ = [
     "AsyncRankerClient",

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from kvcast.client.clients import DEFAULT_ADDRESSES, DEFAULT_DEADLINE, RankerClient
 from kvcast.client.ranking import Ranking
-from kvcast.client.request import RankRequest
 from kvcast.contract.errors import InvalidRequestError, KvcastError, TryAgainError
 from kvcast.contract.manifest import Manifest
+from kvcast.contract.request import RankRequest
 from kvcast.contract.tensors import RANKER
 
 # Exit statuses, by whose move it is; 0 is a ranking and 1 is left to Python.

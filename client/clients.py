@@ -129,9 +129,7 @@ class RankerClient:
                 self._manifest = _read_manifest(outputs)
             return self._manifest
 
-    def rank(
-        self, history: npt.ArrayLike, candidates: npt.ArrayLike, *, deadline: float | None = None
-    ) -> Ranking:
+    def rank(self, history: npt.ArrayLike, candidates: npt.ArrayLike, *, deadline: float | None = None) -> Ranking:
         """Score a user's candidates.
 
         Args:
@@ -184,9 +182,7 @@ class AsyncRankerClient:
             "grpc": AsyncGrpcTransport,
             "http": AsyncHttpTransport,
         }
-        self._transport: AsyncTransport = transports[_check_protocol(protocol)](
-            address or DEFAULT_ADDRESSES[protocol]
-        )
+        self._transport: AsyncTransport = transports[_check_protocol(protocol)](address or DEFAULT_ADDRESSES[protocol])
         self._model = model
         self._deadline = _check_deadline(deadline)
         self._manifest: Manifest | None = None
@@ -244,7 +240,9 @@ def _as_array(name: str, value: npt.ArrayLike) -> npt.NDArray[Any]:
     try:
         return np.asarray(value)
     except ValueError as error:
-        raise InvalidRequestError(f"{name}: expected a rectangular array of integers, got rows of different lengths") from error
+        raise InvalidRequestError(
+            f"{name}: expected a rectangular array of integers, got rows of different lengths"
+        ) from error
 
 
 def _check_protocol(protocol: Protocol) -> Protocol:

@@ -94,7 +94,7 @@ class GrpcTransport(Transport):
         arguments = _make_arguments(tritonclient.grpc, inputs, outputs, deadline)
         try:
             reply = self._client.infer(model, **arguments, client_timeout=deadline)
-        except Exception as error:  # noqa: BLE001 translated, whatever it is
+        except Exception as error:
             raise translate(error, self._address, deadline) from error
         return _read_outputs(reply, outputs)
 
@@ -117,7 +117,7 @@ class HttpTransport(Transport):
         arguments = _make_arguments(tritonclient.http, inputs, outputs, deadline)
         try:
             reply = self._get_client(deadline).infer(model, **arguments)
-        except Exception as error:  # noqa: BLE001 translated, whatever it is
+        except Exception as error:
             raise translate(error, self._address, deadline) from error
         return _read_outputs(reply, outputs)
 
@@ -136,8 +136,8 @@ class HttpTransport(Transport):
                 self._address, connection_timeout=deadline, network_timeout=deadline
             )
             with self._lock:
-                previous = getattr(self._local, "client", None)
-                if previous in self._clients:
+                previous: Any = getattr(self._local, "client", None)
+                if previous is not None and previous in self._clients:
                     self._clients.remove(previous)
                     previous.close()
                 self._clients.append(client)
@@ -157,7 +157,7 @@ class AsyncGrpcTransport(AsyncTransport):
         arguments = _make_arguments(tritonclient.grpc, inputs, outputs, deadline)
         try:
             reply = await self._client.infer(model, **arguments, client_timeout=deadline)
-        except Exception as error:  # noqa: BLE001 translated, whatever it is
+        except Exception as error:
             raise translate(error, self._address, deadline) from error
         return _read_outputs(reply, outputs)
 
@@ -181,7 +181,7 @@ class AsyncHttpTransport(AsyncTransport):
         try:
             async with asyncio.timeout(deadline):
                 reply = await self._client.infer(model, **arguments)
-        except Exception as error:  # noqa: BLE001 translated, whatever it is
+        except Exception as error:
             raise translate(error, self._address, deadline) from error
         return _read_outputs(reply, outputs)
 
@@ -195,13 +195,7 @@ def translate(error: Exception, address: str, deadline: float) -> KvcastError:
     if isinstance(error, KvcastError):
         return error
     if isinstance(error, InferenceServerException):
-        status, message = str(error.status()), str(error.message())
-        if "not found" in message and "model" in message:
-            return ServerFaultError(f"{address}: {message}: is it among the server's MODELS?")
-        kind = ERRORS_BY_STATUS.get(status, ServerFaultError)
-        if kind is DeadlineExceededError:
-            return _miss_deadline(address, deadline)
-        return kind(f"{address}: {message}" if kind is not InvalidRequestError else message)
+        return _translate_status(str(error.status()), str(error.message()), address, deadline)
     if isinstance(error, TimeoutError):
         return _miss_deadline(address, deadline)
     if isinstance(error, OSError):
@@ -209,13 +203,20 @@ def translate(error: Exception, address: str, deadline: float) -> KvcastError:
     return ServerFaultError(f"{address}: unusable answer ({type(error).__name__}: {error})")
 
 
+def _translate_status(status: str, message: str, address: str, deadline: float) -> KvcastError:
+    if "unknown model" in message:
+        return ServerFaultError(f"{address}: {message}: is it among the server's MODELS?")
+    kind = ERRORS_BY_STATUS.get(status, ServerFaultError)
+    if kind is InvalidRequestError:
+        return kind(message)
+    return _miss_deadline(address, deadline) if kind is DeadlineExceededError else kind(f"{address}: {message}")
+
+
 def _miss_deadline(address: str, deadline: float) -> DeadlineExceededError:
     return DeadlineExceededError(f"{address}: no answer within the deadline of {deadline:g} s")
 
 
-def _make_arguments(
-    library: ModuleType, inputs: Tensors, outputs: Sequence[str], deadline: float
-) -> dict[str, Any]:
+def _make_arguments(library: ModuleType, inputs: Tensors, outputs: Sequence[str], deadline: float) -> dict[str, Any]:
     """Return the arguments of `infer` that all four clients share."""
     tensors = []
     for name, array in inputs.items():

@@ -83,10 +83,7 @@ def parse_config(table: dict[str, Any]) -> ModelConfig:
         limits=Limits(**_positive_numbers(table, "limits", ("history", "candidates"))),
         workload=Workload(**_positive_numbers(table, "workload", ("history", "candidates"))),
     )
-    if (
-        config.workload.history > config.limits.history
-        or config.workload.candidates > config.limits.candidates
-    ):
+    if config.workload.history > config.limits.history or config.workload.candidates > config.limits.candidates:
         raise ConfigError(f"workload: expected it within limits {config.limits}, got {config.workload}")
     return config
 
@@ -126,9 +123,7 @@ def _expect_keys(table: object, section: str, keys: set[str]) -> None:
         raise ConfigError(f"{section}: expected the keys {sorted(keys)}, got {sorted(table)}")
 
 
-def _read(
-    table: dict[str, Any], key: str, kind: type, is_usable: Callable[[Any], bool] = lambda _: True
-) -> Any:  # noqa: ANN401 the TOML decides the type, which is checked here
+def _read(table: dict[str, Any], key: str, kind: type, is_usable: Callable[[Any], bool] = lambda _: True) -> Any:
     value = table[key]
     if not isinstance(value, kind) or isinstance(value, bool) or not is_usable(value):
         raise ConfigError(f"{key}: expected a usable {kind.__name__}, got {value!r}")

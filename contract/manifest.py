@@ -88,9 +88,7 @@ def parse_manifest(text: str) -> Manifest:
         table: dict[str, Any] = json.loads(text)
         version = table["contract_version"]
         if version != CONTRACT_VERSION:
-            raise ArtefactError(
-                f"manifest: expected contract version {CONTRACT_VERSION}, got {version}: export again"
-            )
+            raise ArtefactError(f"manifest: expected contract version {CONTRACT_VERSION}, got {version}: export again")
         records = {
             "history_fields": tuple(Field(**field) for field in table["history_fields"]),
             "candidate_fields": tuple(Field(**field) for field in table["candidate_fields"]),

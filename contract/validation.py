@@ -31,9 +31,7 @@ def check_history(array: npt.NDArray[np.generic], fields: tuple[Field, ...], lim
     """
     ids = _check_ids(HISTORY.name, array, fields, "event")
     if ids.shape[1] > limits.history:
-        raise InvalidRequestError(
-            f"{HISTORY.name}: expected at most L = {limits.history} events, got {ids.shape[1]}"
-        )
+        raise InvalidRequestError(f"{HISTORY.name}: expected at most L = {limits.history} events, got {ids.shape[1]}")
     _check_vocabularies(HISTORY.name, ids, fields, "event")
     return ids
 
@@ -119,9 +117,7 @@ def check_release(array: npt.NDArray[np.generic], users: int, release: str) -> N
     """
     expected = np.frombuffer(bytes.fromhex(release), np.uint8)
     if array.shape != (users, expected.size):
-        raise InvalidRequestError(
-            f"{RELEASE.name}: expected shape {[users, expected.size]}, got {list(array.shape)}"
-        )
+        raise InvalidRequestError(f"{RELEASE.name}: expected shape {[users, expected.size]}, got {list(array.shape)}")
     for row in array:
         if not np.array_equal(row, expected):
             raise InvalidRequestError(
@@ -152,13 +148,9 @@ def _check_ids(name: str, array: npt.NDArray[np.generic], fields: tuple[Field, .
     """Check rank, dtype and number of fields, and return `[B, rows, fields]` as INT64."""
     names = ", ".join(field.name for field in fields)
     if array.ndim != 3:
-        raise InvalidRequestError(
-            f"{name}: expected rank 3 [users, {row}s, fields], got shape {list(array.shape)}"
-        )
+        raise InvalidRequestError(f"{name}: expected rank 3 [users, {row}s, fields], got shape {list(array.shape)}")
     if array.shape[2] != len(fields):
-        raise InvalidRequestError(
-            f"{name}: expected {len(fields)} fields ({names}) per {row}, got {array.shape[2]}"
-        )
+        raise InvalidRequestError(f"{name}: expected {len(fields)} fields ({names}) per {row}, got {array.shape[2]}")
     # An empty list has no dtype of its own: numpy calls it float.
     if array.size and not (np.issubdtype(array.dtype, np.integer) and np.can_cast(array.dtype, np.int64)):
         raise InvalidRequestError(f"{name}: expected dtype INT64, got {array.dtype}")

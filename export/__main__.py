@@ -18,7 +18,9 @@ def make_parser() -> argparse.ArgumentParser:
         "is refused and the repository stays as it was.",
     )
     parser.add_argument(
-        "--config", default="bench", help=f"{', '.join(list_configs())}, or the path of a TOML file (%(default)s)"
+        "--config",
+        default="bench",
+        help=f"{', '.join(list_configs())}, or the path of a TOML file (%(default)s)",
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--weights", type=Path, metavar="FILE.safetensors", help="trained weights")

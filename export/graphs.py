@@ -45,7 +45,7 @@ class EncoderGraph(nn.Module):
         self.register_buffer("fingerprint", fingerprint)
 
     def forward(self, history: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """INT64 `[B, L, history_fields]` → `[B, M, H, key_rows, slots]`, `[B, M, H, slots, value_columns]`, `[B, 32]`."""
+        """INT64 `[B, L, fields]` → `[B, M, H, key_rows, slots]`, `[B, M, H, slots, value_columns]`, `[B, 32]`."""
         user_kv = self.network.encode_user(history)
         release = self.get_buffer("fingerprint").expand(history.shape[0], -1)
         return torch.stack(user_kv.keys, dim=1), torch.stack(user_kv.values, dim=1), release

@@ -139,9 +139,7 @@ def _prove_network(network: RankingNetwork, samples: list[Sample]) -> tuple[floa
     return error, float(max(differences))
 
 
-def _describe(
-    network: RankingNetwork, release: str, parity: Parity, model: str, folder: Path
-) -> Manifest:
+def _describe(network: RankingNetwork, release: str, parity: Parity, model: str, folder: Path) -> Manifest:
     config = network.config
     return Manifest(
         model=model,

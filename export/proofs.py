@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from kvcast.contract.errors import ArtefactError
 from kvcast.contract.schema import FeatureSchema, Field
+from kvcast.network.interface import MaskKind
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -54,7 +55,7 @@ class Sample:
 
 
 # Keys of the user tokens inside the monolith, per layer, for given candidates and mask.
-UserKeysProbe = Callable[[Ids, Ids, str], list[Floats]]
+UserKeysProbe = Callable[[Ids, Ids, MaskKind], list[Floats]]
 
 
 def draw_sample(schema: FeatureSchema, history_length: int, count: int, seed: int) -> Sample:

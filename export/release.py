@@ -9,7 +9,6 @@ from kvcast.contract.manifest import CONTRACT_VERSION
 from kvcast.network.interface import RankingNetwork
 
 
-
 def fingerprint_release(network: RankingNetwork) -> str:
     """Return the SHA-256 (hex) over contract version, configuration, and every weight's name, shape and bytes."""
     config = json.dumps(dataclasses.asdict(network.config), sort_keys=True)

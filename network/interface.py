@@ -58,9 +58,7 @@ class RankingNetwork(nn.Module, abc.ABC):
         """Score candidates INT64 `[B, N, T]` against their user's KV: FP32 `[B, N]`."""
 
     @abc.abstractmethod
-    def run_monolith(
-        self, history: Tensor, candidates: Tensor, mask: MaskKind
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def run_monolith(self, history: Tensor, candidates: Tensor, mask: MaskKind) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Score every candidate in a full sequence of its own, the traditional way; the slow reference.
 
         Returns:
@@ -86,8 +84,6 @@ def build_network(config: ModelConfig) -> RankingNetwork:
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"network.family: cannot import {config.network.family!r}: {error}") from error
     if not (isinstance(family, type) and issubclass(family, RankingNetwork)):
-        raise ConfigError(
-            f"network.family: expected a subclass of RankingNetwork, got {config.network.family!r}"
-        )
+        raise ConfigError(f"network.family: expected a subclass of RankingNetwork, got {config.network.family!r}")
     network: RankingNetwork = family(config)
     return network.eval().requires_grad_(False)

@@ -7,6 +7,7 @@ values, of an item only the target token.
 """
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -43,13 +44,13 @@ class Block(nn.Module):
 
     def split_heads(self, tokens: Tensor) -> Tensor:
         """`[..., d]` → `[..., H, dh]`."""
-        return tokens.unflatten(-1, (self.heads, -1))
+        return tokens.view(*tokens.shape[:-1], self.heads, -1)
 
     def close(self, tokens: Tensor, attended: Tensor) -> Tensor:
         """Add attention `[..., H, dh]` to the residual stream `[..., d]`, then the feed-forward part."""
         tokens = tokens + self.output(attended.flatten(-2))
         hidden = nn.functional.gelu(self.expand(self.feed_forward_norm(tokens)))
-        return tokens + self.contract(hidden)  # type: ignore[no-any-return]
+        return tokens + cast("Tensor", self.contract(hidden))
 
 
 class Transformer(RankingNetwork):
@@ -94,7 +95,7 @@ class Transformer(RankingNetwork):
         is_event = find_events(history)
         tokens = self._embed_history(history, is_event)  # [B, L, d]
         keys, values = [], []
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(self._get_blocks()):
             normed = block.attention_norm(tokens)
             user_keys, user_values = pack_user_kv(
                 block.split_heads(block.key(normed)), block.split_heads(block.value(normed)), is_event
@@ -109,7 +110,7 @@ class Transformer(RankingNetwork):
     def fuse(self, user_kv: UserKV, candidates: Tensor) -> Tensor:
         """Score candidates INT64 `[B, N, T]` against their user's KV: FP32 `[B, N]`."""
         tokens = self._embed_candidates(candidates)  # [B, N, T, d]
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(self._get_blocks()):
             normed = block.attention_norm(tokens)
             key, value = block.split_heads(block.key(normed)), block.split_heads(block.value(normed))
             if index == len(self.blocks) - 1:
@@ -119,9 +120,7 @@ class Transformer(RankingNetwork):
             tokens = block.close(tokens, attended)
         return self._read_scores(tokens[:, :, 0])
 
-    def run_monolith(
-        self, history: Tensor, candidates: Tensor, mask: MaskKind
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def run_monolith(self, history: Tensor, candidates: Tensor, mask: MaskKind) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Score every candidate in a full sequence `[item tokens | history tokens]` of its own."""
         users, count, item_tokens = candidates.shape
         is_event = find_events(history)
@@ -131,15 +130,18 @@ class Transformer(RankingNetwork):
         attention_mask = make_monolith_mask(is_event, item_tokens, mask)  # [B, 1, T+L, T+L]
         attention_mask = attention_mask[:, None].expand(-1, count, -1, -1, -1).flatten(0, 1)
         user_keys = []
-        for block in self.blocks:
+        for block in self._get_blocks():
             normed = block.attention_norm(tokens)
             query, key, value = (
                 block.split_heads(part(normed)).transpose(1, 2)  # [B·N, H, T+L, dh]
                 for part in (block.query, block.key, block.value)
             )
-            user_keys.append(key[:, :, item_tokens:].unflatten(0, (users, count)))
+            user_keys.append(key[:, :, item_tokens:].reshape(users, count, *key[0, :, item_tokens:].shape))
             tokens = block.close(tokens, attend(query, key, value, attention_mask).transpose(1, 2))
-        return self._read_scores(tokens[:, 0]).unflatten(0, (users, count)), tuple(user_keys)
+        return self._read_scores(tokens[:, 0]).view(users, count), tuple(user_keys)
+
+    def _get_blocks(self) -> list[Block]:
+        return cast("list[Block]", list(self.blocks))
 
     def _embed_history(self, history: Tensor, is_event: Tensor) -> Tensor:
         """`[B, L, history_fields]` → `[B, L, d]`. A position counts real events only, oldest first."""
@@ -147,7 +149,7 @@ class Transformer(RankingNetwork):
         tokens = self.positions(position)
         for column, field in enumerate(self.config.schema.history_fields):
             tokens = tokens + self.embeddings[field.name](history[:, :, column])
-        return tokens  # type: ignore[no-any-return]
+        return cast("Tensor", tokens)
 
     def _embed_candidates(self, candidates: Tensor) -> Tensor:
         """`[B, N, T]` → `[B, N, T, d]`: a token an attribute."""
@@ -155,8 +157,8 @@ class Transformer(RankingNetwork):
             self.embeddings[field.name](candidates[:, :, column])
             for column, field in enumerate(self.config.schema.candidate_fields)
         ]
-        return torch.stack(attributes, dim=2) + self.types.weight  # type: ignore[no-any-return]
+        return torch.stack(attributes, dim=2) + self.types.weight
 
     def _read_scores(self, target_tokens: Tensor) -> Tensor:
         """`[..., d]` → `[...]`."""
-        return self.score(self.score_norm(target_tokens)).squeeze(-1)  # type: ignore[no-any-return]
+        return cast("Tensor", self.score(self.score_norm(target_tokens))).squeeze(-1)

@@ -31,9 +31,7 @@ def load_weights(network: RankingNetwork, path: Path) -> None:
     for name in expected.keys() & found.keys():
         wanted, got = expected[name], found[name]
         if (wanted.shape, wanted.dtype) != (got.shape, got.dtype):
-            problems.append(
-                f"{name}: expected {wanted.dtype} {list(wanted.shape)}, got {got.dtype} {list(got.shape)}"
-            )
+            problems.append(f"{name}: expected {wanted.dtype} {list(wanted.shape)}, got {got.dtype} {list(got.shape)}")
         elif not got.isfinite().all():
             problems.append(f"{name}: expected finite numbers, got NaN or infinity")
     if problems:

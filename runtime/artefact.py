@@ -103,7 +103,7 @@ def _open_session(path: Path, provider: str, threads: int) -> ort.InferenceSessi
         providers = [CPU_PROVIDER]
     try:
         session = ort.InferenceSession(path, options, providers=providers)
-    except Exception as error:  # noqa: BLE001 ONNX Runtime raises a dozen unrelated types
+    except Exception as error:
         raise ArtefactError(f"{path}: ONNX Runtime cannot load it: {error}") from error
     if provider == "cuda" and session.get_providers()[0] != CUDA_PROVIDER:
         raise ArtefactError("execution_provider: cuda was asked for, and ONNX Runtime can only use the CPU here")

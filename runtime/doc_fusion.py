@@ -96,6 +96,8 @@ class DocFusion(ServedModel[FusionJob]):
         (scores,) = self.artefact.session.run([SCORES.name], feeds)
         if not np.isfinite(scores).all():
             # Our own encoder never gets here: its KV is far from overflow.
-            raise InvalidRequestError(f"{USER_KEYS.name}, {USER_VALUES.name}: expected user KV as the encoder makes "
-                                      "it, got numbers so large that scores overflow")
+            raise InvalidRequestError(
+                f"{USER_KEYS.name}, {USER_VALUES.name}: expected user KV as the encoder makes "
+                "it, got numbers so large that scores overflow"
+            )
         return np.asarray(scores)

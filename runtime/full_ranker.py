@@ -47,11 +47,7 @@ class FullRanker(ServedModel[FullJob]):
     def run(self, jobs: Sequence[FullJob]) -> list[Tensors]:
         """Score every job, one user after the other."""
         return [
-            {
-                SCORES.name: np.stack(
-                    [self.score(*user) for user in zip(job.histories, job.candidates, strict=True)]
-                )
-            }
+            {SCORES.name: np.stack([self.score(*user) for user in zip(job.histories, job.candidates, strict=True)])}
             for job in jobs
         ]
 
@@ -68,7 +64,7 @@ class FullRanker(ServedModel[FullJob]):
         joined = np.concatenate(scores)
         if not np.isfinite(joined).all():
             raise ServerFaultError(f"{SCORES.name}: expected finite numbers, got {joined}")
-        return joined
+        return np.asarray(joined, np.float32)
 
     def warm_up(self) -> None:
         """Score one candidate after a history of the expected length."""

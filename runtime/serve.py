@@ -146,9 +146,7 @@ def hide_unexpected(error: Exception, log_error: Log) -> KvcastError:
     return ServerFaultError(f"unexpected error on the server; its log has the details under {reference}")
 
 
-def _run_jobs(
-    model: ServedModel[Job], jobs: list[Job], log_error: Log
-) -> Sequence[Tensors | KvcastError]:
+def _run_jobs(model: ServedModel[Job], jobs: list[Job], log_error: Log) -> Sequence[Tensors | KvcastError]:
     """Run the jobs together; if that fails, each alone, so that the one at fault fails alone."""
     if not jobs:
         return []

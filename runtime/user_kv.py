@@ -32,9 +32,7 @@ class UserKV(NamedTuple):
 
     def take(self, user: int, slots: int) -> "UserKV":
         """Return a view of the first `slots` slots of one user, still with a batch axis."""
-        return UserKV(
-            self.keys[user : user + 1, ..., :slots], self.values[user : user + 1, :, :, :slots]
-        )
+        return UserKV(self.keys[user : user + 1, ..., :slots], self.values[user : user + 1, :, :, :slots])
 
 
 def stack_user_kv(parts: Sequence[UserKV], layout: KVLayout) -> UserKV:

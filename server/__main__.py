@@ -19,17 +19,13 @@ def make_parser() -> argparse.ArgumentParser:
         "everything that it started.",
     )
     parser.add_argument("--repository", type=Path, default=Path("model_repository"), metavar="DIR")
-    parser.add_argument(
-        "--models", default="ranker", help="space-separated, e.g. 'ranker ranker_full' (%(default)s)"
-    )
+    parser.add_argument("--models", default="ranker", help="space-separated, e.g. 'ranker ranker_full' (%(default)s)")
     parser.add_argument("--config", help="refuse an export of another configuration than this (name or TOML file)")
     parser.add_argument("--host", default="127.0.0.1", help="address to bind to (%(default)s: this machine only)")
     parser.add_argument("--http-port", type=int, default=8000, metavar="PORT")
     parser.add_argument("--grpc-port", type=int, default=8001, metavar="PORT")
     parser.add_argument("--metrics-port", type=int, default=8002, metavar="PORT")
-    parser.add_argument(
-        "extra_flags", nargs="*", metavar="-- FLAG", help="further flags for tritonserver, after --"
-    )
+    parser.add_argument("extra_flags", nargs="*", metavar="-- FLAG", help="further flags for tritonserver, after --")
     return parser
 
 

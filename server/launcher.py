@@ -128,7 +128,11 @@ class TritonServer:
         installation = find_installation(self._workspace)
         self.admin_key_file.touch(mode=0o600)
         self.admin_key_file.write_text(self._admin_key + "\n")
-        command = [str(installation.binary), *installation.flags, *self._make_flags(count_shared_memory(manifest))]
+        command = [
+            str(installation.binary),
+            *installation.flags,
+            *self._make_flags(count_shared_memory(manifest)),
+        ]
         try:
             self.process = subprocess.Popen(
                 command,

@@ -1,4 +1,4 @@
-"""A ranking request as JSON: events and candidates as objects with named fields.
+"""A ranking request, and its JSON: events and candidates as objects with named fields.
 
     {"history": [{"item": 812, "action": 2}, …], "candidates": [{"item": 31, "category": 4, …}, …]}
 

@@ -1,0 +1,60 @@
+# The same targets a person and CI use. `make` alone lists them.
+SHELL := /bin/bash
+PYTHON ?= python3.11
+CONFIG ?= bench
+MODELS ?= ranker
+REPOSITORY ?= model_repository
+HTTP_PORT ?= 8000
+GRPC_PORT ?= 8001
+METRICS_PORT ?= 8002
+WEIGHTS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PORTS = --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup export serve demo test check format clean
+
+help: ## this list
+	@echo "make TARGET [CONFIG=bench|tiny|seed|path.toml] [MODELS=\"ranker ranker_full\"] [REPOSITORY=DIR]"
+	@echo "            [HTTP_PORT=8000] [GRPC_PORT=8001] [METRICS_PORT=8002] [WEIGHTS=FILE.safetensors]"
+	@echo
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "  %-10s %s\n", $$1, $$2 }'
+
+setup: $(READY) ## make the virtual environment .venv with everything, tritonserver included
+
+$(READY): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not installed: install Python 3.11, or set PYTHON=…" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "make: kvcast is pinned to Python 3.11, and $(PYTHON) is another: set PYTHON=…" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "make: $(PYTHON) cannot make virtual environments: install its venv package (Debian: python3.11-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+export: $(READY) ## export CONFIG into REPOSITORY, proved exact (WEIGHTS=file, else random)
+	$(BIN)/kvcast export --config $(CONFIG) --repository $(REPOSITORY) $(if $(WEIGHTS),--weights $(WEIGHTS))
+
+serve: $(READY) ## serve REPOSITORY with tritonserver in the foreground
+	@exec $(BIN)/kvcast serve --repository $(REPOSITORY) --config $(CONFIG) --models "$(MODELS)" $(PORTS)
+
+demo: $(READY) ## export if need be, serve, rank the example request, stop
+	@$(BIN)/kvcast demo --repository $(REPOSITORY) --config $(CONFIG) $(PORTS)
+
+test: $(READY) ## every test, those against a real tritonserver included
+	$(BIN)/python -m pytest
+
+check: $(READY) ## formatting, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY) ## rewrite the code in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove what was built: the environment, exports, caches
+	rm -rf $(VENV) build *.egg-info src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -f model_repository/*/1/model.onnx model_repository/*/1/model.onnx.data model_repository/*/1/manifest.json
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,45 @@
+"""The front door: `kvcast <command>`. Each command lives in its room and runs as `python -m kvcast.<room>` too."""
+
+import importlib
+import sys
+
+# command → (module with `main(argv)`, what it is for)
+COMMANDS = {
+    "export": ("kvcast.export.__main__", "export a network into a model repository, proved exact"),
+    "serve": ("kvcast.server.__main__", "serve a model repository with tritonserver"),
+    "rank": ("kvcast.client.__main__", "rank the candidates of a JSON request on a running server"),
+    "clicklog": ("kvcast.clicklog.__main__", "print a synthetic ranking request"),
+    "demo": ("kvcast.demo", "serve, rank one example request, stop"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; return its exit status."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(describe())
+        return 0 if arguments else 2
+    command, *rest = arguments
+    if command not in COMMANDS:
+        print(f"kvcast: expected one of {', '.join(COMMANDS)}, got {command!r}", file=sys.stderr)
+        return 2
+    try:
+        module = importlib.import_module(COMMANDS[command][0])
+    except ModuleNotFoundError as error:
+        extra = {"export": "export", "serve": "server", "demo": "server"}.get(command)
+        hint = f"pip install 'kvcast[{extra}]'" if extra else "pip install kvcast"
+        print(f"kvcast {command}: {error.name} is not installed: {hint}", file=sys.stderr)
+        return 1
+    status: int = module.main(rest)
+    return status
+
+
+def describe() -> str:
+    """Return the list of commands."""
+    lines = ["usage: kvcast COMMAND …      kvcast COMMAND --help says more", ""]
+    lines += [f"  {name:<9} {purpose}" for name, (_, purpose) in COMMANDS.items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
