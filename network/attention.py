@@ -113,6 +113,6 @@ def attend_user_and_item(query: Tensor, key: Tensor, value: Tensor, user_keys: T
     augmented = torch.cat([item_query, item_share, torch.ones_like(item_share)], dim=-1)
     rows = augmented.flatten(2, 3)  # [B, H, N·Q, dh+2]
     shared = (rows @ user_keys).softmax(dim=-1) @ user_values  # [B, H, N·Q, dh+1]
-    shared = shared.view(*item_output.shape[:4], -1)  # [B, H, N, Q, dh+1]
+    shared = shared.view(*item_output.shape[:4], shared.shape[-1])  # [B, H, N, Q, dh+1]
     output = shared[..., :head_width] + shared[..., head_width:] * item_output
     return output.permute(0, 2, 3, 1, 4)  # [B, N, Q, H, dh]

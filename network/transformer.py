@@ -44,7 +44,7 @@ class Block(nn.Module):
 
     def split_heads(self, tokens: Tensor) -> Tensor:
         """`[..., d]` → `[..., H, dh]`."""
-        return tokens.view(*tokens.shape[:-1], self.heads, -1)
+        return tokens.view(*tokens.shape[:-1], self.heads, tokens.shape[-1] // self.heads)
 
     def close(self, tokens: Tensor, attended: Tensor) -> Tensor:
         """Add attention `[..., H, dh]` to the residual stream `[..., d]`, then the feed-forward part."""

@@ -33,7 +33,8 @@ RESTRICTED_HTTP = "model-repository,shared-memory,logging,trace"
 RESTRICTED_GRPC = "model-repository,shared-memory,trace"
 # An idle keep-alive connection holds Triton's shutdown for this whole time.
 EXIT_TIMEOUT_SECONDS = 3
-KILL_AFTER_SECONDS = EXIT_TIMEOUT_SECONDS + 1.5
+KILL_AFTER_SECONDS = EXIT_TIMEOUT_SECONDS + 1
+GONE_WITHIN_SECONDS = 2
 # Opening a model checks its files' hashes and runs it once: minutes for gigabytes on a slow disk.
 STUB_TIMEOUT_SECONDS = 600
 
@@ -70,6 +71,7 @@ class TritonServer:
         self.process: subprocess.Popen[str] | None = None
         self._log = log
         self._tail: deque[str] = deque(maxlen=400)
+        self._reader: threading.Thread | None = None
         self._workspace: Path | None = None
         self._admin_key = secrets.token_hex(16)
 
@@ -146,7 +148,8 @@ class TritonServer:
             )
         except OSError as error:
             raise ServerError(f"cannot run {installation.binary}: {error.strerror}") from error
-        threading.Thread(target=self._read_log, name="tritonserver-log", daemon=True).start()
+        self._reader = threading.Thread(target=self._read_log, name="tritonserver-log", daemon=True)
+        self._reader.start()
         self._wait_until_ready()
 
     def stop(self) -> None:
@@ -156,10 +159,9 @@ class TritonServer:
                 self.process.send_signal(signal.SIGTERM)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self.process.wait(KILL_AFTER_SECONDS)
-            # The whole session: stubs of models too, if the server left any.
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+            self._kill_group()
             self.process.wait()
+            self._finish_log()
             for region in Path("/dev/shm").glob(f"{self._shared_memory_prefix}*"):  # noqa: S108 ours by its prefix
                 region.unlink(missing_ok=True)
         if self._workspace is not None:
@@ -203,9 +205,25 @@ class TritonServer:
     def _read_log(self) -> None:
         if self.process is None or self.process.stdout is None:
             return
-        for line in self.process.stdout:
-            self._tail.append(line.rstrip())
-            self._log(line.rstrip())
+        with self.process.stdout as lines:
+            for line in lines:
+                self._tail.append(line.rstrip())
+                self._log(line.rstrip())
+
+    def _kill_group(self) -> None:
+        """End what is left of the server and the stubs of its models, and wait until they are gone."""
+        if self.process is None:
+            return
+        deadline = time.monotonic() + GONE_WITHIN_SECONDS
+        while has_members(self.process.pid) and time.monotonic() < deadline:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            time.sleep(0.01)
+
+    def _finish_log(self) -> None:
+        """Wait for the last lines of a process that has ended."""
+        if self._reader is not None:
+            self._reader.join(timeout=2)
 
     def _wait_until_ready(self) -> None:
         if self.process is None:
@@ -213,7 +231,7 @@ class TritonServer:
         deadline = time.monotonic() + self.settings.start_timeout_seconds
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
-                time.sleep(0.2)  # let the log reader finish
+                self._finish_log()
                 raise ServerError(f"tritonserver stopped at start-up: {explain(list(self._tail))}")
             if self._ask("GET", "/v2/health/ready")[0] == 200:
                 self._check_models_are_ready()
@@ -240,6 +258,16 @@ class TritonServer:
             return 0, b""
         finally:
             connection.close()
+
+
+def has_members(group: int) -> bool:
+    """Whether a process of this group is still running (one that has ended but was not collected is not)."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, own_group = path.read_text().rpartition(")")[2].split()[:3]
+            if int(own_group) == group and state != "Z":
+                return True
+    return False
 
 
 def explain(log: list[str]) -> str:

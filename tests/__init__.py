@@ -1,0 +1,1 @@
+"""The tests: `unit` (no server), `parity` (cached = monolith, everywhere), `e2e` (a real tritonserver)."""

@@ -1,0 +1,1 @@
+"""Tests that the cached path equals the monolith: in torch, through ONNX, and served."""

@@ -1,0 +1,67 @@
+"""What several tests need: small configurations, random requests, free ports."""
+
+import dataclasses
+import socket
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcast.contract.config import ModelConfig, NetworkConfig, load_config
+from kvcast.contract.schema import FeatureSchema, Field, Limits, Workload
+from kvcast.network.interface import RankingNetwork, build_network
+from kvcast.network.weights import draw_weights
+
+Ids = npt.NDArray[np.int64]
+TOLERANCE = 1e-5  # on scores, in fp32; nothing here is looser
+
+
+def make_config(
+    *, layers: int = 2, heads: int = 2, head_width: int = 8, history_fields: int = 2, candidate_fields: int = 4
+) -> ModelConfig:
+    """Return a small configuration whose first field is shared by both sides."""
+    item = Field("item", 120)
+    history = (item, *(Field(f"event_{index}", 64 + index) for index in range(1, history_fields)))
+    candidate = (item, *(Field(f"attribute_{index}", 70 + index) for index in range(1, candidate_fields)))
+    return ModelConfig(
+        name="small",
+        network=NetworkConfig("kvcast.network.transformer:Transformer", layers, heads, heads * head_width),
+        schema=FeatureSchema(history, candidate),
+        limits=Limits(history=64, candidates=32),
+        workload=Workload(history=10, candidates=5),
+    )
+
+
+def make_network(config: ModelConfig, seed: int = 0) -> RankingNetwork:
+    """Return a network with random weights."""
+    network = build_network(config)
+    draw_weights(network, seed)
+    return network
+
+
+def draw_rows(fields: tuple[Field, ...], shape: tuple[int, ...], generator: np.random.Generator) -> Ids:
+    """Return random ids, unknown (0) included, `[*shape, fields]`."""
+    return np.stack([generator.integers(0, field.vocab_size, shape) for field in fields], axis=-1)
+
+
+def draw_request(config: ModelConfig, length: int, count: int, seed: int) -> tuple[Ids, Ids]:
+    """Return a random history [L, fields] and candidates [N, T], some ids unknown and some events padding."""
+    generator = np.random.default_rng(seed)
+    history = draw_rows(config.schema.history_fields, (length,), generator)
+    return history, draw_rows(config.schema.candidate_fields, (count,), generator)
+
+
+def find_free_ports(count: int) -> list[int]:
+    """Return ports that were free a moment ago."""
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def tiny_config(**changes: Any) -> ModelConfig:
+    """Return the `tiny` configuration, with changes."""
+    return dataclasses.replace(load_config("tiny"), **changes)
