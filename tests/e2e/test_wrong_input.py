@@ -118,8 +118,16 @@ WRONG_KV: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray], list[str]]] =
     "NaN in values": ("user_values", set_one(np.nan), ["user_values", "finite", "nan"]),
     "minus infinity in keys": ("user_keys", set_one(-np.inf), ["user_keys", "finite", "-inf"]),
     "numbers that overflow": ("user_keys", lambda array: array * 0 + 3e38, ["user KV", "overflow"]),
-    "a layer too few": ("user_keys", lambda array: array[:, :2], ["user_keys", "[1, 3, 2, 18, 21]", "[1, 2, 2, 18, 21]"]),
-    "a layer too many": ("user_values", lambda array: np.repeat(array, 2, axis=1), ["user_values", "[1, 6, 2, 21, 17]"]),
+    "a layer too few": (
+        "user_keys",
+        lambda array: array[:, :2],
+        ["user_keys", "[1, 3, 2, 18, 21]", "[1, 2, 2, 18, 21]"],
+    ),
+    "a layer too many": (
+        "user_values",
+        lambda array: np.repeat(array, 2, axis=1),
+        ["user_values", "[1, 6, 2, 21, 17]"],
+    ),
     "slots that disagree": ("user_values", lambda array: array[:, :, :, :-1], ["user_values", "[1, 3, 2, 20, 17]"]),
     "no slots": ("user_keys", lambda array: array[..., :0], ["user_keys", "slots"]),
     "another release": ("release", lambda array: array ^ 1, ["release", "encode the history again"]),

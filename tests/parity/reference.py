@@ -23,7 +23,9 @@ def score_candidates(
     return np.array([_score_one(weights, config, events, candidate, undirected) for candidate in candidates])
 
 
-def _score_one(weights: dict[str, Array], config: ModelConfig, events: Array, candidate: Array, undirected: bool) -> float:
+def _score_one(
+    weights: dict[str, Array], config: ModelConfig, events: Array, candidate: Array, undirected: bool
+) -> float:
     w = {name: np.asarray(value, np.float64) for name, value in weights.items()}
     tokens = []
     for column, field in enumerate(config.schema.candidate_fields):

@@ -1,0 +1,172 @@
+"""The client without a server: rankings, errors by whose move it is, the command line's exit statuses."""
+
+import asyncio
+import json
+import threading
+import time
+
+import numpy as np
+import pytest
+from tritonclient.utils import InferenceServerException
+
+from kvcast.client import (
+    AsyncRankerClient,
+    DeadlineExceededError,
+    InvalidRequestError,
+    RankerClient,
+    Ranking,
+    ServerFaultError,
+    TryAgainError,
+)
+from kvcast.client.__main__ import main
+from kvcast.client.clients import Conversation
+from kvcast.client.transport import translate
+from kvcast.contract.manifest import read_manifest
+from tests.support import find_free_ports
+
+
+def test_top_is_sorted_and_keeps_the_callers_order_of_equals():
+    ranking = Ranking(np.array([0.5, 2.0, 0.5, -1.0], np.float32), np.array([[10], [11], [12], [13]]), 0.1)
+    assert [(each.index, each.item, each.score) for each in ranking.top(3)] == [
+        (1, 11, 2.0),
+        (0, 10, 0.5),
+        (2, 12, 0.5),
+    ]
+    assert len(ranking.top(99)) == 4
+    assert ranking.top(0) == []
+    with pytest.raises(ValueError, match="k: expected 0 or more, got -1"):
+        ranking.top(-1)
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        ("StatusCode.INVALID_ARGUMENT", InvalidRequestError),
+        ("400", InvalidRequestError),
+        ("StatusCode.UNAVAILABLE", TryAgainError),
+        ("503", TryAgainError),
+        ("StatusCode.DEADLINE_EXCEEDED", DeadlineExceededError),
+        ("499", DeadlineExceededError),
+        ("StatusCode.INTERNAL", ServerFaultError),
+        ("500", ServerFaultError),
+        (None, ServerFaultError),
+    ],
+)
+def test_a_status_says_whose_move_it_is(status, kind):
+    assert type(translate(InferenceServerException("message", status), "here:1", 2.0)) is kind
+
+
+def test_other_failures_say_whose_move_it_is():
+    assert type(translate(TimeoutError(), "here:1", 2.0)) is DeadlineExceededError
+    assert type(translate(ConnectionRefusedError(111, "refused"), "here:1", 2.0)) is TryAgainError
+    assert type(translate(KeyError("x"), "here:1", 2.0)) is ServerFaultError
+    unknown = InferenceServerException("Request for unknown model: 'x' is not found", "StatusCode.NOT_FOUND")
+    assert "MODELS" in str(translate(unknown, "here:1", 2.0))
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_no_server_is_try_again(protocol):
+    address = f"127.0.0.1:{find_free_ports(1)[0]}"
+    with RankerClient(address, protocol=protocol, deadline=2) as client, pytest.raises(TryAgainError, match=address):
+        client.get_manifest()
+
+    async def ask() -> None:
+        async with AsyncRankerClient(address, protocol=protocol, deadline=2) as other:
+            await other.get_manifest()
+
+    with pytest.raises(TryAgainError, match=address):
+        asyncio.run(ask())
+
+
+@pytest.fixture
+def silent_address():
+    """An address that accepts connections and never answers."""
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_a_silent_server_misses_the_deadline(silent_address, protocol):
+    started = time.monotonic()
+    with RankerClient(silent_address, protocol=protocol) as client, pytest.raises(TryAgainError):
+        client.get_manifest(deadline=0.3)
+
+    async def ask() -> None:
+        async with AsyncRankerClient(silent_address, protocol=protocol, deadline=0.3) as other:
+            await other.get_manifest()
+
+    with pytest.raises(TryAgainError):
+        asyncio.run(ask())
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"protocol": "smtp"}, "expected grpc or http"),
+        ({"deadline": 0}, "positive"),
+        ({"deadline": float("inf")}, "positive"),
+    ],
+)
+def test_wrong_settings_are_refused_at_once(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        RankerClient(**arguments)
+
+
+@pytest.fixture
+def conversation(tiny_repository):
+    return Conversation(read_manifest(tiny_repository / "user_encoder" / "1"))
+
+
+@pytest.mark.parametrize(
+    ("history", "candidates", "words"),
+    [
+        ([[1, 2], [3]], [[1, 1, 1, 1]], "history: expected a rectangular array"),
+        ([[1, 2]], [], "candidates: expected N = 1 to 64 candidates, got 0"),
+        ([[1, 2]], [[1, 1, 1]], "candidates: expected 4 fields (item, category, brand, price_bucket) per candidate"),
+        ([[1.0, 2.0]], [[1, 1, 1, 1]], "history: expected dtype INT64, got float64"),
+        ([[1, float("nan")]], [[1, 1, 1, 1]], "history: expected dtype INT64, got float64"),
+        ([1, 2], [[1, 1, 1, 1]], "history: expected rank 3"),
+        ([["a", "b"]], [[1, 1, 1, 1]], "history: expected dtype INT64"),
+        ([[1, 2]], [[500, 1, 1, 1]], "candidates: expected field 'item' within 0..499, got 500 at candidate 0"),
+    ],
+)
+def test_wrong_requests_are_refused_before_sending(conversation, history, candidates, words):
+    with pytest.raises(InvalidRequestError) as caught:
+        conversation.prepare(history, candidates)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("scores", [np.zeros((1, 2)), np.zeros(3), np.full((1, 3), np.nan)])
+def test_scores_that_cannot_be_used_are_the_servers_fault(scores):
+    request = {"candidates": np.ones((1, 3, 4), np.int64)}
+    with pytest.raises(ServerFaultError, match="scores: expected 3 finite numbers"):
+        Conversation.conclude(request, {"scores": scores}, 0.1)
+
+
+def test_threads_of_one_http_client_have_connections_of_their_own():
+    with RankerClient(f"127.0.0.1:{find_free_ports(1)[0]}", protocol="http") as client:
+        transport = client._transport
+        clients = []
+        threads = [threading.Thread(target=lambda: clients.append(transport._get_client(1.0))) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len({id(each) for each in clients}) == 4
+
+
+def test_the_command_without_a_server(tmp_path, capsys):
+    path = tmp_path / "request.json"
+    path.write_text(json.dumps({"history": [], "candidates": []}))
+    address = f"127.0.0.1:{find_free_ports(1)[0]}"
+    assert main([str(path), "--address", address, "--deadline", "2"]) == 3
+    assert "try again later" in capsys.readouterr().err
+    assert main([str(tmp_path / "missing.json"), "--address", address]) == 2
+    assert "missing.json: cannot be read" in capsys.readouterr().err
+    assert main([str(path), "--deadline", "-1"]) == 2
+    assert "deadline" in capsys.readouterr().err

@@ -1,0 +1,268 @@
+"""Export: every proof can fail, names its property, and leaves the repository alone; weights are checked by name."""
+
+import dataclasses
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kvcast.contract.errors import ConfigError
+from kvcast.contract.manifest import read_manifest
+from kvcast.contract.tensors import EXPORTED_MODELS
+from kvcast.export.calls import TorchCalls
+from kvcast.export.pipeline import WeightsSource, export_release
+from kvcast.export.proofs import ProofError, draw_sample, prove, prove_history_is_blind
+from kvcast.export.release import fingerprint_release, hash_file
+from kvcast.network.interface import MaskKind, UserKV, build_network
+from kvcast.network.transformer import Transformer
+from kvcast.network.weights import draw_weights, load_weights
+from tests.support import make_config, make_network
+
+CONFIG = make_config()
+
+
+class KeepsState(Transformer):
+    """Encoding depends on what was fused before."""
+
+    calls = 0
+
+    def fuse(self, user_kv: UserKV, candidates: Tensor) -> Tensor:
+        self.calls += 1
+        return super().fuse(user_kv, candidates)
+
+    def encode_user(self, history: Tensor) -> UserKV:
+        keys, values = super().encode_user(history)
+        return UserKV(tuple(key + 1e-7 * self.calls for key in keys), values)
+
+
+class NormalisesOverCandidates(Transformer):
+    """A score depends on the other candidates of the request."""
+
+    def fuse(self, user_kv: UserKV, candidates: Tensor) -> Tensor:
+        scores = super().fuse(user_kv, candidates)
+        return scores - scores.mean(dim=1, keepdim=True)
+
+
+class KnowsTheSlot(Transformer):
+    """A score depends on where its candidate stands, but not on the others."""
+
+    def fuse(self, user_kv: UserKV, candidates: Tensor) -> Tensor:
+        scores = super().fuse(user_kv, candidates)
+        return scores + 1e-3 * torch.arange(scores.shape[1])
+
+
+class ScoresEverythingAlike(Transformer):
+    """Every candidate gets the same score."""
+
+    def fuse(self, user_kv: UserKV, candidates: Tensor) -> Tensor:
+        return 0 * super().fuse(user_kv, candidates)
+
+
+class SeesPadding(Transformer):
+    """Padding counts as events."""
+
+    def encode_user(self, history: Tensor) -> UserKV:
+        keys, values = super().encode_user(history)
+        length = history.shape[1]
+        return UserKV(keys, tuple(value * (1 + 1e-3 * length) for value in values))
+
+
+class FusesInexactly(Transformer):
+    """The cached path differs from the monolith by more than rounding."""
+
+    def fuse(self, user_kv: UserKV, candidates: Tensor) -> Tensor:
+        return super().fuse(user_kv, candidates) * 1.0001
+
+
+class ReturnsNaN(Transformer):
+    """A score is not a number."""
+
+    def fuse(self, user_kv: UserKV, candidates: Tensor) -> Tensor:
+        return super().fuse(user_kv, candidates) * torch.nan
+
+
+class LooksAtCandidates(Transformer):
+    """The mask that should be target-blind is not."""
+
+    def run_monolith(self, history: Tensor, candidates: Tensor, mask: MaskKind) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return super().run_monolith(history, candidates, "undirected")
+
+
+class IsBlindToTheMask(Transformer):
+    """The undirected mask does nothing, so that its absence proves nothing."""
+
+    def run_monolith(self, history: Tensor, candidates: Tensor, mask: MaskKind) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return super().run_monolith(history, candidates, "target_blind")
+
+
+BROKEN = {
+    KeepsState: "property 1",
+    NormalisesOverCandidates: "property 2",
+    KnowsTheSlot: "property 2",  # alone, every candidate stands in slot 0
+    ScoresEverythingAlike: "property 4",
+    SeesPadding: "property 5",
+    FusesInexactly: "property 6",
+    ReturnsNaN: "scores: expected finite",
+    LooksAtCandidates: "property 6",
+}
+
+
+@pytest.mark.parametrize("family", BROKEN, ids=lambda family: family.__name__)
+@torch.inference_mode()
+def test_a_network_that_breaks_a_property_is_refused(family):
+    network = family(CONFIG).eval()
+    draw_weights(network, 0)
+    with pytest.raises(ProofError) as caught:
+        prove(TorchCalls(network), draw_sample(CONFIG.schema, 12, 5, seed=1))
+    assert BROKEN[family] in str(caught.value)
+
+
+@torch.inference_mode()
+def test_a_network_whose_scores_depend_on_order_alone_is_refused():
+    """A slot dependence that vanishes for N = 1 passes property 2 slot by slot only if it is also additive."""
+
+    class ShufflesScores(Transformer):
+        def fuse(self, user_kv: UserKV, candidates: Tensor) -> Tensor:
+            scores = super().fuse(user_kv, candidates)
+            return scores.sort(dim=1).values if scores.shape[1] > 1 else scores
+
+    network = ShufflesScores(CONFIG).eval()
+    draw_weights(network, 0)
+    with pytest.raises(ProofError, match="property [23]"):
+        prove(TorchCalls(network), draw_sample(CONFIG.schema, 12, 5, seed=1))
+
+
+@pytest.mark.parametrize(
+    ("family", "words"), [(LooksAtCandidates, "property 1"), (IsBlindToTheMask, "negative control")]
+)
+@torch.inference_mode()
+def test_the_negative_control_can_fail(family, words):
+    network = family(CONFIG).eval()
+    draw_weights(network, 0)
+    sample = draw_sample(CONFIG.schema, 12, 5, seed=1)
+    with pytest.raises(ProofError, match=words):
+        prove_history_is_blind(TorchCalls(network).probe_user_keys, CONFIG.schema, sample)
+
+
+@torch.inference_mode()
+def test_a_right_network_passes_and_reports_its_error():
+    network = make_network(CONFIG)
+    sample = draw_sample(CONFIG.schema, 12, 5, seed=1)
+    calls = TorchCalls(network)
+    assert 0 <= prove(calls, sample) < 1e-5
+    prove_history_is_blind(calls.probe_user_keys, CONFIG.schema, sample)
+
+
+def test_a_refused_export_leaves_the_repository_as_it_was(tmp_path):
+    config = dataclasses.replace(
+        CONFIG, network=dataclasses.replace(CONFIG.network, family=f"{__name__}:FusesInexactly")
+    )
+    with pytest.raises(ProofError, match="property 6"):
+        export_release(config, WeightsSource(), tmp_path / "repository", say=lambda _: None)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("family", ["no.such.module:Class", "kvcast.network.transformer:Nothing", "json:JSONDecoder"])
+def test_a_family_that_is_none_is_refused(family):
+    config = dataclasses.replace(CONFIG, network=dataclasses.replace(CONFIG.network, family=family))
+    with pytest.raises(ConfigError, match="network.family"):
+        build_network(config)
+
+
+def test_the_fingerprint_changes_with_any_weight_and_with_the_configuration():
+    network = make_network(CONFIG)
+    fingerprint = fingerprint_release(network)
+    assert fingerprint == fingerprint_release(make_network(CONFIG))
+    assert fingerprint != fingerprint_release(make_network(CONFIG, seed=1))
+    assert fingerprint != fingerprint_release(make_network(dataclasses.replace(CONFIG, name="other")))
+    with torch.no_grad():
+        next(iter(network.parameters())).view(-1)[-1] += 1e-6
+    assert fingerprint != fingerprint_release(network)
+
+
+def test_weights_survive_safetensors(tmp_path):
+    network = make_network(CONFIG, seed=4)
+    save_file(network.state_dict(), tmp_path / "weights.safetensors")
+    loaded = build_network(CONFIG)
+    load_weights(loaded, tmp_path / "weights.safetensors")
+    assert fingerprint_release(loaded) == fingerprint_release(network)
+
+
+def test_weights_that_do_not_fit_are_listed_all_at_once(tmp_path):
+    weights = make_network(CONFIG).state_dict()
+    weights["extra"] = torch.zeros(1)
+    weights["score.weight"] = torch.zeros(1, 3)
+    weights["score.bias"] = torch.full((1,), torch.nan)
+    weights["types.weight"] = weights["types.weight"].double()
+    del weights["positions.weight"]
+    save_file(weights, tmp_path / "weights.safetensors")
+    with pytest.raises(ConfigError) as caught:
+        load_weights(build_network(CONFIG), tmp_path / "weights.safetensors")
+    for words in (
+        "extra: not a parameter of Transformer",
+        "score.weight: expected torch.float32 [1, 16], got torch.float32 [1, 3]",
+        "score.bias: expected finite numbers",
+        "types.weight: expected torch.float32",
+        "positions.weight: missing",
+    ):
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", None])
+def test_a_weights_file_that_is_none_is_refused(tmp_path, content):
+    path = tmp_path / "weights.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match="cannot be read as safetensors"):
+        load_weights(build_network(CONFIG), path)
+
+
+def test_the_exported_repository(tiny_repository):
+    manifests = [read_manifest(tiny_repository / model.name / "1") for model in EXPORTED_MODELS]
+    assert len({manifest.release for manifest in manifests}) == 1
+    for model, manifest in zip(EXPORTED_MODELS, manifests, strict=True):
+        folder = tiny_repository / model.name / "1"
+        assert manifest.model == model.name
+        assert set(manifest.files) == {"model.onnx", "model.onnx.data"}
+        assert all(hash_file(folder / name) == digest for name, digest in manifest.files.items())
+        assert 0 < manifest.parity.onnx <= 1e-5
+        assert manifest.parity.undirected_difference > 1e-3
+        assert b"/" + b"network/transformer.py" not in (folder / "model.onnx").read_bytes(), "no path of this machine"
+    assert {path.name for path in tiny_repository.iterdir()} == {"user_encoder", "doc_fusion", "ranker", "ranker_full"}
+
+
+def test_exporting_again_keeps_an_operators_configuration(own_repository):
+    config = own_repository / "doc_fusion" / "config.pbtxt"
+    config.write_text(config.read_text().replace("count: 1", "count: 2"))
+    before = read_manifest(own_repository / "doc_fusion" / "1").release
+    command = [sys.executable, "-m", "kvcast.export", "--config", "tiny", "--seed", "1", "--repository", own_repository]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "count: 2" in config.read_text()
+    assert read_manifest(own_repository / "doc_fusion" / "1").release != before
+    assert "[8/8]" in done.stdout
+    assert "cached = monolith" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config", "nonsense"], "expected one of bench, seed, tiny"),
+        (["--config", "tiny", "--weights", "nowhere.safetensors"], "nowhere.safetensors"),
+    ],
+)
+def test_the_command_line_says_what_is_wrong(tmp_path, arguments, words):
+    command = [sys.executable, "-m", "kvcast.export", *arguments, "--repository", str(tmp_path / "r")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_samples_hold_no_padding_and_different_candidates():
+    sample = draw_sample(CONFIG.schema, 50, 20, seed=3)
+    assert (sample.history > 0).all()
+    assert len(np.unique(sample.candidates[0, :, 0])) == 20

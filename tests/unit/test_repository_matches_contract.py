@@ -1,0 +1,125 @@
+"""The hand-written config.pbtxt files and the rules of the rooms, held against the contract and the design."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from kvcast.contract.tensors import MAX_BATCH_SIZE, MODELS, ModelSpec, TensorSpec
+
+ROOT = Path(__file__).parents[2]
+MODEL_NAMES = {model.name: model for model in MODELS}
+# room → the rooms that it may import (each may import itself); see docs/architecture.md
+MAY_IMPORT = {
+    "contract": set(),
+    "network": {"contract"},
+    "clicklog": {"contract"},
+    "export": {"contract", "network"},
+    "runtime": {"contract"},
+    "model_repository": {"runtime"},
+    "server": {"contract"},
+    "client": {"contract"},
+    "perf": {"client", "clicklog", "contract", "server"},
+}
+HEAVY = {"torch", "onnx", "onnxruntime", "tritonclient", "triton_python_backend_utils", "safetensors"}
+MAY_USE = {
+    "contract": set(),
+    "network": {"torch", "safetensors"},
+    "clicklog": set(),
+    "export": {"torch", "onnx", "onnxruntime"},
+    "runtime": {"onnxruntime"},
+    "model_repository": {"triton_python_backend_utils"},
+    "server": set(),
+    "client": {"tritonclient"},
+}
+
+
+def read_config(model: str) -> model_config_pb2.ModelConfig:
+    text = (ROOT / "model_repository" / model / "config.pbtxt").read_text()
+    return text_format.Parse(text, model_config_pb2.ModelConfig())
+
+
+def describe(tensor: TensorSpec) -> tuple[str, str, list[int]]:
+    dims = [int(axis) if axis.isdigit() else -1 for axis in tensor.axes]
+    return tensor.name, f"TYPE_{tensor.dtype}", dims
+
+
+@pytest.mark.parametrize("spec", MODELS, ids=lambda model: model.name)
+def test_config_says_what_the_contract_says(spec: ModelSpec):
+    config = read_config(spec.name)
+    names = model_config_pb2.DataType.Name
+    assert config.name == spec.name
+    assert config.max_batch_size == MAX_BATCH_SIZE
+    for tensors, specs in ((config.input, spec.inputs), (config.output, spec.outputs)):
+        assert [(each.name, names(each.data_type), list(each.dims)) for each in tensors] == [
+            describe(each) for each in specs
+        ]
+    if spec.steps:
+        assert config.platform == "ensemble"
+        assert tuple(step.model_name for step in config.ensemble_scheduling.step) == spec.steps
+        return
+    assert config.backend == "python"
+    assert config.HasField("dynamic_batching")
+    assert not config.HasField("response_cache"), "it stores errors"
+    assert [group.kind for group in config.instance_group] == [model_config_pb2.ModelInstanceGroup.KIND_CPU]
+    assert set(config.parameters) == {"execution_provider", "intra_op_threads"}
+    ragged = {each.name for each in config.input if each.allow_ragged_batch}
+    assert ragged == {each.name for each in config.input if -1 in each.dims}
+
+
+def test_the_ensemble_feeds_every_input_of_its_steps():
+    for step in read_config("ranker").ensemble_scheduling.step:
+        assert set(step.input_map) == {tensor.name for tensor in MODEL_NAMES[step.model_name].inputs}
+        for inner, outer in [*step.input_map.items(), *step.output_map.items()]:
+            assert inner == outer, "one name for one thing"
+
+
+def test_the_repository_holds_models_and_nothing_else():
+    folders = {path.name for path in (ROOT / "model_repository").iterdir() if path.is_dir()}
+    assert folders - {"__pycache__"} == set(MODEL_NAMES)
+
+
+def imported_modules(path: Path) -> set[str]:
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide the room"
+            modules.add(node.module or "")
+    return modules
+
+
+@pytest.mark.parametrize("room", [room for room in MAY_IMPORT if (ROOT / room).is_dir()])
+def test_imports_run_one_way(room):
+    for path in (ROOT / room).rglob("*.py"):
+        for module in imported_modules(path):
+            top, _, rest = module.partition(".")
+            if top == "kvcast":
+                other = rest.partition(".")[0]
+                assert other in MAY_IMPORT[room] | {room}, f"{path.relative_to(ROOT)} imports {module}"
+            elif room in MAY_USE:
+                assert top not in HEAVY - MAY_USE[room], f"{path.relative_to(ROOT)} imports {module}"
+
+
+def test_every_room_has_its_rule_and_its_link():
+    rooms = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
+    assert rooms <= set(MAY_IMPORT)
+    for room in rooms:
+        assert (ROOT / "src" / "kvcast" / room).resolve() == ROOT / room
+
+
+def test_adapters_are_thin():
+    for path in (ROOT / "model_repository").rglob("model.py"):
+        assert len(path.read_text().splitlines()) <= 30, path
+
+
+def test_nothing_is_pickled_and_nothing_changes_the_import_path():
+    for room in MAY_IMPORT:
+        for path in (ROOT / room).rglob("*.py"):
+            source = path.read_text()
+            assert "pickle" not in imported_modules(path), path
+            assert "torch.load(" not in source, path
+            assert "sys.path" not in source, path

@@ -1,0 +1,204 @@
+"""The runtime without a server: packing, answering with errors kept apart, artefacts refused."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvcast.contract.errors import ArtefactError, InvalidRequestError, KvcastError, ServerFaultError
+from kvcast.contract.manifest import parse_manifest
+from kvcast.contract.schema import KVLayout
+from kvcast.runtime import UserEncoder
+from kvcast.runtime.artefact import SessionOptions, open_artefact
+from kvcast.runtime.packing import plan_runs, stack_padded, strip_padding
+from kvcast.runtime.serve import ServedModel, Tensors, answer, load_model, read_options, serve_requests
+from kvcast.runtime.user_kv import UserKV, stack_user_kv
+
+
+@given(st.lists(st.integers(0, 50), max_size=12), st.integers(0, 100))
+def test_runs_hold_every_user_once_and_keep_the_bound(lengths, bound):
+    runs = plan_runs(lengths, bound)
+    assert sorted(user for run in runs for user in run) == list(range(len(lengths)))
+    for run in runs:
+        assert run
+        assert len(run) == 1 or len(run) * max(lengths[user] for user in run) <= bound
+
+
+def test_padding_is_stripped_wherever_it_stands():
+    history = np.array([[0, 0], [1, 2], [0, 0], [0, 3], [4, 0], [0, 0]])
+    np.testing.assert_array_equal(strip_padding(history), [[1, 2], [0, 3], [4, 0]])
+    np.testing.assert_array_equal(strip_padding(np.zeros((5, 2), np.int64)), [[0, 0]])
+    np.testing.assert_array_equal(strip_padding(np.zeros((0, 2), np.int64)), [[0, 0]])
+
+
+def test_stacking_pads_with_zeros_and_copies_nothing_for_one():
+    one, two = np.ones((1, 2), np.int64), np.full((3, 2), 7)
+    np.testing.assert_array_equal(stack_padded([one, two])[0], [[1, 1], [0, 0], [0, 0]])
+    assert np.shares_memory(stack_padded([two]), two)
+
+
+def test_stacked_user_kv_pads_with_masked_slots():
+    layout = KVLayout(2, 1, 4, 3, 1, mask_row=3, mask_value=-5.0)
+    parts = [
+        UserKV(np.full((1, 2, 1, 4, slots), slots, np.float32), np.full((1, 2, 1, slots, 3), slots, np.float32))
+        for slots in (2, 4)
+    ]
+    stacked = stack_user_kv(parts, layout)
+    assert stacked.keys.shape == (2, 2, 1, 4, 4)
+    np.testing.assert_array_equal(stacked.keys[0, 0, 0, :, 2:], [[0, 0], [0, 0], [0, 0], [-5, -5]])
+    np.testing.assert_array_equal(stacked.values[0, :, :, 2:], 0)
+    np.testing.assert_array_equal(stacked.take(0, 2).keys, parts[0].keys)
+    np.testing.assert_array_equal(stacked.take(1, 4).values, parts[1].values)
+    assert stack_user_kv(parts[:1], layout) is parts[0]
+
+
+class Doubler(ServedModel[int]):
+    """A model that doubles a number, refuses 0 and breaks on 13."""
+
+    def __init__(self) -> None:
+        self.runs: list[int] = []
+
+    def check(self, tensors: Tensors, wanted: Sequence[str]) -> int:
+        number = int(tensors["number"][0])
+        if "double" not in wanted or number == 0:
+            raise InvalidRequestError(f"number: expected not 0, got {number}")
+        return number
+
+    def run(self, jobs: Sequence[int]) -> list[Tensors]:
+        self.runs.append(len(jobs))
+        if 13 in jobs:
+            raise RuntimeError("secret detail of /some/path")
+        return [{"double": np.array([2 * job])} for job in jobs]
+
+    def warm_up(self) -> None:
+        """Nothing to warm."""
+
+
+def ask(numbers: list[int]) -> tuple[list[Tensors | KvcastError], Doubler, list[str]]:
+    model, log = Doubler(), []
+    replies = answer(model, [({"number": np.array([number])}, ["double"]) for number in numbers], log.append)
+    return replies, model, log
+
+
+def test_valid_requests_run_together_and_replies_keep_their_order():
+    replies, model, log = ask([1, 0, 3])
+    assert model.runs == [2]
+    assert [int(reply["double"][0]) for reply in (replies[0], replies[2])] == [2, 6]
+    assert isinstance(replies[1], InvalidRequestError)
+    assert not log
+
+
+def test_an_unexpected_error_fails_its_own_request_only_and_hides_its_detail():
+    replies, _, log = ask([1, 13, 3])
+    assert [int(reply["double"][0]) for reply in (replies[0], replies[2])] == [2, 6]
+    assert isinstance(replies[1], ServerFaultError)
+    assert "secret" not in str(replies[1])
+    reference = str(replies[1]).split()[-1]
+    assert len(log) == 1
+    assert reference in log[0]
+    assert "secret detail" in log[0]
+
+
+@given(st.lists(st.integers(-2, 15), max_size=10))
+def test_every_request_gets_its_own_reply(numbers):
+    replies, _, _ = ask(numbers)
+    assert len(replies) == len(numbers)
+    for number, reply in zip(numbers, replies, strict=True):
+        if number in (0, 13):
+            assert isinstance(reply, KvcastError)
+        else:
+            assert int(reply["double"][0]) == 2 * number
+
+
+class FakeTriton:
+    """The part of `pb_utils` that the runtime is handed, for what a real server shows less directly."""
+
+    class TritonModelException(Exception):  # noqa: N818 Triton's name
+        """As Triton's."""
+
+    class TritonError:
+        """As Triton's."""
+
+        INVALID_ARG, INTERNAL, UNAVAILABLE = "INVALID_ARG", "INTERNAL", "UNAVAILABLE"
+
+        def __init__(self, message: str, code: str) -> None:
+            self.message, self.code = message, code
+
+    class Tensor:
+        """As Triton's."""
+
+        def __init__(self, name: str, array: np.ndarray) -> None:
+            self.name, self.array = name, array
+
+    class InferenceResponse:
+        """As Triton's."""
+
+        def __init__(self, output_tensors: Sequence[Any] = (), error: Any = None) -> None:
+            self.output_tensors, self.error = output_tensors, error
+
+    class Logger:
+        """As Triton's."""
+
+        log_info = log_error = staticmethod(lambda message: None)
+
+
+def test_errors_are_spelled_for_triton(tiny_repository):
+    model = UserEncoder.open(tiny_repository / "user_encoder" / "1", SessionOptions())
+
+    class Request:
+        def requested_output_names(self) -> list[str]:
+            return ["release"]
+
+    class Input:
+        def as_numpy(self) -> np.ndarray:
+            return np.full((1, 1, 2), -1)
+
+    triton = FakeTriton()
+    triton.get_input_tensor_by_name = lambda request, name: Input()
+    (response,) = serve_requests(triton, [Request()], model)
+    assert response.error.code == "INVALID_ARG"
+    assert response.error.message == "history: expected field 'item' within 0..499, got -1 at event 0"
+
+
+def test_a_model_that_cannot_load_says_why_in_one_sentence(own_repository):
+    (own_repository / "user_encoder" / "1" / "model.onnx").unlink()
+    args = {
+        "model_config": json.dumps({}),
+        "model_repository": str(own_repository / "user_encoder"),
+        "model_version": "1",
+    }
+    with pytest.raises(FakeTriton.TritonModelException, match=r"model.onnx: cannot be read .*: export again"):
+        load_model(FakeTriton(), args, UserEncoder)
+
+
+def test_options_from_the_configuration():
+    config = {
+        "parameters": {"execution_provider": {"string_value": "cpu"}, "intra_op_threads": {"string_value": "3"}},
+        "instance_group": [{"count": 2}, {"count": 1}],
+    }
+    assert read_options(config) == SessionOptions(provider="cpu", threads=3, instances=3)
+    assert read_options({}) == SessionOptions()
+    assert SessionOptions(threads=3).count_threads() == 3
+    assert SessionOptions(instances=1000).count_threads() == 1
+    with pytest.raises(ServerFaultError, match="intra_op_threads: expected a number, got 'many'"):
+        read_options({"parameters": {"intra_op_threads": {"string_value": "many"}}})
+
+
+@pytest.mark.parametrize("provider", ["cuda", "tpu"])
+def test_a_provider_that_cannot_be_had_is_refused(tiny_repository, provider):
+    with pytest.raises(ArtefactError, match="execution_provider"):
+        open_artefact(tiny_repository / "doc_fusion" / "1", "doc_fusion", SessionOptions(provider=provider))
+
+
+def test_artefacts_that_do_not_belong_are_refused(own_repository):
+    folder = own_repository / "doc_fusion" / "1"
+    with pytest.raises(ArtefactError, match="expected the artefact of user_encoder, got that of doc_fusion"):
+        open_artefact(folder, "user_encoder", SessionOptions())
+    manifest = parse_manifest((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(manifest.to_json().replace(manifest.release, "cd" * 32))
+    with pytest.raises(ArtefactError, match="expected release cdcdcdcdcdcd, as the manifest says"):
+        open_artefact(folder, "doc_fusion", SessionOptions())
