@@ -77,15 +77,16 @@ class DocFusion(ServedModel[FusionJob]):
         in_order = iter(scored[index] for index in range(len(users)))
         return [np.stack([next(in_order) for _ in range(job.user_kv.users)]) for job in jobs]
 
-    def warm_up(self) -> None:
-        """Score the expected number of candidates against zeros of the expected length."""
+    def make_warm_up(self) -> Tensors:
+        """Return the expected number of candidates, and zeros of the expected length for user KV."""
         manifest = self.artefact.manifest
         length, count = manifest.workload.history, manifest.workload.candidates
-        user_kv = UserKV(
-            np.zeros((1, *manifest.user_kv.keys_shape(length)), np.float32),
-            np.zeros((1, *manifest.user_kv.values_shape(length)), np.float32),
-        )
-        self._fuse(user_kv, np.ones((1, count, len(manifest.candidate_fields)), np.int64))
+        return {
+            USER_KEYS.name: np.zeros((1, *manifest.user_kv.keys_shape(length)), np.float32),
+            USER_VALUES.name: np.zeros((1, *manifest.user_kv.values_shape(length)), np.float32),
+            RELEASE.name: np.frombuffer(bytes.fromhex(manifest.release), np.uint8)[None],
+            CANDIDATES.name: np.ones((1, count, len(manifest.candidate_fields)), np.int64),
+        }
 
     def _fuse(self, user_kv: UserKV, candidates: Ids) -> Floats:
         """Run the graph once: `[B, N]`. A layer of a single user's KV is a view, not a copy."""

@@ -66,8 +66,10 @@ class FullRanker(ServedModel[FullJob]):
             raise ServerFaultError(f"{SCORES.name}: expected finite numbers, got {joined}")
         return np.asarray(joined, np.float32)
 
-    def warm_up(self) -> None:
-        """Score one candidate after a history of the expected length."""
+    def make_warm_up(self) -> Tensors:
+        """Return one candidate, and a history of the expected length."""
         manifest = self.artefact.manifest
-        history = np.ones((manifest.workload.history, len(manifest.history_fields)), np.int64)
-        self.score(history, np.ones((1, len(manifest.candidate_fields)), np.int64))
+        return {
+            HISTORY.name: np.ones((1, manifest.workload.history, len(manifest.history_fields)), np.int64),
+            CANDIDATES.name: np.ones((1, 1, len(manifest.candidate_fields)), np.int64),
+        }

@@ -24,6 +24,9 @@ Job = TypeVar("Job")
 Model = TypeVar("Model", bound="ServedModel[Any]")
 Log = Callable[[str], None]
 
+# The first run allocates, the second lets ONNX Runtime plan by what the first needed, the third is the usual one.
+WARM_UP_REQUESTS = 3
+
 
 class ServedModel(abc.ABC, Generic[Job]):
     """A model as the server sees it: tensors in, tensors out, in two steps."""
@@ -60,8 +63,20 @@ class ServedModel(abc.ABC, Generic[Job]):
         """Run checked jobs, as many at a time as pays; return the outputs of each, in order."""
 
     @abc.abstractmethod
-    def warm_up(self) -> None:
-        """Run once at the size of the expected workload, so that no caller pays for first allocations."""
+    def make_warm_up(self) -> Tensors:
+        """Return the inputs of a valid request of the expected workload's size."""
+
+    def warm_up(self, log_error: Log) -> None:
+        """Answer the warm-up request, more than once, so that no caller pays for first allocations.
+
+        Raises:
+            KvcastError: it is not answered; the model cannot serve.
+        """
+        wanted = [tensor.name for tensor in self.spec.outputs]
+        for _ in range(WARM_UP_REQUESTS):
+            (reply,) = answer(self, [(self.make_warm_up(), wanted)], log_error)
+            if isinstance(reply, KvcastError):
+                raise reply
 
 
 def load_model(pb_utils: Any, args: dict[str, str], model: type[Model]) -> Model:
@@ -74,7 +89,7 @@ def load_model(pb_utils: Any, args: dict[str, str], model: type[Model]) -> Model
     folder = Path(args["model_repository"]) / args["model_version"]
     try:
         opened = model.open(folder, read_options(config))
-        opened.warm_up()
+        opened.warm_up(pb_utils.Logger.log_error)
     except KvcastError as error:
         raise pb_utils.TritonModelException(str(error)) from None
     manifest, artefact = opened.artefact.manifest, opened.artefact

@@ -84,7 +84,7 @@ class UserEncoder(ServedModel[EncodeJob]):
                 encoded[user] = UserKV(keys, values).take(row, layout.slots(lengths[user]))
         return [encoded[user] for user in range(len(histories))]
 
-    def warm_up(self) -> None:
-        """Encode a history of the expected length."""
+    def make_warm_up(self) -> Tensors:
+        """Return a history of the expected length."""
         manifest = self.artefact.manifest
-        self.encode([np.ones((manifest.workload.history, len(manifest.history_fields)), np.int64)])
+        return {HISTORY.name: np.ones((1, manifest.workload.history, len(manifest.history_fields)), np.int64)}

@@ -74,8 +74,8 @@ class Doubler(ServedModel[int]):
             raise RuntimeError("secret detail of /some/path")
         return [{"double": np.array([2 * job])} for job in jobs]
 
-    def warm_up(self) -> None:
-        """Nothing to warm."""
+    def make_warm_up(self) -> Tensors:
+        return {"number": np.array([1])}
 
 
 def ask(numbers: list[int]) -> tuple[list[Tensors | KvcastError], Doubler, list[str]]:
