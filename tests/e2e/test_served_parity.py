@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from kvcast.client import AsyncRankerClient, RankerClient
 from kvcast.clicklog import ClickLog
+from kvcast.client import AsyncRankerClient, RankerClient
 from kvcast.contract.config import load_config
 from kvcast.server import TritonServer
 from tests.parity.reference import score_candidates

@@ -49,6 +49,10 @@ def find_children(pid: int) -> set[int]:
     return found
 
 
+def list_shared_memory() -> set[Path]:
+    return set(Path("/dev/shm").iterdir())  # noqa: S108 where Triton keeps its regions
+
+
 def is_running(pid: int) -> bool:
     """Whether the process exists and has not ended (one that waits to be collected has)."""
     try:
@@ -59,7 +63,7 @@ def is_running(pid: int) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_an_idle_server_and_everything_of_it(tiny_repository, number):
-    regions = set(os.listdir("/dev/shm"))
+    regions = list_shared_memory()
     process = run_serve(tiny_repository)
     address = read_until(process, "  HTTP").split("//")[1].strip()
     read_until(process, "Ctrl-C")
@@ -76,7 +80,7 @@ def test_a_signal_ends_an_idle_server_and_everything_of_it(tiny_repository, numb
     assert process.returncode == 0
     assert seconds < STOP_BOUND_SECONDS
     assert not [pid for pid in started if is_running(pid)]
-    assert set(os.listdir("/dev/shm")) <= regions
+    assert list_shared_memory() <= regions
 
 
 def test_a_second_signal_does_not_interrupt_the_clean_up(tiny_repository):
@@ -175,12 +179,12 @@ def test_a_truncated_weights_file_is_refused_at_load(own_repository):
 
 
 def test_a_failing_start_leaves_nothing_behind(own_repository):
-    regions = set(os.listdir("/dev/shm"))
+    regions = list_shared_memory()
     (own_repository / "doc_fusion" / "1" / "model.onnx").write_bytes(b"not onnx")
     before = find_children(os.getpid())
     expect_refusal(make_settings(own_repository), "SHA-256")
     assert find_children(os.getpid()) <= before
-    assert set(os.listdir("/dev/shm")) <= regions
+    assert list_shared_memory() <= regions
 
 
 def test_a_tritonserver_on_path_is_used_as_it_is(tiny_repository, tmp_path, monkeypatch):

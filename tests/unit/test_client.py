@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import threading
 import time
 
@@ -81,8 +82,6 @@ def test_no_server_is_try_again(protocol):
 @pytest.fixture
 def silent_address():
     """An address that accepts connections and never answers."""
-    import socket
-
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()

@@ -132,7 +132,7 @@ def test_a_network_whose_scores_depend_on_order_alone_is_refused():
 
     network = ShufflesScores(CONFIG).eval()
     draw_weights(network, 0)
-    with pytest.raises(ProofError, match="property [23]"):
+    with pytest.raises(ProofError, match=r"property [23]"):
         prove(TorchCalls(network), draw_sample(CONFIG.schema, 12, 5, seed=1))
 
 
@@ -169,7 +169,7 @@ def test_a_refused_export_leaves_the_repository_as_it_was(tmp_path):
 @pytest.mark.parametrize("family", ["no.such.module:Class", "kvcast.network.transformer:Nothing", "json:JSONDecoder"])
 def test_a_family_that_is_none_is_refused(family):
     config = dataclasses.replace(CONFIG, network=dataclasses.replace(CONFIG.network, family=family))
-    with pytest.raises(ConfigError, match="network.family"):
+    with pytest.raises(ConfigError, match=r"network\.family"):
         build_network(config)
 
 

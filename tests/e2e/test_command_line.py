@@ -1,0 +1,177 @@
+"""`kvcast rank` against a running server, and the commands of the README, run as written."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvcast.clicklog import ClickLog
+from kvcast.client import RankerClient
+from kvcast.client.__main__ import main
+from kvcast.contract.config import load_config
+from kvcast.contract.request import RankRequest
+from kvcast.contract.tensors import USER_ENCODER
+from tests.support import TOLERANCE, find_free_ports
+
+ROOT = Path(__file__).parents[2]
+CONFIG = load_config("tiny")
+
+
+@pytest.fixture
+def request_file(tmp_path: Path) -> Path:
+    path = tmp_path / "request.json"
+    path.write_text(ClickLog(CONFIG.schema, seed=3).draw_request(25, 12).to_json(CONFIG.schema))
+    return path
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_json_output_holds_all_scores(server, request_file, capsys, protocol):
+    address = server.grpc_address if protocol == "grpc" else server.http_address
+    assert main([str(request_file), "--json", "--top", "3", "--protocol", protocol, "--address", address]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    request = RankRequest.from_json(request_file.read_text(), CONFIG.schema)
+    with RankerClient(server.grpc_address, model="ranker_full") as client:
+        full = client.rank(request.history, request.candidates)
+    np.testing.assert_allclose(printed["scores"], full.scores, rtol=0, atol=TOLERANCE)
+    assert [row["index"] for row in printed["top"]] == [each.index for each in full.top(3)]
+    assert printed["config"] == "tiny"
+    assert printed["milliseconds"] > 0
+
+
+def test_the_table_shows_the_best_first(server, request_file, capsys):
+    assert main([str(request_file), "--top", "4", "--address", server.grpc_address]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("12 candidates after 25 events, ranked in ")
+    scores = [float(line.split()[2]) for line in lines[4:]]
+    assert len(scores) == 4
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_standard_input(server, request_file):
+    command = [sys.executable, "-m", "kvcast", "rank", "-", "--json", "--address", server.grpc_address]
+    text = request_file.read_text()
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=True)
+    assert len(json.loads(done.stdout)["scores"]) == 12
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "words"),
+    [
+        (lambda table: table["candidates"].clear(), 2, "expected N = 1 to 64 candidates, got 0"),
+        (lambda table: table["history"][0].update(item=500), 2, "expected field 'item' within 0..499, got 500"),
+        (lambda table: table["history"][0].pop("action"), 2, "history[0]: expected an object with item, action"),
+        (lambda table: table.update(history=table["history"] * 4), 2, "expected at most L = 96 events, got 100"),
+    ],
+)
+def test_a_wrong_request_is_exit_status_2(server, request_file, capsys, change, status, words):
+    table = json.loads(request_file.read_text())
+    change(table)
+    request_file.write_text(json.dumps(table))
+    assert main([str(request_file), "--address", server.grpc_address]) == status
+    assert words in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_served_is_the_servers_fault(server, request_file, capsys):
+    for protocol, address in (("grpc", server.grpc_address), ("http", server.http_address)):
+        assert main([str(request_file), "--protocol", protocol, "--address", address, "--model", "other"]) == 4
+        assert "MODELS" in capsys.readouterr().err
+
+
+def test_the_served_manifest_is_the_exported_one(server, tiny_repository):
+    exported = (tiny_repository / USER_ENCODER.name / "1" / "manifest.json").read_text()
+    for protocol, address in (("grpc", server.grpc_address), ("http", server.http_address)):
+        with RankerClient(address, protocol=protocol) as client:
+            assert client.get_manifest().to_json() == exported
+
+
+def test_the_shipped_example_is_the_generators():
+    command = [sys.executable, "-m", "kvcast", "clicklog", "--config", "bench", "--seed", "7"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert printed == (ROOT / "client" / "examples" / "request.json").read_text()
+    request = RankRequest.from_json(printed, load_config("bench").schema)
+    assert request.history.shape == (1000, 2)
+    assert request.candidates.shape == (50, 4)
+
+
+def test_the_front_door_lists_its_commands_and_each_explains_itself():
+    listing = subprocess.run([sys.executable, "-m", "kvcast", "--help"], capture_output=True, text=True, check=True)
+    commands = re.findall(r"^  (\w+) ", listing.stdout, re.MULTILINE)
+    assert {"export", "serve", "rank", "demo", "clicklog"} <= set(commands)
+    for command in commands:
+        done = subprocess.run(
+            [sys.executable, "-m", "kvcast", command, "--help"], capture_output=True, text=True, check=True
+        )
+        assert "usage: " in done.stdout
+
+
+def read_blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", path.read_text(), re.DOTALL)
+
+
+def test_the_readme_does_what_it_says(tmp_path):
+    """Every command block of the README in order, on free ports; `make test` itself only has to exist."""
+    http, grpc, metrics = (str(port) for port in find_free_ports(3))
+    environment = {**os.environ, "HTTP_PORT": http, "GRPC_PORT": grpc, "METRICS_PORT": metrics}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    environment.pop("MAKEFLAGS", None)
+
+    def run(block: str) -> str:
+        block = block.replace("127.0.0.1:8000", f"127.0.0.1:{http}").replace("127.0.0.1:8001", f"127.0.0.1:{grpc}")
+        block = re.sub(r"kvcast rank (.*--protocol http)", rf"kvcast rank --address 127.0.0.1:{http} \1", block)
+        block = re.sub(r"kvcast rank (?!--address)", f"kvcast rank --address 127.0.0.1:{grpc} ", block)
+        block = block.replace("build/tiny", str(tmp_path / "tiny"))
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", block],
+            cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    blocks = read_blocks(ROOT / "README.md", "sh")
+    assert [block.strip() for block in blocks[:3]] == ["make demo", "make test", "make serve"]
+    demo = run(blocks[0])
+    assert "50 candidates after 1000 events" in demo
+    assert len(re.findall(r"^ +\d+ +\d+ +-?\d\.\d+$", demo, re.MULTILINE)) == 10
+    assert "the server is stopped" in demo
+    run("make --dry-run test")
+    serving = subprocess.Popen(
+        ["make", "serve"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )  # fmt: skip
+    try:
+        assert serving.stdout is not None
+        assert any("Ctrl-C stops it" in line for line in serving.stdout)
+        ranked = run(blocks[3])
+        assert ranked.count("rank      item") == 2
+        assert len(json.loads(ranked.splitlines()[-1])["scores"]) == 5
+        answered = json.loads(run(blocks[4]))
+        (python,) = read_blocks(ROOT / "README.md", "python")
+        printed = run(f"python - <<'END'\n{python}\nEND")
+        scores = np.array(answered["outputs"][0]["data"], np.float32)
+        np.testing.assert_allclose(
+            [float(number) for number in re.findall(r"-?\d+\.\d+", printed.splitlines()[0])], scores, atol=TOLERANCE
+        )
+    finally:
+        serving.send_signal(signal.SIGTERM)
+        serving.communicate(timeout=20)
+    run(blocks[5])
+    assert (tmp_path / "tiny" / "doc_fusion" / "1" / "manifest.json").exists()
+
+
+def test_documents_show_the_committed_numbers_and_link_to_files_that_exist():
+    result = json.loads((ROOT / "docs" / "results" / "mask_effect.json").read_text())
+    mask = (ROOT / "docs" / "mask.md").read_text()
+    for row in result["rows"]:
+        keys = [f"{value:.2g}" for value in row["key_difference_by_layer"]]
+        differences = [f"{row[f'score_difference_{kind}']:.1e}" for kind in ("max", "mean")]
+        cells = [str(row["history"]), *differences, f"{row['score_deviation']:.2f}", *keys]
+        assert f"| {' | '.join(cells)} |" in mask
+    for document in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):
+            if "://" not in target:
+                assert (document.parent / target).exists(), f"{document.name} links to {target}"
