@@ -12,10 +12,11 @@ WEIGHTS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+LIBB64 := build/perf-libraries/.ready
 PORTS = --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup export serve demo test check format clean
+.PHONY: help setup setup-perf export serve demo test perf check format clean
 
 help: ## this list
 	@echo "make TARGET [CONFIG=bench|tiny|seed|path.toml] [MODELS=\"ranker ranker_full\"] [REPOSITORY=DIR]"
@@ -32,6 +33,16 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
+
+setup-perf: $(READY) $(LIBB64) ## bring what perf_analyzer links to (no root needed)
+
+# Debian's package, unpacked where perf/analyzer.py looks; a machine that has the library needs none of it.
+$(LIBB64):
+	@mkdir -p $(@D)
+	@if ldconfig -p | grep -q 'libb64\.so\.0d'; then touch $@; else \
+		cd $(@D) && { apt-get download -qq libb64-0d || { apt-get update -qq && apt-get download -qq libb64-0d; }; } \
+		&& dpkg -x libb64-0d_*.deb . && rm libb64-0d_*.deb && touch $(notdir $@); fi 2>/dev/null \
+		|| { echo "make: cannot fetch libb64-0d, which perf_analyzer needs: install it (Debian: apt-get install libb64-0d)" >&2; exit 1; }
 
 export: $(READY) ## export CONFIG into REPOSITORY, proved exact (WEIGHTS=file, else random)
 	$(BIN)/kvcast export --config $(CONFIG) --repository $(REPOSITORY) $(if $(WEIGHTS),--weights $(WEIGHTS))

@@ -1,0 +1,27 @@
+"""kvcast itself: the runtime's own classes on an exported repository, without the server around them."""
+
+from pathlib import Path
+
+from kvcast.perf.peers.interface import Floats, Ids, Peer
+from kvcast.runtime import DocFusion, UserEncoder
+from kvcast.runtime.artefact import SessionOptions
+from kvcast.runtime.doc_fusion import FusionJob
+from kvcast.runtime.packing import strip_padding
+from kvcast.runtime.user_kv import UserKV
+
+
+class Ours(Peer):
+    """Folded queries, sink slot, ONNX Runtime."""
+
+    def __init__(self, repository: Path, threads: int) -> None:
+        options = SessionOptions(provider="cpu", threads=threads)
+        self._encoder = UserEncoder.open(repository / "user_encoder" / "1", options)
+        self._fusion = DocFusion.open(repository / "doc_fusion" / "1", options)
+
+    def encode(self, history: Ids) -> UserKV:
+        """Encode as `user_encoder` does."""
+        return self._encoder.encode([strip_padding(history)])[0]
+
+    def fuse(self, user_kv: UserKV, candidates: Ids) -> Floats:
+        """Fuse as `doc_fusion` does."""
+        return self._fusion.score([FusionJob(user_kv, candidates[None])])[0][0]
