@@ -56,6 +56,10 @@ demo: $(READY) ## export if need be, serve, rank the example request, stop
 test: $(READY) ## every test, those against a real tritonserver included
 	$(BIN)/python -m pytest
 
+perf: $(LIBB64) ## measure CONFIG side by side, with report and plots (QUICK=1: 3 minutes)
+	@$(BIN)/kvcast perf run --config $(CONFIG) --repository $(REPOSITORY) $(PORTS) $(if $(QUICK),--quick --results build/perf) \
+		$(PERF_FLAGS)
+
 check: $(READY) ## formatting, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .

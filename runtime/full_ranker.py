@@ -51,11 +51,14 @@ class FullRanker(ServedModel[FullJob]):
             for job in jobs
         ]
 
-    def score(self, history: Ids, candidates: Ids) -> Floats:
-        """Score one user's candidates INT64 `[N, T]` after a history INT64 `[L, fields]`: FP32 `[N]`."""
+    def score(self, history: Ids, candidates: Ids, chunk: int | None = None) -> Floats:
+        """Score one user's candidates INT64 `[N, T]` after a history INT64 `[L, fields]`: FP32 `[N]`.
+
+        `chunk` sequences run at a time; by default as many as `SCORE_BYTES_PER_CHUNK` allows.
+        """
         dims = self.artefact.manifest.dims
         sequence = len(history) + dims.candidate_tokens
-        chunk = max(1, SCORE_BYTES_PER_CHUNK // (4 * dims.heads * sequence**2))
+        chunk = chunk or max(1, SCORE_BYTES_PER_CHUNK // (4 * dims.heads * sequence**2))
         scores = []
         for first in range(0, len(candidates), chunk):
             own = candidates[first : first + chunk, None]  # [n, 1, T]: every candidate its own sequence

@@ -1,9 +1,9 @@
-"""kvcast itself: the runtime's own classes on an exported repository, without the server around them."""
+"""kvcast itself without the server around it: the runtime's own classes on an exported repository, shared and traditional."""
 
 from pathlib import Path
 
 from kvcast.perf.peers.interface import Floats, Ids, Peer
-from kvcast.runtime import DocFusion, UserEncoder
+from kvcast.runtime import DocFusion, FullRanker, UserEncoder
 from kvcast.runtime.artefact import SessionOptions
 from kvcast.runtime.doc_fusion import FusionJob
 from kvcast.runtime.packing import strip_padding
@@ -25,3 +25,19 @@ class Ours(Peer):
     def fuse(self, user_kv: UserKV, candidates: Ids) -> Floats:
         """Fuse as `doc_fusion` does."""
         return self._fusion.score([FusionJob(user_kv, candidates[None])])[0][0]
+
+
+class Traditional(Peer):
+    """All N full sequences in one batch, as a straightforward server would run them (`ranker_full` runs in chunks)."""
+
+    def __init__(self, repository: Path, threads: int) -> None:
+        options = SessionOptions(provider="cpu", threads=threads)
+        self._ranker = FullRanker.open(repository / "ranker_full" / "1", options)
+
+    def encode(self, history: Ids) -> Ids:
+        """Nothing is shared, so nothing is encoded."""
+        return history
+
+    def fuse(self, user_kv: Ids, candidates: Ids) -> Floats:
+        """Run N full forwards at once."""
+        return self._ranker.score(user_kv, candidates, chunk=len(candidates))

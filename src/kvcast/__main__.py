@@ -9,6 +9,7 @@ COMMANDS = {
     "serve": ("kvcast.server.__main__", "serve a model repository with tritonserver"),
     "rank": ("kvcast.client.__main__", "rank the candidates of a JSON request on a running server"),
     "clicklog": ("kvcast.clicklog.__main__", "print a synthetic ranking request"),
+    "perf": ("kvcast.perf.__main__", "measure against the traditional scheme, with report and plots"),
     "demo": ("kvcast.demo", "serve, rank one example request, stop"),
 }
 
@@ -26,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         module = importlib.import_module(COMMANDS[command][0])
     except ModuleNotFoundError as error:
-        extra = {"export": "export", "serve": "server", "demo": "server"}.get(command)
+        extra = {"export": "export", "serve": "server", "demo": "server", "perf": "perf"}.get(command)
         hint = f"pip install 'kvcast[{extra}]'" if extra else "pip install kvcast"
         print(f"kvcast {command}: {error.name} is not installed: {hint}", file=sys.stderr)
         return 1

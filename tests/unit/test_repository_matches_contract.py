@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "model_repository": {"runtime"},
     "server": {"contract"},
     "client": {"contract"},
-    "perf": {"client", "clicklog", "contract", "server"},
+    "perf": {"client", "clicklog", "contract", "network", "runtime", "server"},
 }
 HEAVY = {"torch", "onnx", "onnxruntime", "tritonclient", "triton_python_backend_utils", "safetensors"}
 MAY_USE = {

@@ -1,0 +1,162 @@
+"""`kvcast perf run`: the proof, side by side, with a report and plots. `kvcast perf model`: the arithmetic alone."""
+
+import argparse
+import datetime
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kvcast.contract.config import load_config
+from kvcast.contract.errors import KvcastError
+from kvcast.perf import cost_model, experiments
+from kvcast.perf.analyzer import PerfError, find_analyzer
+from kvcast.perf.environment import describe_machine
+from kvcast.perf.experiments import Bench, Plan
+from kvcast.perf.peers.race import Field, RaceError
+from kvcast.perf.plots import draw_all, regime
+from kvcast.perf.report import write_report
+from kvcast.server import ServerError, ServerSettings, TritonServer
+from kvcast.server.__main__ import read_config_name
+
+EXPERIMENTS = ("table", "history_growth", "stages", "load", "packing", "memory", "peers")
+REGIME = """\
+regime: one machine serves and loads; requests are cold (nothing is cached between them) and generated, never perf_analyzer's
+own random data; what is compared alternates within this run; figures are medians. "traditional" is `ranker_full`: the same
+weights and mask, every candidate a full sequence."""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(prog="kvcast perf", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="measure, report, plot", description="Measure on a running tritonserver.")
+    run.add_argument("--config", default="bench")
+    run.add_argument("--repository", type=Path, default=Path("model_repository"), metavar="DIR")
+    run.add_argument("--results", type=Path, default=Path("perf/results"), metavar="DIR", help="where results go")
+    run.add_argument("--name", help="name of the result files (the configuration's, with -quick for --quick)")
+    run.add_argument("--quick", action="store_true", help="a smaller run: 3 minutes for bench on 2 cores")
+    run.add_argument("--experiments", default=",".join(EXPERIMENTS), help="(%(default)s)")
+    run.add_argument("--counts", help="candidates in the table, e.g. 1,5,10 (1,5,10,50,100,1000)")
+    run.add_argument(
+        "--traditional-limit",
+        type=float,
+        metavar="SECONDS",
+        help="measure a traditional request only if it takes less than this, else extrapolate (60; 5 if quick)",
+    )
+    run.add_argument("--http-port", type=int, default=8000, metavar="PORT")
+    run.add_argument("--grpc-port", type=int, default=8001, metavar="PORT")
+    run.add_argument("--metrics-port", type=int, default=8002, metavar="PORT")
+    model = commands.add_parser("model", help="print FLOPs, bytes and ideal speedups; runs nothing")
+    model.add_argument("--config", default="bench")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; return the exit status."""
+    arguments = make_parser().parse_args(argv)
+    try:
+        if arguments.command == "model":
+            print(cost_model.describe(load_config(arguments.config)))
+        else:
+            run(arguments)
+    except (PerfError, RaceError, ServerError, KvcastError) as error:
+        print(f"kvcast perf: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure everything that was asked for, and write result, report and plots."""
+    find_analyzer()
+    config = load_config(arguments.config)
+    started, cores = time.monotonic(), len(os.sched_getaffinity(0))
+    result: dict[str, Any] = {
+        "name": arguments.name or config.name + ("-quick" if arguments.quick else ""),
+        "quick": arguments.quick,
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": describe_machine(cores),
+        "config": {
+            "name": config.name,
+            "history": config.workload.history,
+            "width": config.network.width,
+            "layers": config.network.layers,
+            "heads": config.network.heads,
+            "candidate_tokens": len(config.schema.candidate_fields),
+        },
+    }
+    print(f"{regime(result)}\n\n{REGIME}\n", flush=True)
+    settings = ServerSettings(
+        repository=arguments.repository,
+        models=["ranker", "ranker_full"],
+        config=read_config_name(arguments.config),
+        http_port=arguments.http_port,
+        grpc_port=arguments.grpc_port,
+        metrics_port=arguments.metrics_port,
+    )
+    with TritonServer(settings) as server:
+        bench = Bench(server, config, make_plan(arguments), lambda line: print(line, flush=True))
+        try:
+            measure(arguments, bench, cores, result)
+        finally:
+            bench.close()
+    result["seconds"] = time.monotonic() - started
+    write_files(result, arguments.results)
+
+
+def make_plan(arguments: argparse.Namespace) -> Plan:
+    """Return how thorough the run is to be."""
+    limit = arguments.traditional_limit or (5 if arguments.quick else 60)
+    if arguments.quick:
+        return Plan(rounds=3, requests=8, traditional_limit=limit, quick=True)
+    return Plan(rounds=5, requests=30, traditional_limit=limit, quick=False)
+
+
+def measure(arguments: argparse.Namespace, bench: Bench, cores: int, result: dict[str, Any]) -> None:
+    """Run the chosen experiments one after the other, so that none disturbs another, into `result`."""
+    config, plan, say = bench.config, bench.plan, bench.say
+    counts = [int(count) for count in (arguments.counts or "").split(",") if count] or list(experiments.TABLE_COUNTS)
+    lengths = [length for length in experiments.HISTORY_LENGTHS if length <= config.limits.history]
+    field = Field(arguments.config, arguments.repository, cores, seed=0)
+    peers = experiments.PEERS[:-1] if plan.quick else experiments.PEERS
+    history = config.workload.history
+    todo: dict[str, Callable[[], Any]] = {
+        "table": lambda: experiments.run_table(bench, counts),
+        "history_growth": lambda: experiments.run_history_growth(bench, lengths[::2] if plan.quick else lengths),
+        "stages": lambda: experiments.run_stages(bench, cores),
+        "load": lambda: experiments.run_load(bench),
+        "packing": lambda: experiments.run_packing(config, plan.rounds, bench.server, say),
+        "memory": lambda: experiments.run_memory(field, config, say),
+        "peers": lambda: experiments.run_peers(field, history, experiments.PEER_COUNTS, plan.rounds, peers, say),
+    }
+    chosen = arguments.experiments.split(",")
+    unknown = set(chosen) - set(todo)
+    if unknown:
+        raise PerfError(f"experiments: expected some of {', '.join(todo)}, got {', '.join(sorted(unknown))}")
+    for place, name in enumerate(chosen, start=1):
+        begun = time.monotonic()
+        say(f"[{place}/{len(chosen)}] {name.replace('_', ' ')} …")
+        result[name] = todo[name]()
+        say(f"[{place}/{len(chosen)}] {name.replace('_', ' ')}: {time.monotonic() - begun:.0f} s")
+    if result.get("table"):
+        result["fusion"] = experiments.measure_fusion_ratio(bench)
+
+
+def write_files(result: dict[str, Any], folder: Path) -> None:
+    """Write the raw result, the report and the plots."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{result['name']}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / f"{result['name']}.md").write_text(write_report(result))
+    plots = draw_all(result, folder)
+    print(f"\nwritten: {folder}/{result['name']}.json, .md and {len(plots)} plots")
+    for row in result.get("table", []):
+        print(json.dumps({key: row[key] for key in ("candidates", "speedup", "ideal_speedup", "claimed_speedup")}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
