@@ -12,8 +12,10 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx
+import onnxscript
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +35,16 @@ from kvcast.contract.tensors import (
 from kvcast.network.interface import RankingNetwork, UserKV
 
 OPSET = 20
+# The part of ONNX Runtime's operator that is used here; onnx itself has no schema of it.
+MULTI_HEAD_ATTENTION = onnx.defs.OpSchema(
+    "MultiHeadAttention",
+    "com.microsoft",
+    1,
+    inputs=[onnx.defs.OpSchema.FormalParameter(name, "T") for name in ("query", "key", "value")],
+    outputs=[onnx.defs.OpSchema.FormalParameter("output", "T")],
+    type_constraints=[("T", ["tensor(float)"], "fp32, as it is exported")],
+    attributes=[onnx.defs.OpSchema.Attribute("num_heads", onnx.defs.OpSchema.AttrType.INT, required=True)],
+)
 
 
 class EncoderGraph(nn.Module):
@@ -129,6 +141,7 @@ def export_graph(graph: Graph, release: str, path: Path) -> None:
             input_names=graph.input_names,
             output_names=graph.output_names,
             dynamic_shapes=graph.dynamic_shapes,
+            custom_translation_table={torch.ops.kvcast.attend_unmasked.default: translate_attend_unmasked},
             verbose=False,
         )
     if program is None:
@@ -138,6 +151,13 @@ def export_graph(graph: Graph, release: str, path: Path) -> None:
     program.model.metadata_props[RELEASE_METADATA_KEY] = release
     program.save(str(path), external_data=True)
     onnx.checker.check_model(str(path))
+
+
+def translate_attend_unmasked(query: Any, key: Any, value: Any, heads: int) -> Any:
+    """Spell `network.attention.attend_unmasked` as ONNX Runtime's operator, on its CPU and CUDA providers alike."""
+    schema = MULTI_HEAD_ATTENTION
+    operator = onnxscript.values.Op(onnxscript.values.Opset(schema.domain, schema.since_version), schema.name, schema)
+    return operator(query, key, value, num_heads=heads)
 
 
 @contextlib.contextmanager

@@ -54,27 +54,76 @@ def pack_user_kv(key: Tensor, value: Tensor, is_event: Tensor) -> tuple[Tensor, 
     Args:
         key: `[B, L, H, dh]`.
         value: `[B, L, H, dh]`.
-        is_event: BOOL `[B, L]`; padding gets a masked slot of zeros.
+        is_event: BOOL `[B, L]`; padding gets a masked slot.
 
     Returns:
         keys `[B, H, dh+2, 1+L]` and values `[B, H, 1+L, dh+1]`.
     """
     users, _, heads, head_width = key.shape
-    real = is_event[:, :, None, None].to(key.dtype)  # [B, L, 1, 1]
-    mask_row = ((1.0 - real) * MASKED).expand(-1, -1, heads, 1)  # [B, L, H, 1]
-    sink_row = torch.zeros_like(mask_row)
-    event_keys = torch.cat([key * real, sink_row, mask_row], dim=-1)  # [B, L, H, dh+2]
-    event_values = torch.cat([value * real, sink_row], dim=-1)  # [B, L, H, dh+1]
-    # The sink: key (0, …, 0, 1, 0), value (0, …, 0, 1).
-    one = torch.nn.functional.pad(key.new_ones(1), (head_width, 0))  # [dh+1]
-    sink_value = one.expand(users, 1, heads, -1)
-    sink_key = torch.nn.functional.pad(one, (0, 1)).expand(users, 1, heads, -1)
-    keys = torch.cat([sink_key, event_keys], dim=1).permute(0, 2, 3, 1)  # [B, H, dh+2, 1+L]
-    values = torch.cat([sink_value, event_values], dim=1).transpose(1, 2)  # [B, H, 1+L, dh+1]
-    return keys.contiguous(), values.contiguous()
+    # The sink: key (0, …, 0, 1, 0), value (0, …, 0, 1). Events: a 0 in the sink's places, and the mask.
+    mask_row = torch.where(is_event, 0.0, MASKED)[:, None, None].expand(-1, heads, -1, -1)  # [B, H, 1, L]
+    event_rows = torch.cat([torch.zeros_like(mask_row), mask_row], dim=2)  # [B, H, 2, L]
+    sink_rows = torch.cat([key.new_ones(1), key.new_zeros(1)]).view(2, 1).expand(users, heads, -1, -1)
+    sink = key.new_zeros(1, 1, 1, 1).expand(users, heads, -1, -1)
+    event_keys = torch.cat([sink.expand(-1, -1, head_width, -1), key.permute(0, 2, 3, 1)], dim=3)
+    keys = torch.cat([event_keys, torch.cat([sink_rows, event_rows], dim=3)], dim=2)  # [B, H, dh+2, 1+L]
+    event_values = torch.cat([sink.expand(-1, -1, -1, head_width), value.transpose(1, 2)], dim=2)
+    shares = torch.cat([sink + 1, event_rows[:, :, :1].transpose(2, 3)], dim=2)  # [B, H, 1+L, 1]
+    return keys, torch.cat([event_values, shares], dim=3)  # … and [B, H, 1+L, dh+1]
 
 
-def attend_history(query: Tensor, user_keys: Tensor, user_values: Tensor) -> Tensor:
+@torch.library.custom_op("kvcast::attend_unmasked", mutates_args=())
+def attend_unmasked(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    """Attention where every token sees every token, as one operator that need not write the score matrix down.
+
+    query, key, value: `[B, L, d]`. Returns `[B, L, d]`. An operator of its own, so that export can hand it to ONNX
+    Runtime's MultiHeadAttention, whose tiled path (without mask) is faster and needs memory in L, not in L².
+    """
+    query, key, value = (
+        each.view(*each.shape[:2], heads, each.shape[2] // heads).transpose(1, 2) for each in (query, key, value)
+    )
+    attended = torch.nn.functional.scaled_dot_product_attention(query, key, value)  # [B, H, L, dh]
+    return attended.transpose(1, 2).flatten(2).clone()
+
+
+@attend_unmasked.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:  # noqa: ARG001 the operator's signature
+    return torch.empty_like(query)
+
+
+def attend_history(
+    query: Tensor, key: Tensor, value: Tensor, is_event: Tensor, user_keys: Tensor, user_values: Tensor
+) -> Tensor:
+    """Attention of the user tokens over each other: unmasked where nothing is padding, masked where something is.
+
+    Args:
+        query: `[B, L, H, dh]`.
+        key: `[B, L, H, dh]`.
+        value: `[B, L, H, dh]`.
+        is_event: BOOL `[B, L]`.
+        user_keys: `[B, H, dh+2, 1+L]`, the same keys as packed.
+        user_values: `[B, H, 1+L, dh+1]`, the same values as packed.
+
+    Returns:
+        `[B, L, H, dh]`.
+    """
+
+    def unmasked(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> Tensor:  # noqa: ARG001
+        flat = (each.flatten(2) for each in (query, key, value))
+        attended: Tensor = attend_unmasked(*flat, query.shape[2])
+        return attended.view(query.shape)
+
+    def masked(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> Tensor:  # noqa: ARG001
+        return attend_history_masked(query, keys, values).contiguous()
+
+    operands = (query, key, value, user_keys, user_values)
+    if torch.compiler.is_exporting():  # becomes an If of the graph
+        attended: Tensor = torch.cond(is_event.all(), unmasked, masked, operands)
+        return attended
+    return unmasked(*operands) if is_event.all() else masked(*operands)
+
+
+def attend_history_masked(query: Tensor, user_keys: Tensor, user_values: Tensor) -> Tensor:
     """Attention of the user tokens over each other, on the packed KV of one layer.
 
     query: `[B, L, H, dh]`; user_keys: `[B, H, dh+2, 1+L]`; user_values: `[B, H, 1+L, dh+1]`. The sink is switched

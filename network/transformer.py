@@ -97,14 +97,13 @@ class Transformer(RankingNetwork):
         keys, values = [], []
         for index, block in enumerate(self._get_blocks()):
             normed = block.attention_norm(tokens)
-            user_keys, user_values = pack_user_kv(
-                block.split_heads(block.key(normed)), block.split_heads(block.value(normed)), is_event
-            )
+            key, value = block.split_heads(block.key(normed)), block.split_heads(block.value(normed))
+            user_keys, user_values = pack_user_kv(key, value, is_event)
             keys.append(user_keys)
             values.append(user_values)
             if index < len(self.blocks) - 1:
                 query = block.split_heads(block.query(normed))
-                tokens = block.close(tokens, attend_history(query, user_keys, user_values))
+                tokens = block.close(tokens, attend_history(query, key, value, is_event, user_keys, user_values))
         return UserKV(tuple(keys), tuple(values))
 
     def fuse(self, user_kv: UserKV, candidates: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 """Load tests on the real perf_analyzer, the cost model, the peers, reports and plots.
 
-`cost_model` computes, `analyzer` drives perf_analyzer, `experiments` measures, `report` and `plots` show. Nothing here is
-needed to serve; the room measures what the other rooms built and knows no formulation from the inside but its peers'.
+`cost_model` computes, `analyzer` drives perf_analyzer, `experiments` measures, `report` and `plots` show. Nothing here
+is needed to serve; the room measures what the other rooms built and knows no formulation but its peers' own.
 """

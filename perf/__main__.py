@@ -24,9 +24,9 @@ from kvcast.server.__main__ import read_config_name
 
 EXPERIMENTS = ("table", "history_growth", "stages", "load", "packing", "memory", "peers")
 REGIME = """\
-regime: one machine serves and loads; requests are cold (nothing is cached between them) and generated, never perf_analyzer's
-own random data; what is compared alternates within this run; figures are medians. "traditional" is `ranker_full`: the same
-weights and mask, every candidate a full sequence."""
+regime: one machine serves and loads; requests are cold (nothing is cached between them) and generated, never
+perf_analyzer's own random data; what is compared alternates within this run; figures are medians. "traditional" is
+`ranker_full`: the same weights and mask, every candidate a full sequence."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -113,7 +113,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     """Return how thorough the run is to be."""
     limit = arguments.traditional_limit or (5 if arguments.quick else 60)
     if arguments.quick:
-        return Plan(rounds=3, requests=8, traditional_limit=limit, quick=True)
+        return Plan(rounds=2, requests=8, traditional_limit=limit, quick=True)
     return Plan(rounds=5, requests=30, traditional_limit=limit, quick=False)
 
 
@@ -124,6 +124,7 @@ def measure(arguments: argparse.Namespace, bench: Bench, cores: int, result: dic
     lengths = [length for length in experiments.HISTORY_LENGTHS if length <= config.limits.history]
     field = Field(arguments.config, arguments.repository, cores, seed=0)
     peers = experiments.PEERS[:-1] if plan.quick else experiments.PEERS
+    peer_counts = experiments.QUICK_PEER_COUNTS if plan.quick else experiments.PEER_COUNTS
     history = config.workload.history
     todo: dict[str, Callable[[], Any]] = {
         "table": lambda: experiments.run_table(bench, counts),
@@ -132,7 +133,7 @@ def measure(arguments: argparse.Namespace, bench: Bench, cores: int, result: dic
         "load": lambda: experiments.run_load(bench),
         "packing": lambda: experiments.run_packing(config, plan.rounds, bench.server, say),
         "memory": lambda: experiments.run_memory(field, config, say),
-        "peers": lambda: experiments.run_peers(field, history, experiments.PEER_COUNTS, plan.rounds, peers, say),
+        "peers": lambda: experiments.run_peers(field, history, peer_counts, plan.rounds, peers, say),
     }
     chosen = arguments.experiments.split(",")
     unknown = set(chosen) - set(todo)

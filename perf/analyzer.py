@@ -1,7 +1,7 @@
 """Drives the real perf_analyzer: finds it, gives it what it lacks, feeds it generated requests, reads its CSV.
 
-The program comes in the tritonclient 2.51 wheel and needs two libraries beside it, which `make setup-perf` brings. It is
-never left to its own random inputs: they are drawn once and repeated, which flatters every cache.
+The program comes in the tritonclient 2.51 wheel and needs two libraries beside it, which `make setup-perf` brings. It
+is never left to its own random inputs: they are drawn once and repeated, which flatters every cache.
 """
 
 import csv

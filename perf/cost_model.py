@@ -1,7 +1,7 @@
 """FLOPs, bytes and ideal speedups, computed from a configuration; and the source documents' own claims beside them.
 
-A multiply-add counts as 2 FLOPs, the feed-forward part is 4·d wide, embeddings and normalisation are left out. Nothing is
-measured here.
+A multiply-add counts as 2 FLOPs, the feed-forward part is 4·d wide, embeddings and normalisation are left out. Nothing
+is measured here.
 """
 
 from dataclasses import dataclass
@@ -83,12 +83,12 @@ def describe(config: ModelConfig, counts: tuple[int, ...] = (1, 5, 10, 50, 100, 
     kv = ", ".join(
         f"{name} {model.user_kv_bytes(size) / 1e6:.1f} MB" for name, size in (("fp32", 4), ("fp16", 2), ("int8", 1))
     )
+    full, fuse = model.user_flops(trimmed=False) / 1e9, model.fusion_flops() / 1e9
+    share = model.fusion_flops() / model.user_flops()
     lines = [
         f"{config.name}: L={model.history} d={model.width} M={model.layers} H={model.heads} T={model.candidate_tokens}",
-        f"  encode a user          {model.user_flops(trimmed=False) / 1e9:10.4g} GFLOP, "
-        f"{model.user_flops() / 1e9:.4g} with the last layer trimmed",
-        f"  fuse a candidate       {model.fusion_flops() / 1e9:10.4g} GFLOP, "
-        f"{model.fusion_flops() / model.user_flops():.4f} of encoding (documents: {CLAIMED_FUSION_SHARE})",
+        f"  encode a user          {full:10.4g} GFLOP, {model.user_flops() / 1e9:.4g} with the last layer trimmed",
+        f"  fuse a candidate       {fuse:10.4g} GFLOP, {share:.4f} of encoding (documents: {CLAIMED_FUSION_SHARE})",
         f"  traditional, each      {model.traditional_flops(1) / 1e9:10.4g} GFLOP",
         f"  user KV                {kv}",
         "",

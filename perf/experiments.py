@@ -1,7 +1,7 @@
 """The experiments: each measures one claim, alternating what it compares, and returns plain data for the result file.
 
-They see kvcast as a caller does (a running server), but for the peers and for bare ONNX Runtime. They draw no conclusions;
-`report` does.
+They see kvcast as a caller does (a running server), but for the peers and for bare ONNX Runtime. They draw no
+conclusions; `report` does.
 """
 
 import statistics
@@ -29,8 +29,10 @@ HISTORY_LENGTHS = (250, 500, 1000, 2000, 4000)
 GROWTH_CANDIDATES = 50
 PEERS = ("shared", "ort_expanded", "torch_expanded", "torch_flash", "torch_flash_compiled")
 PEER_COUNTS = (10, 100, 1000)
+QUICK_PEER_COUNTS = (10, 100)
 CONCURRENCIES = (1, 2, 4, 8)
 RATES = (0.25, 0.5, 0.75, 0.9)  # of the throughput at one request in flight
+QUICK_CONCURRENCIES, QUICK_RATES = (1, 4), (0.5, 0.75)
 DIFFERENT_REQUESTS = 8
 Row = dict[str, Any]
 
@@ -83,7 +85,7 @@ class Bench:
                 repeats = max(1, min(5, int(4 / expected))) if expected else 3
                 load = Load(repeats if expected < 10 else 1)
                 traditional.append(self.measure(RANKER_FULL.name, history, candidates, load).p50)
-        row = {
+        row: Row = {
             "history": history,
             "candidates": candidates,
             "shared_seconds": statistics.median(shared),
@@ -150,18 +152,18 @@ def measure_fusion_ratio(bench: Bench, few: int = 10, many: int = 110) -> Row:
 def run_history_growth(bench: Bench, lengths: Sequence[int]) -> list[Row]:
     """Both schemes as the history grows, at a typical N."""
     rows: list[Row] = []
+    per_flop: float | None = None
     for length in lengths:
-        previous = rows[-1]["traditional_seconds"] / GROWTH_CANDIDATES if rows else None
-        # Costs grow a little faster than L; good enough to decide whether to measure.
-        factor = length / rows[-1]["history"] if rows else 1
         model = CostModel.of(bench.config, length)
-        row = bench.compare(length, GROWTH_CANDIDATES, previous * factor if previous else None)
+        flops = model.traditional_flops(1)
+        row = bench.compare(length, GROWTH_CANDIDATES, per_flop * flops if per_flop else None)
+        per_flop = row["traditional_seconds"] / GROWTH_CANDIDATES / flops
         rows.append(row | {"ideal_speedup": model.ideal_speedup(GROWTH_CANDIDATES)})
     return rows
 
 
 def run_stages(bench: Bench, threads: int) -> Row:
-    """Where the time of one cold request at N = 50 goes, from Triton's own statistics and bare ONNX Runtime beside it."""
+    """Where the time of one cold request goes, from Triton's own statistics and bare ONNX Runtime beside it."""
     history, candidates = bench.config.workload.history, bench.config.workload.candidates
     config, server = bench.config, bench.server
     log = ClickLog(config.schema, seed=5)
@@ -234,7 +236,8 @@ def run_load(bench: Bench) -> Row:
     """Throughput and tails at rising concurrency, and under Poisson arrivals."""
     history, candidates = bench.config.workload.history, bench.config.workload.candidates
     closed, opened = [], []
-    for concurrency in CONCURRENCIES:
+    concurrencies, rates = (QUICK_CONCURRENCIES, QUICK_RATES) if bench.plan.quick else (CONCURRENCIES, RATES)
+    for concurrency in concurrencies:
         requests = bench.plan.requests * concurrency
         got = bench.measure(RANKER.name, history, candidates, Load(requests, concurrency=concurrency))
         # perf_analyzer counts its own start-up into the window of a fixed number of requests; Little's law does not.
@@ -243,7 +246,7 @@ def run_load(bench: Bench) -> Row:
         )
         bench.say(f"    {concurrency} in flight: {closed[-1]['throughput']:.1f}/s, p99 {1e3 * got.p99:.0f} ms")
     capacity = closed[0]["throughput"]
-    for share in RATES:
+    for share in rates:
         rate = round(share * capacity, 2)
         requests = max(2 * bench.plan.requests, int(rate * (5 if bench.plan.quick else 20)))
         got = bench.measure(RANKER.name, history, candidates, Load(requests, rate=rate))
@@ -273,7 +276,7 @@ def _say_total(result: Row) -> str:
 def run_memory(field: Field, config: ModelConfig, say: Callable[[str], None]) -> list[Row]:
     """Peak memory that one request adds: traditional, expanded KV, shared; each in a fresh process."""
     history, kv = config.workload.history, CostModel.of(config).user_kv_bytes()
-    rows = []
+    rows: list[Row] = []
     for name, counts in (("traditional", (50,)), ("ort_expanded", (50, 100)), ("shared", (50, 100, 1000))):
         for count in counts:
             with start_workers([name], field) as (worker,):

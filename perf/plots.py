@@ -1,4 +1,4 @@
-"""The plots of a result: each answers one question, says its regime under the title, and is readable from the back row."""
+"""The plots of a result: each answers one question and says its regime under the title."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -50,12 +50,13 @@ def draw_all(result: dict[str, Any], folder: Path) -> list[Path]:
 def regime(result: dict[str, Any]) -> str:
     """Return one line: model, machine, threads, dtype, versions."""
     machine, config = result["machine"], result["config"]
+    versions = machine["versions"]
     return (
         f"{config['name']}: L={config['history']} d={config['width']} M={config['layers']} H={config['heads']} "
         f"T={config['candidate_tokens']} · {machine['dtype']} · {machine['processor']}, {machine['cores']} cores, "
         f"{machine['threads_per_session']} threads a session\n"
-        f"tritonserver {machine['versions']['tritonserver'].split()[0]}, ONNX Runtime {machine['versions']['onnxruntime']}, "
-        f"torch {machine['versions']['torch']}, medians of alternating runs, {result['finished'][:10]}"
+        f"tritonserver {versions['tritonserver'].split()[0]}, ONNX Runtime {versions['onnxruntime']}, "
+        f"torch {versions['torch']}, medians of alternating runs, {result['finished'][:10]}"
     )
 
 

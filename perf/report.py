@@ -10,9 +10,11 @@ def write_report(result: dict[str, Any]) -> str:
     parts = [
         f"# {result['name']}: shared user KV against the traditional scheme",
         regime(result).replace("\n", "  \n"),
-        f"Made by `make perf CONFIG={result['config']['name']}{' QUICK=1' if result['quick'] else ''}` in "
-        f"{result['seconds'] / 60:.0f} minutes; everything raw is in `{result['name']}.json`. Served over gRPC on one machine, "
-        "load by perf_analyzer 2.51 with generated click logs; cold: nothing is cached between requests.",
+        (
+            f"Made by `make perf CONFIG={result['config']['name']}{' QUICK=1' if result['quick'] else ''}` in "
+            f"{result['seconds'] / 60:.0f} minutes; everything raw is in `{result['name']}.json`. Served over gRPC on "
+            "one machine, load by perf_analyzer 2.51 with generated click logs; cold: nothing is cached between requests."
+        ),
     ]
     sections = {
         "table": write_table,
@@ -61,8 +63,8 @@ def write_table(result: dict[str, Any]) -> str:
     header = ["N", "claimed ×", "ideal × (FLOPs)", "measured ×", "shared", "traditional", "gain", "throughput drop"]
     return (
         "## The documents' table\n\n" + make_table(header, rows) + "\n\n"
-        "gain = 1 - shared ÷ traditional; throughput drop = 40% × shared ÷ traditional, the documents' own metric (they claim "
-        "6.8% at N = 50). \\* extrapolated from the N before it."
+        "gain = 1 - shared ÷ traditional; throughput drop = 40% × shared ÷ traditional, the documents' own metric "
+        "(they claim 6.8% at N = 50). \\* extrapolated from the N before it."
     )
 
 
@@ -93,8 +95,8 @@ def write_history_growth(result: dict[str, Any]) -> str:
     return (
         f"## As the history grows (N = {first['candidates']})\n\n"
         + make_table(["L", "shared", "traditional", "measured ×", "ideal ×"], rows)
-        + f"\n\nFrom L = {first['history']} to {last['history']} the shared scheme's latency grows {growth:.0f} times: the claim "
-        '"almost unaffected" does not hold for a cold request, whose history has to be encoded once. What stays is the ratio.'
+        + f"\n\nFrom L = {first['history']} to {last['history']} the shared scheme's latency grows {growth:.0f} times: "
+        'the claim "almost unaffected" does not hold for a cold request, whose history has to be encoded once.'
     )
 
 
@@ -124,8 +126,8 @@ def write_stages(result: dict[str, Any]) -> str:
     return (
         f"## Where a cold request's time goes (N = {stages['candidates']}, {stages['requests']} requests)\n\n"
         + make_table(["stage", "median", "share"], rows)
-        + f"\n\nOf {1e3 * stages['total_seconds']:.1f} ms, **{100 * stages['outside_onnxruntime_share']:.0f}%** is spent outside "
-        "ONNX Runtime. Its share is that of bare runs in another process, interleaved with the requests."
+        + f"\n\nOf {1e3 * stages['total_seconds']:.1f} ms, **{100 * stages['outside_onnxruntime_share']:.0f}%** is "
+        "spent outside ONNX Runtime. Its share is that of bare runs in another process, interleaved with the requests."
     )
 
 
@@ -196,8 +198,8 @@ def write_peers(result: dict[str, Any]) -> str:
     }
     notes = "".join(f"\n\nFailed: {error}" for error in sorted(errors))
     return (
-        "## What people would otherwise write\n\nMilliseconds, encode + fuse, without a server; same weights, dtype and "
-        f"requests, a process each, alternating; all scores agree to {worst:.1e}.\n\n"
+        "## What people would otherwise write\n\nMilliseconds, encode + fuse, without a server; same weights, dtype "
+        f"and requests, a process each, alternating; all scores agree to {worst:.1e}.\n\n"
         + make_table(["N", *(PEER_NAMES.get(name, name) for name in names)], rows)
         + notes
     )

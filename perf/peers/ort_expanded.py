@@ -1,4 +1,4 @@
-"""The peer that ONNX Runtime's documentation suggests: MultiHeadAttention with `past_key`/`past_value`, N copies of both.
+"""The peer that ONNX Runtime's operators suggest: MultiHeadAttention with `past_key`/`past_value`, N copies of both.
 
 The contrib op broadcasts nothing over the batch, so the user's KV is expanded over the candidates inside the graph. The
 graphs are written by hand from the same weights; they know the transformer family and nothing of kvcast's KV layout.
@@ -153,6 +153,6 @@ class OrtExpanded(Peer):
             tokens = write.close(block, tokens, attended)
         score = write.linear("score", write.norm("score_norm", tokens))
         ids = helper.make_tensor_value_info("candidates", TensorProto.INT64, ["N", len(tables)])
-        shape = [1, network.heads, "L", network.head_width]
+        shape: list[str | int | None] = [1, network.heads, "L", network.head_width]
         past_values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in self._past_names()]
         return write.open_session([ids, *past_values], [score], self._threads)

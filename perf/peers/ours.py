@@ -1,6 +1,8 @@
-"""kvcast itself without the server around it: the runtime's own classes on an exported repository, shared and traditional."""
+"""kvcast itself, shared and traditional, without the server around it: the runtime's own classes on an export."""
 
 from pathlib import Path
+
+import numpy as np
 
 from kvcast.perf.peers.interface import Floats, Ids, Peer
 from kvcast.runtime import DocFusion, FullRanker, UserEncoder
@@ -24,7 +26,8 @@ class Ours(Peer):
 
     def fuse(self, user_kv: UserKV, candidates: Ids) -> Floats:
         """Fuse as `doc_fusion` does."""
-        return self._fusion.score([FusionJob(user_kv, candidates[None])])[0][0]
+        (scores,) = self._fusion.score([FusionJob(user_kv, candidates[None])])  # [1, N]
+        return np.asarray(scores[0], np.float32)
 
 
 class Traditional(Peer):

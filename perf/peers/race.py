@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -12,6 +13,9 @@ from typing import Any
 
 TOLERANCE = 1e-5
 MEMORY_LIMIT_BYTES = 16 << 30
+# glibc gives memory back after each run and faults it in again at the next; at these sizes that costs torch more than
+# its own work. All peers get the same cure.
+KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(1 << 33), "MALLOC_MMAP_THRESHOLD_": str(1 << 25)}
 
 
 class RaceError(Exception):
@@ -37,7 +41,12 @@ class Worker:
         command += ["--repository", str(field.repository), "--threads", str(field.threads)]
         command += ["--seed", str(field.seed), "--memory-limit", str(MEMORY_LIMIT_BYTES)]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            command,
+            env={**os.environ, **KEEP_MEMORY},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
         )
         self._read()
 
@@ -76,7 +85,7 @@ def start_workers(names: Sequence[str], field: Field) -> Iterator[list[Worker]]:
 
 
 def race(workers: Sequence[Worker], history: int, candidates: int, rounds: int) -> dict[str, dict[str, Any]]:
-    """Alternate `rounds` times after one warm-up; return medians per peer, and the largest difference to the first's scores.
+    """Alternate `rounds` times after one warm-up; return medians per peer, and how far scores lie from the first's.
 
     Raises:
         RaceError: a peer's scores differ by more than fp32 rounding from the first one's.

@@ -41,7 +41,8 @@ def attend_flash(query: Tensor, key: Tensor, value: Tensor, user_key: Tensor, us
     item_share = scores.logsumexp(dim=-1, keepdim=True)
     item_output = torch.einsum("nqht,nthd->nqhd", (scores - item_share).exp(), value)
     weight = torch.sigmoid(user_share - item_share)
-    return weight * user_output + (1 - weight) * item_output
+    merged: Tensor = weight * user_output + (1 - weight) * item_output
+    return merged
 
 
 class Encode(nn.Module):

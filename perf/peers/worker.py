@@ -1,7 +1,7 @@
 """`python -m kvcast.perf.peers.worker NAME …`: one peer in a process of its own, driven over standard input.
 
-Each line in is a JSON object {"history", "candidates", "seed"}; each line out one with seconds, the scores, and the memory
-that the run added at its peak. One thing runs at a time: whoever waits for a line uses no core.
+Each line in is a JSON object {"history", "candidates", "seed"}; each line out one with seconds, the scores, and the
+memory that the run added at its peak. One thing runs at a time: whoever waits for a line uses no core.
 """
 
 import argparse
