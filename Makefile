@@ -54,6 +54,7 @@ demo: $(READY) ## export if need be, serve, rank the example request, stop
 	@$(BIN)/kvcast demo --repository $(REPOSITORY) --config $(CONFIG) $(PORTS)
 
 test: $(READY) ## every test, those against a real tritonserver included
+	@$(MAKE) --no-print-directory setup-perf || echo "make: the test that runs perf_analyzer will be skipped" >&2
 	$(BIN)/python -m pytest
 
 perf: $(LIBB64) ## measure CONFIG side by side, with report and plots (QUICK=1: 3 minutes)

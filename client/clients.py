@@ -76,8 +76,8 @@ class Conversation:
         return Ranking(scores[0], candidates, seconds)
 
 
-class RankerClient:
-    """Ranks candidates on one server; safe to use from several threads, and a context manager."""
+class _Settings:
+    """What both clients are told, and what they remember."""
 
     def __init__(
         self,
@@ -94,15 +94,34 @@ class RankerClient:
             protocol: `grpc` or `http`.
             model: `ranker`, or another model of the same wire.
             deadline: seconds that a call may take, unless it brings its own.
+
+        Raises:
+            ValueError: the protocol is another, or the deadline not a positive number.
         """
+        self._protocol = _check_protocol(protocol)
+        self._address = address or DEFAULT_ADDRESSES[protocol]
+        self._model = model
+        self._deadline = _check_deadline(deadline)
+        self._manifest: Manifest | None = None
+        self._open()
+
+    def _open(self) -> None:
+        """Make the transport."""
+        raise NotImplementedError
+
+    def _resolve(self, deadline: float | None) -> float:
+        return self._deadline if deadline is None else _check_deadline(deadline)
+
+
+class RankerClient(_Settings):
+    """Ranks candidates on one server; safe to use from several threads, and a context manager."""
+
+    def _open(self) -> None:
         transports: dict[Protocol, type[GrpcTransport | HttpTransport]] = {
             "grpc": GrpcTransport,
             "http": HttpTransport,
         }
-        self._transport: Transport = transports[_check_protocol(protocol)](address or DEFAULT_ADDRESSES[protocol])
-        self._model = model
-        self._deadline = _check_deadline(deadline)
-        self._manifest: Manifest | None = None
+        self._transport: Transport = transports[self._protocol](self._address)
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -162,30 +181,19 @@ class RankerClient:
                 raise
             return Conversation(current).prepare(history, candidates)
 
-    def _resolve(self, deadline: float | None) -> float:
-        return self._deadline if deadline is None else _check_deadline(deadline)
 
+class AsyncRankerClient(_Settings):
+    """`RankerClient` for asyncio: the same calls, awaited; an asynchronous context manager.
 
-class AsyncRankerClient:
-    """`RankerClient` for asyncio: the same calls, awaited; an asynchronous context manager."""
+    It is made inside a running event loop.
+    """
 
-    def __init__(
-        self,
-        address: str | None = None,
-        *,
-        protocol: Protocol = "grpc",
-        model: str = RANKER.name,
-        deadline: float = DEFAULT_DEADLINE,
-    ) -> None:
-        """Prepare a client, inside a running event loop; arguments as for `RankerClient`."""
+    def _open(self) -> None:
         transports: dict[Protocol, type[AsyncGrpcTransport | AsyncHttpTransport]] = {
             "grpc": AsyncGrpcTransport,
             "http": AsyncHttpTransport,
         }
-        self._transport: AsyncTransport = transports[_check_protocol(protocol)](address or DEFAULT_ADDRESSES[protocol])
-        self._model = model
-        self._deadline = _check_deadline(deadline)
-        self._manifest: Manifest | None = None
+        self._transport: AsyncTransport = transports[self._protocol](self._address)
         self._lock = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
@@ -231,9 +239,6 @@ class AsyncRankerClient:
             if current == manifest:
                 raise
             return Conversation(current).prepare(history, candidates)
-
-    def _resolve(self, deadline: float | None) -> float:
-        return self._deadline if deadline is None else _check_deadline(deadline)
 
 
 def _as_array(name: str, value: npt.ArrayLike) -> npt.NDArray[Any]:

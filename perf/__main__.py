@@ -50,6 +50,10 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("--http-port", type=int, default=8000, metavar="PORT")
     run.add_argument("--grpc-port", type=int, default=8001, metavar="PORT")
     run.add_argument("--metrics-port", type=int, default=8002, metavar="PORT")
+    run.add_argument("--rounds", type=int, help="times that what is compared alternates (5; 2 if quick)")
+    run.add_argument("--requests", type=int, help="requests of one measurement (30; 8 if quick)")
+    report = commands.add_parser("report", help="write the report and the plots of a result file again")
+    report.add_argument("result", type=Path, metavar="RESULT.json")
     model = commands.add_parser("model", help="print FLOPs, bytes and ideal speedups; runs nothing")
     model.add_argument("--config", default="bench")
     return parser
@@ -61,6 +65,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.command == "model":
             print(cost_model.describe(load_config(arguments.config)))
+        elif arguments.command == "report":
+            write_files(json.loads(arguments.result.read_text()), arguments.result.parent)
         else:
             run(arguments)
     except (PerfError, RaceError, ServerError, KvcastError) as error:
@@ -112,9 +118,8 @@ def run(arguments: argparse.Namespace) -> None:
 def make_plan(arguments: argparse.Namespace) -> Plan:
     """Return how thorough the run is to be."""
     limit = arguments.traditional_limit or (5 if arguments.quick else 60)
-    if arguments.quick:
-        return Plan(rounds=2, requests=8, traditional_limit=limit, quick=True)
-    return Plan(rounds=5, requests=30, traditional_limit=limit, quick=False)
+    rounds, requests = (2, 8) if arguments.quick else (5, 30)
+    return Plan(arguments.rounds or rounds, arguments.requests or requests, limit, arguments.quick)
 
 
 def measure(arguments: argparse.Namespace, bench: Bench, cores: int, result: dict[str, Any]) -> None:

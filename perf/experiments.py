@@ -301,7 +301,7 @@ def run_packing(config: ModelConfig, rounds: int, server: TritonServer, say: Cal
     history, users = config.workload.history, 8
     log = ClickLog(config.schema, seed=8)
     rows = []
-    for length in sorted({32, 128, history}):
+    for length in sorted({min(length, history) for length in (32, 128, history)}):
         for count in (1, 10):
             requests = [log.draw_request(length, count) for _ in range(users)]
             with RankerClient(server.grpc_address, deadline=600) as client:

@@ -122,6 +122,8 @@ def draw_memory(axes: Axes, result: dict[str, Any]) -> None:
     bars = axes.bar(labels, values, color=[colours[row["scheme"]] for row in rows])
     axes.bar_label(bars, [f"{value:.0f} MB" if value else "failed" for value in values], padding=3)
     axes.scatter(labels, [row["copies_bytes"] / 1e6 for row in rows], marker="_", s=900, color="#222222", zorder=3)
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=10, top=4 * max([*values, *(row["copies_bytes"] / 1e6 for row in rows)]))
     axes.plot(
         [], [], "_", color="#222222", markersize=16, label="(N - 1) × user KV: what copies of the cache would take"
     )

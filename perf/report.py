@@ -12,8 +12,9 @@ def write_report(result: dict[str, Any]) -> str:
         regime(result).replace("\n", "  \n"),
         (
             f"Made by `make perf CONFIG={result['config']['name']}{' QUICK=1' if result['quick'] else ''}` in "
-            f"{result['seconds'] / 60:.0f} minutes; everything raw is in `{result['name']}.json`. Served over gRPC on "
-            "one machine, load by perf_analyzer 2.51 with generated click logs; cold: nothing is cached between requests."
+            f"{result['seconds'] / 60:.0f} minutes; everything raw is in `{result['name']}.json`. Served over gRPC "
+            "on one machine, load by perf_analyzer 2.51 with generated click logs; cold: nothing is kept between "
+            "requests."
         ),
     ]
     sections = {

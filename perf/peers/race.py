@@ -13,9 +13,11 @@ from typing import Any
 
 TOLERANCE = 1e-5
 MEMORY_LIMIT_BYTES = 16 << 30
+# The first runs of a size fault their memory in, which takes longer than the work.
+WARM_UPS = 2
 # glibc gives memory back after each run and faults it in again at the next; at these sizes that costs torch more than
 # its own work. All peers get the same cure.
-KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(1 << 33), "MALLOC_MMAP_THRESHOLD_": str(1 << 25)}
+KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(1 << 33), "MALLOC_MMAP_THRESHOLD_": str(1 << 33)}
 
 
 class RaceError(Exception):
@@ -48,7 +50,11 @@ class Worker:
             stderr=subprocess.DEVNULL,
             text=True,
         )
-        self._read()
+        try:
+            self._read()
+        except RaceError:
+            self.close()
+            raise
 
     def ask(self, history: int, candidates: int, seed: int) -> dict[str, Any]:
         """Run one request; the same seed and order of calls gives every peer the same requests."""
@@ -85,14 +91,14 @@ def start_workers(names: Sequence[str], field: Field) -> Iterator[list[Worker]]:
 
 
 def race(workers: Sequence[Worker], history: int, candidates: int, rounds: int) -> dict[str, dict[str, Any]]:
-    """Alternate `rounds` times after one warm-up; return medians per peer, and how far scores lie from the first's.
+    """Alternate `rounds` times after `WARM_UPS` more; return medians per peer, and how far scores lie from the first's.
 
     Raises:
         RaceError: a peer's scores differ by more than fp32 rounding from the first one's.
     """
     seed = 1000 * history + candidates
     answers: dict[str, list[dict[str, Any]]] = {worker.name: [] for worker in workers}
-    for _ in range(rounds + 1):
+    for _ in range(WARM_UPS + rounds):
         for worker in workers:
             if not (answers[worker.name] and "error" in answers[worker.name][-1]):
                 answers[worker.name].append(worker.ask(history, candidates, seed))
@@ -112,7 +118,7 @@ def _summarise(name: str, answers: list[dict[str, Any]], first: list[dict[str, A
         raise RaceError(
             f"{name}: expected the scores of the others to {TOLERANCE}, got a difference of {difference:.3g}"
         )
-    counted = answers[1:]
+    counted = answers[WARM_UPS:]
     return {
         "encode": statistics.median(answer["encode"] for answer in counted),
         "fuse": statistics.median(answer["fuse"] for answer in counted),

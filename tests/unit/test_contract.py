@@ -184,7 +184,7 @@ def test_a_single_number_that_is_not_finite_is_found(place, value):
         check_finite("tensor", array)
 
 
-def test_a_sum_that_overflows_is_not_mistaken_for_infinity():
+def test_large_numbers_are_not_mistaken_for_infinity():
     check_finite("tensor", np.full(10, 3e38, np.float32))
 
 

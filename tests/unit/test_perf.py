@@ -1,0 +1,131 @@
+"""The load tests' own parts: arithmetic, reading perf_analyzer, the peers' scores, reports and plots."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvcast.clicklog import ClickLog
+from kvcast.contract.config import load_config
+from kvcast.perf import cost_model
+from kvcast.perf.__main__ import main, write_files
+from kvcast.perf.analyzer import PerfError, read_report, write_input_data
+from kvcast.perf.cost_model import CostModel, claimed_gain, claimed_speedup, throughput_drop
+from kvcast.perf.experiments import subtract
+from kvcast.perf.peers.race import Field, RaceError, _summarise, race, start_workers
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("config", "user", "trimmed", "fusion", "traditional", "kv", "ideal"),
+    [
+        ("bench", 10.4, 8.05, 0.0416, 10.4, 8.192, {1: 1.3, 5: 6.3, 10: 12.3, 50: 51.5, 100: 85.5, 1000: 210}),
+        ("seed", 861, 847, 3.45, 865, 307.2, {1: 1.02, 5: 5.0, 10: 9.8, 50: 42.5, 100: 72.6, 1000: 201}),
+    ],
+)
+def test_the_cost_model_agrees_with_the_arithmetic_done_by_hand(config, user, trimmed, fusion, traditional, kv, ideal):
+    model = CostModel.of(load_config(config))
+    assert model.user_flops(trimmed=False) / 1e9 == pytest.approx(user, rel=0.01)
+    assert model.user_flops() / 1e9 == pytest.approx(trimmed, rel=0.01)
+    assert model.fusion_flops() / 1e9 == pytest.approx(fusion, rel=0.01)
+    assert model.traditional_flops(1) / 1e9 == pytest.approx(traditional, rel=0.01)
+    assert model.user_kv_bytes() / 1e6 == pytest.approx(kv)
+    for count, speedup in ideal.items():
+        assert model.ideal_speedup(count) == pytest.approx(speedup, rel=0.02)
+
+
+def test_the_documents_own_numbers():
+    """Speedup(N), gain and throughput drop as their table has them (it rounds the gain before the drop)."""
+    assert [round(claimed_speedup(count), 2) for count in (1, 5, 10, 50, 100)] == [1.0, 3.12, 4.26, 5.99, 6.31]
+    assert [100 * claimed_gain(count) // 1 for count in (1, 5, 10, 50, 100)] == [0, 68, 76, 83, 84]
+    assert throughput_drop(1 - 0.83) == pytest.approx(0.068)
+    # 1000 tokens x 768 dims x 8 bytes, 50 layers, 49 copies not made: 14.7 GB where they count 6 MB a layer.
+    assert CostModel.of(load_config("seed")).user_kv_bytes() * 49 / 1e9 == pytest.approx(15.05, abs=0.01)
+
+
+def test_the_model_command_runs_nothing_and_shows_both(capsys):
+    assert main(["model", "--config", "bench"]) == 0
+    printed = capsys.readouterr().out
+    assert "51.5" in printed
+    assert "5.99" in printed
+    assert "8.2 MB" in printed
+    assert main(["model", "--config", "nonsense"]) == 1
+    assert "expected one of" in capsys.readouterr().err
+
+
+def test_perf_analyzers_report_is_read():
+    text = (
+        "Concurrency,Inferences/Second,Client Send,Server Queue,Client Recv,"
+        "p50 latency,p90 latency,p99 latency,Avg latency\n"
+        "1,20.5,11,3,4,48000,60000,70000,49000\n"
+    )
+    measurement = read_report(text)
+    assert measurement.throughput == 20.5
+    assert measurement.p50 == 0.048
+    assert measurement.mean == 0.049
+    assert measurement.stages == {"Client Send": 11e-6, "Server Queue": 3e-6, "Client Recv": 4e-6}
+    with pytest.raises(PerfError, match="expected one row"):
+        read_report(text.splitlines()[0])
+
+
+def test_input_data_has_shapes_without_the_batch_axis(tmp_path):
+    log = ClickLog(load_config("tiny").schema, seed=1)
+    write_input_data([log.draw_request(3, 2)], tmp_path / "data.json")
+    (entry,) = json.loads((tmp_path / "data.json").read_text())["data"]
+    assert entry["history"]["shape"] == [3, 2]
+    assert len(entry["candidates"]["content"]) == 8
+
+
+def test_statistics_are_subtracted_by_model_and_stage():
+    after = {"a": {"queue": 3.0}, "b": {"queue": 1.0}}
+    assert subtract(after, {"a": {"queue": 1.0}}) == {"a": {"queue": 2.0}, "b": {"queue": 1.0}}
+
+
+def test_all_peers_give_the_same_scores(tiny_repository):
+    """Each in its own process, as `make perf` races them; but for the compiled one, which takes a minute to make."""
+    names = ("shared", "traditional", "ort_expanded", "torch_expanded", "torch_flash")
+    field = Field("tiny", tiny_repository, threads=1, seed=0)
+    with start_workers(names, field) as workers:
+        results = race(workers, history=30, candidates=7, rounds=1)
+    assert set(results) == set(names)
+    for result in results.values():
+        assert result["score_difference"] <= 1e-5
+        assert result["total"] > 0
+
+
+def test_a_peer_with_other_scores_ends_the_race(tiny_repository):
+    field = Field("tiny", tiny_repository, threads=1, seed=1)  # the export has the weights of seed 0
+    with start_workers(("shared", "torch_flash"), field) as workers, pytest.raises(RaceError, match="torch_flash"):
+        race(workers, history=10, candidates=3, rounds=1)
+
+
+def test_a_peer_that_failed_is_reported_as_failed():
+    assert _summarise("peer", [{"error": "MemoryError: too much"}], []) == {"error": "MemoryError: too much"}
+
+
+def test_a_worker_that_dies_is_an_error(tmp_path):
+    with pytest.raises(RaceError, match="its process ended"), start_workers(["shared"], Field("tiny", tmp_path, 1, 0)):
+        pytest.fail("it started without an export")
+
+
+RESULTS = sorted((ROOT / "perf" / "results").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_committed_reports_are_those_of_their_results(path, tmp_path):
+    result = json.loads(path.read_text())
+    write_files(result, tmp_path)
+    assert (tmp_path / f"{path.stem}.md").read_text() == path.with_suffix(".md").read_text()
+    for plot in tmp_path.glob("*.png"):
+        assert (path.parent / plot.name).exists()
+
+
+def test_the_perf_command_explains_itself():
+    done = subprocess.run(
+        [sys.executable, "-m", "kvcast.perf", "run", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "--traditional-limit" in done.stdout
+    assert cost_model.__doc__ is not None
