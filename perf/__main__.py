@@ -20,7 +20,7 @@ from kvcast.perf.peers.race import Field, RaceError
 from kvcast.perf.plots import draw_all, regime
 from kvcast.perf.report import write_report
 from kvcast.server import ServerError, ServerSettings, TritonServer
-from kvcast.server.__main__ import read_config_name
+from kvcast.server.repository import ensure_exported, read_config_name
 
 EXPERIMENTS = ("table", "history_growth", "stages", "load", "packing", "memory", "peers")
 REGIME = """\
@@ -105,6 +105,7 @@ def run(arguments: argparse.Namespace) -> None:
         grpc_port=arguments.grpc_port,
         metrics_port=arguments.metrics_port,
     )
+    ensure_exported(arguments.repository, settings.models, arguments.config)
     with TritonServer(settings) as server:
         bench = Bench(server, config, make_plan(arguments), lambda line: print(line, flush=True))
         try:

@@ -129,8 +129,9 @@ def run_table(bench: Bench, counts: Sequence[int]) -> list[Row]:
     return rows
 
 
-def measure_fusion_ratio(bench: Bench, few: int = 10, many: int = 110) -> Row:
+def measure_fusion_ratio(bench: Bench) -> Row:
     """C_fusion ÷ C_user: the slope of the fusion model's time over N, by the encoder's time, in Triton's statistics."""
+    few, many = 10, min(110, bench.config.limits.candidates)
     log = ClickLog(bench.config.schema, seed=9)
     history = bench.config.workload.history
     fusion: dict[int, list[float]] = {few: [], many: []}

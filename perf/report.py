@@ -69,6 +69,30 @@ def write_table(result: dict[str, Any]) -> str:
     )
 
 
+def write_headline(result: dict[str, Any]) -> str:
+    """The table for the README."""
+    rows = [
+        [
+            str(row["candidates"]),
+            f"{row['claimed_speedup']:.1f}×",
+            f"{row['ideal_speedup']:.1f}×",
+            f"**{row['speedup']:.1f}×**" + (" *" if row["traditional_is_extrapolated"] else ""),
+            say_seconds(row["shared_seconds"]),
+            say_seconds(row["traditional_seconds"]),
+        ]
+        for row in result["table"]
+    ]
+    header = [
+        "candidates",
+        "claimed by the source documents",
+        "ideal, by FLOPs",
+        "measured, served",
+        "shared",
+        "traditional",
+    ]
+    return make_table(header, rows)
+
+
 def write_fusion(result: dict[str, Any]) -> str:
     """The ratio that the documents assume to be 0.15."""
     fusion = result["fusion"]

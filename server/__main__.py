@@ -3,12 +3,12 @@
 import argparse
 import signal
 import sys
-import tomllib
 from pathlib import Path
 from types import FrameType
 
 from kvcast.server.installation import ServerError
 from kvcast.server.launcher import ServerSettings, TritonServer, write_line
+from kvcast.server.repository import read_config_name
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -27,16 +27,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--metrics-port", type=int, default=8002, metavar="PORT")
     parser.add_argument("extra_flags", nargs="*", metavar="-- FLAG", help="further flags for tritonserver, after --")
     return parser
-
-
-def read_config_name(config: str | None) -> str | None:
-    """Return a configuration's name: the argument itself, or the `name` in the TOML file that it is the path of."""
-    if config is None or not config.endswith(".toml"):
-        return config
-    try:
-        return str(tomllib.loads(Path(config).read_text())["name"])
-    except (OSError, tomllib.TOMLDecodeError, KeyError) as error:
-        raise ServerError(f"config {config}: cannot be read ({error}): expected a TOML file with a name") from error
 
 
 def main(argv: list[str] | None = None) -> int:

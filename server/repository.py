@@ -5,6 +5,9 @@ Each check fails with one sentence and its remedy, instead of a server that dies
 
 import errno
 import socket
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 from kvcast.contract.errors import ArtefactError
@@ -34,6 +37,31 @@ def check_repository(repository: Path, models: list[str], config: str | None) ->
             f"run `make export CONFIG={config}`, or serve what is there with CONFIG={manifest.config}"
         )
     return manifest
+
+
+def read_config_name(config: str | None) -> str | None:
+    """Return a configuration's name: the argument itself, or the `name` in the TOML file that it is the path of."""
+    if config is None or not config.endswith(".toml"):
+        return config
+    try:
+        return str(tomllib.loads(Path(config).read_text())["name"])
+    except (OSError, tomllib.TOMLDecodeError, KeyError) as error:
+        raise ServerError(f"config {config}: cannot be read ({error}): expected a TOML file with a name") from error
+
+
+def ensure_exported(repository: Path, models: list[str], config: str) -> None:
+    """Export `config` (name or TOML file) into the repository, unless all of `models` are there already.
+
+    Raises:
+        ServerError: the export failed; it has said why on standard error.
+    """
+    try:
+        check_repository(repository, models, read_config_name(config))
+    except ServerError:
+        print(f"{repository} has no export of {config} yet; making it", flush=True)
+        command = [sys.executable, "-m", "kvcast.export", "--config", config, "--repository", str(repository)]
+        if subprocess.run(command, check=False).returncode:
+            raise ServerError(f"{config} could not be exported") from None
 
 
 def expand_models(models: list[str]) -> list[str]:

@@ -2,21 +2,20 @@
 
 import argparse
 import signal
-import subprocess
 import sys
+import tempfile
 import time
 from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 from kvcast.client.__main__ import main as rank
-from kvcast.contract.tensors import RANKER
+from kvcast.clicklog import ClickLog
+from kvcast.contract.config import load_config
 from kvcast.server import ServerError, ServerSettings, TritonServer
 
-from kvcast.server.__main__ import read_config_name
-from kvcast.server.repository import check_repository
+from kvcast.server.repository import ensure_exported, read_config_name
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,12 +28,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--metrics-port", type=int, default=8002, metavar="PORT")
     arguments = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, _leave)
-    if not _is_exported(arguments.repository, arguments.config):
-        print(f"{arguments.repository} has no export of {arguments.config} yet; making it", flush=True)
-        command = [sys.executable, "-m", "kvcast.export", "--config", arguments.config]
-        status = subprocess.run([*command, "--repository", str(arguments.repository)], check=False).returncode
-        if status:
-            return status
     settings = ServerSettings(
         repository=arguments.repository,
         config=read_config_name(arguments.config),
@@ -43,11 +36,14 @@ def main(argv: list[str] | None = None) -> int:
         metrics_port=arguments.metrics_port,
     )
     try:
+        ensure_exported(arguments.repository, settings.models, arguments.config)
         print("starting tritonserver …", flush=True)
         started = time.perf_counter()
-        with TritonServer(settings) as server, resources.as_file(_example()) as request:
+        with TritonServer(settings) as server, tempfile.NamedTemporaryFile("w", suffix=".json") as request:
+            request.write(_make_request(arguments.config))
+            request.flush()
             print(f"ready after {time.perf_counter() - started:.1f} s\n", flush=True)
-            status = rank([str(request), "--top", "10", "--address", server.grpc_address])
+            status = rank([request.name, "--top", "10", "--address", server.grpc_address])
         print("\nthe server is stopped")
     except ServerError as error:
         print(f"kvcast demo: {error}", file=sys.stderr)
@@ -57,16 +53,13 @@ def main(argv: list[str] | None = None) -> int:
     return status
 
 
-def _is_exported(repository: Path, config: str) -> bool:
-    try:
-        check_repository(repository, [RANKER.name], read_config_name(config))
-    except ServerError:
-        return False
-    return True
-
-
-def _example() -> Traversable:
-    return resources.files("kvcast.client") / "examples" / "request.json"
+def _make_request(config_name: str) -> str:
+    """Return the shipped example, which is one for `bench`; for another configuration, one of its own."""
+    if config_name == "bench":
+        return (resources.files("kvcast.client") / "examples" / "request.json").read_text()
+    config = load_config(config_name)
+    request = ClickLog(config.schema, seed=7).draw_request(config.workload.history, config.workload.candidates)
+    return request.to_json(config.schema)
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001 the signature of a signal handler

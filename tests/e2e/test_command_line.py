@@ -17,6 +17,7 @@ from kvcast.client.__main__ import main
 from kvcast.contract.config import load_config
 from kvcast.contract.request import RankRequest
 from kvcast.contract.tensors import USER_ENCODER
+from kvcast.perf.report import write_headline
 from tests.support import TOLERANCE, find_free_ports
 
 ROOT = Path(__file__).parents[2]
@@ -159,8 +160,16 @@ def test_the_readme_does_what_it_says(tmp_path):
     finally:
         serving.send_signal(signal.SIGTERM)
         serving.communicate(timeout=20)
-    run(blocks[5])
+    assert "ideal speedup" in run(blocks[5])
+    run(blocks[6])
     assert (tmp_path / "tiny" / "doc_fusion" / "1" / "manifest.json").exists()
+
+
+def test_the_readme_shows_the_headline_of_the_committed_run():
+    result = json.loads((ROOT / "perf" / "results" / "bench.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    assert write_headline(result) in readme
+    assert not result["quick"]
 
 
 def test_documents_show_the_committed_numbers_and_link_to_files_that_exist():
