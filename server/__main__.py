@@ -3,6 +3,7 @@
 import argparse
 import signal
 import sys
+import time
 from pathlib import Path
 from types import FrameType
 
@@ -10,13 +11,17 @@ from kvcast.server.installation import ServerError
 from kvcast.server.launcher import ServerSettings, TritonServer, write_line
 from kvcast.server.repository import read_config_name
 
+# A server that crashes more often than this within the window stays down: something is wrong that a start cannot mend.
+MAX_CRASHES = 5
+CRASH_WINDOW_SECONDS = 300
+
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="kvcast serve",
         description="Serve a model repository with tritonserver, in the foreground. Ctrl-C or SIGTERM ends it and "
-        "everything that it started.",
+        "everything that it started; a crash is followed by a new start.",
     )
     parser.add_argument("--repository", type=Path, default=Path("model_repository"), metavar="DIR")
     parser.add_argument("--models", default="ranker", help="space-separated, e.g. 'ranker ranker_full' (%(default)s)")
@@ -45,16 +50,34 @@ def main(argv: list[str] | None = None) -> int:
             metrics_port=arguments.metrics_port,
             extra_flags=arguments.extra_flags,
         )
-        with TritonServer(settings, log=write_line) as server:
-            print(describe(server), flush=True)
-            status = server.wait()
-        print(f"kvcast serve: tritonserver ended by itself with status {status}", file=sys.stderr)
+        serve(settings)
     except ServerError as error:
         print(f"kvcast serve: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("kvcast serve: stopped", file=sys.stderr)
         return 0
     return 1
+
+
+def serve(settings: ServerSettings) -> None:
+    """Serve; start again if the server is killed by a signal (a crash), but not for ever.
+
+    Raises:
+        ServerError: it cannot start, ended by itself, or crashed too often.
+    """
+    crashes: list[float] = []
+    while True:
+        with TritonServer(settings, log=write_line) as server:
+            print(describe(server), flush=True)
+            status = server.wait()
+        if status >= 0:
+            raise ServerError(f"tritonserver ended by itself with status {status}")
+        now = time.monotonic()
+        crashes = [each for each in crashes if now - each < CRASH_WINDOW_SECONDS] + [now]
+        name = signal.Signals(-status).name
+        if len(crashes) > MAX_CRASHES:
+            raise ServerError(f"tritonserver crashed ({name}) for the {len(crashes)}th time in a row; it stays down")
+        print(f"kvcast serve: tritonserver crashed ({name}); starting it again", file=sys.stderr, flush=True)
 
 
 def describe(server: TritonServer) -> str:

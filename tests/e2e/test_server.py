@@ -2,6 +2,7 @@
 
 import dataclasses
 import http.client
+import json
 import os
 import signal
 import socket
@@ -15,7 +16,9 @@ import pytest
 import tritonclient.grpc
 from tritonclient.utils import InferenceServerException
 
+from kvcast.client import RankerClient
 from kvcast.server import ServerError, ServerSettings, TritonServer
+from kvcast.server.installation import find_installation
 from tests.conftest import make_settings
 from tests.support import find_free_ports
 
@@ -194,3 +197,37 @@ def test_a_tritonserver_on_path_is_used_as_it_is(tiny_repository, tmp_path, monk
     binary.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     expect_refusal(make_settings(tiny_repository), "this is the one on PATH")
+
+
+def test_a_real_tritonserver_on_path_serves_too(tiny_repository, tmp_path, monkeypatch):
+    """As in the NGC image, whose server needs nothing from us: here a script that brings what the wheel's needs."""
+    real = find_installation(tmp_path / "wheel")
+    binary = tmp_path / "tritonserver"
+    variables = " ".join(f"{name}='{value}'" for name, value in real.environment.items())
+    binary.write_text(f'#!/bin/sh\nexec env {variables} {real.binary} {" ".join(real.flags)} "$@"\n')
+    binary.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with TritonServer(make_settings(tiny_repository)) as server:
+        assert server.process is not None
+        assert server.process.args[0] == str(binary)
+        assert ask(server, "GET", "/v2/models/ranker/ready", {}) == 200
+
+
+def test_a_crash_is_followed_by_a_new_start(tiny_repository):
+    """An absurd shape in a JSON body crashes Triton 2.51 itself; the next valid request is answered again."""
+    process = run_serve(tiny_repository)
+    address = read_until(process, "  HTTP").split("//")[1].strip()
+    read_until(process, "Ctrl-C")
+    absurd = {"name": "history", "shape": [1, 2**40, 2], "datatype": "INT64", "data": [1]}
+    connection = http.client.HTTPConnection(address)
+    with pytest.raises(http.client.RemoteDisconnected):
+        connection.request("POST", "/v2/models/ranker/infer", json.dumps({"inputs": [absurd]}))
+        connection.getresponse()
+    connection.close()
+    assert "SIGABRT" in read_until(process, "starting it again")
+    read_until(process, "Ctrl-C")
+    with RankerClient(address, protocol="http") as client:
+        assert len(client.rank([[1, 2]], [[1, 1, 1, 1]]).scores) == 1
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == 0

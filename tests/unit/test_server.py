@@ -1,0 +1,134 @@
+"""The launcher without a server: what it finds, what it misses, and how it reads a log."""
+
+import importlib.util
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from kvcast.contract.manifest import read_manifest
+from kvcast.server import ServerError
+from kvcast.server.installation import find_installation
+from kvcast.server.launcher import explain
+from kvcast.server.repository import check_port, count_shared_memory, ensure_exported, expand_models, read_config_name
+
+
+@pytest.fixture
+def no_tritonserver_on_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+@pytest.mark.usefixtures("no_tritonserver_on_path")
+def test_the_wheels_server_gets_a_backend_of_links_and_its_environment(tmp_path):
+    found = find_installation(tmp_path)
+    assert found.binary.name == "tritonserver"
+    assert found.binary.exists()
+    (flag,) = found.flags
+    backend = Path(flag.partition("=")[2]) / "python"
+    names = {path.name for path in backend.iterdir()}
+    assert {"libtriton_python.so", "triton_python_backend_stub", "triton_python_backend_utils.py"} <= names
+    assert all(path.is_symlink() for path in backend.iterdir()), "a copied stub cannot find its libraries"
+    assert found.environment["PATH"].startswith(str(Path(sys.executable).parent))
+
+
+@pytest.mark.usefixtures("no_tritonserver_on_path")
+def test_no_tritonserver_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ServerError, match=r"neither on PATH nor installed .* run `make setup`"):
+        find_installation(tmp_path)
+
+
+@pytest.mark.usefixtures("no_tritonserver_on_path")
+def test_no_stub_for_this_python_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "version_info", FakeVersion())
+    with pytest.raises(ServerError, match=r"no stub for Python 3.99: use one of 3.10, 3.11"):
+        find_installation(tmp_path)
+
+
+class FakeVersion:
+    """A Python that does not exist yet."""
+
+    major, minor = 3, 99
+
+
+@pytest.mark.usefixtures("no_tritonserver_on_path")
+def test_no_libpython_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(sysconfig, "get_config_var", lambda name: None)
+    monkeypatch.setattr(sys, "base_prefix", str(tmp_path))
+    monkeypatch.setattr("ctypes.util.find_library", lambda name: None)
+    with pytest.raises(ServerError, match=r"libpython3.11.so.1.0 is missing.*apt-get install libpython3.11"):
+        find_installation(tmp_path)
+
+
+def test_a_server_on_path_is_preferred_and_left_as_it_is(tmp_path, monkeypatch):
+    binary = tmp_path / "tritonserver"
+    binary.write_text("#!/bin/sh\n")
+    binary.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = find_installation(tmp_path / "workspace")
+    assert found.binary == binary
+    assert not found.flags
+    assert not found.environment
+
+
+@pytest.mark.parametrize(
+    ("log", "sentence"),
+    [
+        (
+            ["/x/tritonserver: error while loading shared libraries: libb.so.1: cannot open shared object file"],
+            "libb.so.1: cannot open shared object file",
+        ),
+        (
+            [
+                'E1121 23:45:11.7 300 server.cc:241] "CudaDriverHelper has not been initialized."',
+                "E1121 23:45:12.0 300 model_lifecycle.cc:642] \"failed to load 'doc_fusion' version 1: Internal: no file\"",
+                "error: creating server: Internal - failed to load all models",
+            ],
+            "no file",
+        ),
+        (["I1121 fine", "error: something else"], "something else"),
+        (["only this"], "only this"),
+        ([], "it wrote nothing"),
+    ],
+)
+def test_the_sentence_of_a_log_that_says_why(log, sentence):
+    assert explain(log) == sentence
+
+
+def test_models_are_expanded_to_those_that_hold_artefacts():
+    assert expand_models(["ranker"]) == ["user_encoder", "doc_fusion"]
+    assert expand_models(["ranker", "ranker_full", "doc_fusion"]) == ["user_encoder", "doc_fusion", "ranker_full"]
+    with pytest.raises(ServerError, match="got none"):
+        expand_models([])
+
+
+def test_a_port_that_may_not_be_bound_is_one_sentence():
+    with pytest.raises(ServerError, match="cannot bind HTTP to 192.0.2.1:1"):
+        check_port("192.0.2.1", 1, "HTTP", "HTTP_PORT")
+
+
+def test_shared_memory_holds_two_requests_of_the_workload(tiny_repository):
+    manifest = read_manifest(tiny_repository / "user_encoder" / "1")
+    assert count_shared_memory(manifest) > 2 * manifest.user_kv.bytes_of(manifest.workload.history)
+
+
+def test_the_name_of_a_configuration(tmp_path):
+    assert read_config_name(None) is None
+    assert read_config_name("bench") == "bench"
+    (tmp_path / "own.toml").write_text('name = "own"')
+    assert read_config_name(str(tmp_path / "own.toml")) == "own"
+    with pytest.raises(ServerError, match="cannot be read"):
+        read_config_name(str(tmp_path / "missing.toml"))
+
+
+def test_an_export_that_is_there_is_not_made_again(tiny_repository, capsys):
+    before = (tiny_repository / "doc_fusion" / "1" / "model.onnx").stat().st_mtime_ns
+    ensure_exported(tiny_repository, ["ranker", "ranker_full"], "tiny")
+    assert (tiny_repository / "doc_fusion" / "1" / "model.onnx").stat().st_mtime_ns == before
+    assert capsys.readouterr().out == ""
+
+
+def test_an_export_that_fails_is_one_sentence(tmp_path):
+    with pytest.raises(ServerError, match="nonsense could not be exported"):
+        ensure_exported(tmp_path, ["ranker"], "nonsense")
