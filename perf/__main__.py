@@ -85,6 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
     result: dict[str, Any] = {
         "name": arguments.name or config.name + ("-quick" if arguments.quick else ""),
         "quick": arguments.quick,
+        "command": describe_command(arguments),
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": describe_machine(cores),
         "config": {
@@ -114,6 +115,19 @@ def run(arguments: argparse.Namespace) -> None:
             bench.close()
     result["seconds"] = time.monotonic() - started
     write_files(result, arguments.results)
+
+
+def describe_command(arguments: argparse.Namespace) -> str:
+    """Return the command that measures the same again; where it served and wrote is left out."""
+    options = ("config", "experiments", "counts", "rounds", "requests", "traditional_limit")
+    parser = make_parser()
+    default = parser.parse_args(["run"])
+    parts = ["kvcast perf run"] + (["--quick"] if arguments.quick else [])
+    for option in options:
+        value = getattr(arguments, option)
+        if option == "config" or value != getattr(default, option):
+            parts.append(f"--{option.replace('_', '-')} {value}")
+    return " ".join(parts)
 
 
 def make_plan(arguments: argparse.Namespace) -> Plan:

@@ -220,8 +220,8 @@ def test_a_crash_is_followed_by_a_new_start(tiny_repository):
     read_until(process, "Ctrl-C")
     absurd = {"name": "history", "shape": [1, 2**40, 2], "datatype": "INT64", "data": [1]}
     connection = http.client.HTTPConnection(address)
+    connection.request("POST", "/v2/models/ranker/infer", json.dumps({"inputs": [absurd]}))
     with pytest.raises(http.client.RemoteDisconnected):
-        connection.request("POST", "/v2/models/ranker/infer", json.dumps({"inputs": [absurd]}))
         connection.getresponse()
     connection.close()
     assert "SIGABRT" in read_until(process, "starting it again")

@@ -82,7 +82,7 @@ def test_a_server_on_path_is_preferred_and_left_as_it_is(tmp_path, monkeypatch):
         (
             [
                 'E1121 23:45:11.7 300 server.cc:241] "CudaDriverHelper has not been initialized."',
-                "E1121 23:45:12.0 300 model_lifecycle.cc:642] \"failed to load 'doc_fusion' version 1: Internal: no file\"",
+                "E1121 23:45:12.0 300 model_lifecycle.cc:642] \"failed to load 'fusion' version 1: Internal: no file\"",
                 "error: creating server: Internal - failed to load all models",
             ],
             "no file",
@@ -104,7 +104,7 @@ def test_models_are_expanded_to_those_that_hold_artefacts():
 
 
 def test_a_port_that_may_not_be_bound_is_one_sentence():
-    with pytest.raises(ServerError, match="cannot bind HTTP to 192.0.2.1:1"):
+    with pytest.raises(ServerError, match=r"cannot bind HTTP to 192\.0\.2\.1:1"):
         check_port("192.0.2.1", 1, "HTTP", "HTTP_PORT")
 
 
