@@ -8,7 +8,7 @@ TABLE_NOTE = (
     "measured × is the median of the ratios of neighbouring rounds, the times are medians of their own; gain = 1 - 1 ÷ "
     "measured; throughput drop = 40% ÷ measured, the documents' own metric (they claim 6.8% at N = 50). "
     "\\* extrapolated from the N before it. A measured ratio above the ideal is no error: the traditional graph needs "
-    "its mask inside the sequence, and with a mask it cannot take ONNX Runtime's tiled attention, which the encoder takes."
+    "its mask inside the sequence, and with a mask it cannot take ONNX Runtime's tiled attention, as the encoder does."
 )
 
 
