@@ -4,8 +4,7 @@ What both do is written once, in `Conversation`; the two classes differ in how t
 travel (`transport`).
 """
 
-import asyncio
-import threading
+import contextlib
 import time
 from types import TracebackType
 from typing import Any, Self
@@ -24,7 +23,7 @@ from kvcast.client.transport import (
     Tensors,
     Transport,
 )
-from kvcast.contract.errors import InvalidRequestError, ServerFaultError
+from kvcast.contract.errors import InvalidRequestError, ServerFaultError, TryAgainError
 from kvcast.contract.manifest import Manifest, parse_manifest
 from kvcast.contract.tensors import CANDIDATES, HISTORY, MANIFEST, RANKER, SCORES, USER_ENCODER
 from kvcast.contract.validation import check_candidates, check_history
@@ -51,10 +50,10 @@ class Conversation:
         manifest = self.manifest
         fields = manifest.history_fields
         events = _as_array(HISTORY.name, history)
-        if events.size == 0 and events.ndim <= 2:
+        if events.shape[:1] == (0,) and events.ndim <= 2:
             events = np.zeros((0, len(fields)), np.int64)  # [] is a user without history
         rows = _as_array(CANDIDATES.name, candidates)
-        if rows.size == 0 and rows.ndim <= 2:
+        if rows.shape[:1] == (0,) and rows.ndim <= 2:
             rows = np.zeros((0, len(manifest.candidate_fields)), np.int64)
         return {
             HISTORY.name: check_history(events[None], fields, manifest.limits),
@@ -93,7 +92,8 @@ class _Settings:
             address: `host:port`; by default this machine's usual port for the protocol.
             protocol: `grpc` or `http`.
             model: `ranker`, or another model of the same wire.
-            deadline: seconds that a call may take, unless it brings its own.
+            deadline: seconds that an exchange with the server may take, unless a call brings its own. A first
+                call has two exchanges: it asks for the manifest too.
 
         Raises:
             ValueError: the protocol is another, or the deadline not a positive number.
@@ -122,7 +122,6 @@ class RankerClient(_Settings):
             "http": HttpTransport,
         }
         self._transport: Transport = transports[self._protocol](self._address)
-        self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
         """Return the client."""
@@ -140,13 +139,13 @@ class RankerClient(_Settings):
 
     def get_manifest(self, *, refresh: bool = False, deadline: float | None = None) -> Manifest:
         """Return what the server serves: fields, vocabularies, limits, release. Asked once, unless `refresh`."""
-        with self._lock:
-            if self._manifest is None or refresh:
-                outputs = self._transport.infer(
-                    USER_ENCODER.name, MANIFEST_REQUEST, [MANIFEST.name], self._resolve(deadline)
-                )
-                self._manifest = _read_manifest(outputs)
-            return self._manifest
+        known = self._manifest
+        if known is None or refresh:
+            outputs = self._transport.infer(
+                USER_ENCODER.name, MANIFEST_REQUEST, [MANIFEST.name], self._resolve(deadline)
+            )
+            known = self._manifest = _read_manifest(outputs)
+        return known
 
     def rank(self, history: npt.ArrayLike, candidates: npt.ArrayLike, *, deadline: float | None = None) -> Ranking:
         """Score a user's candidates.
@@ -176,7 +175,9 @@ class RankerClient(_Settings):
             return Conversation(manifest).prepare(history, candidates)
         except InvalidRequestError:
             # The server may have moved on to a release with a larger vocabulary since it was asked.
-            current = self.get_manifest(refresh=True, deadline=deadline)
+            with contextlib.suppress(TryAgainError, ServerFaultError):
+                self.get_manifest(refresh=True, deadline=deadline)
+            current = self.get_manifest(deadline=deadline)
             if current == manifest:
                 raise
             return Conversation(current).prepare(history, candidates)
@@ -194,7 +195,6 @@ class AsyncRankerClient(_Settings):
             "http": AsyncHttpTransport,
         }
         self._transport: AsyncTransport = transports[self._protocol](self._address)
-        self._lock = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
         """Return the client."""
@@ -212,13 +212,13 @@ class AsyncRankerClient(_Settings):
 
     async def get_manifest(self, *, refresh: bool = False, deadline: float | None = None) -> Manifest:
         """Return what the server serves, as `RankerClient.get_manifest`."""
-        async with self._lock:
-            if self._manifest is None or refresh:
-                outputs = await self._transport.infer(
-                    USER_ENCODER.name, MANIFEST_REQUEST, [MANIFEST.name], self._resolve(deadline)
-                )
-                self._manifest = _read_manifest(outputs)
-            return self._manifest
+        known = self._manifest
+        if known is None or refresh:
+            outputs = await self._transport.infer(
+                USER_ENCODER.name, MANIFEST_REQUEST, [MANIFEST.name], self._resolve(deadline)
+            )
+            known = self._manifest = _read_manifest(outputs)
+        return known
 
     async def rank(
         self, history: npt.ArrayLike, candidates: npt.ArrayLike, *, deadline: float | None = None
@@ -235,7 +235,9 @@ class AsyncRankerClient(_Settings):
         try:
             return Conversation(manifest).prepare(history, candidates)
         except InvalidRequestError:
-            current = await self.get_manifest(refresh=True, deadline=deadline)
+            with contextlib.suppress(TryAgainError, ServerFaultError):
+                await self.get_manifest(refresh=True, deadline=deadline)
+            current = await self.get_manifest(deadline=deadline)
             if current == manifest:
                 raise
             return Conversation(current).prepare(history, candidates)

@@ -6,11 +6,14 @@ knows tensors by name; it does not know what is ranked.
 
 import abc
 import asyncio
+import http.client
 import threading
+import weakref
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, Literal
 
+import aiohttp
 import numpy as np
 import numpy.typing as npt
 import tritonclient.grpc
@@ -109,7 +112,8 @@ class HttpTransport(Transport):
     def __init__(self, address: str) -> None:
         self._address = address
         self._local = threading.local()
-        self._clients: list[Any] = []
+        # Weakly: a client goes, and its connection with it, when its thread ends.
+        self._clients: weakref.WeakSet[Any] = weakref.WeakSet()
         self._lock = threading.Lock()
 
     def infer(self, model: str, inputs: Tensors, outputs: Sequence[str], deadline: float) -> Tensors:
@@ -124,7 +128,8 @@ class HttpTransport(Transport):
     def close(self) -> None:
         """Close the connections of all threads."""
         with self._lock:
-            clients, self._clients = self._clients, []
+            clients = list(self._clients)
+            self._clients.clear()
         for client in clients:
             client.close()
         self._local = threading.local()
@@ -138,9 +143,9 @@ class HttpTransport(Transport):
             with self._lock:
                 previous: Any = getattr(self._local, "client", None)
                 if previous is not None and previous in self._clients:
-                    self._clients.remove(previous)
+                    self._clients.discard(previous)
                     previous.close()
-                self._clients.append(client)
+                self._clients.add(client)
             self._local.client, self._local.deadline = client, deadline
         return self._local.client
 
@@ -198,7 +203,7 @@ def translate(error: Exception, address: str, deadline: float) -> KvcastError:
         return _translate_status(str(error.status()), str(error.message()), address, deadline)
     if isinstance(error, TimeoutError):
         return _miss_deadline(address, deadline)
-    if isinstance(error, OSError):
+    if isinstance(error, (OSError, aiohttp.ClientConnectionError, http.client.HTTPException)):
         return TryAgainError(f"{address}: no connection ({error}): is the server up, and is this its port?")
     return ServerFaultError(f"{address}: unusable answer ({type(error).__name__}: {error})")
 

@@ -15,6 +15,8 @@ from kvcast.contract.errors import ConfigError
 from kvcast.contract.schema import FeatureSchema, Field, Limits, Workload
 
 MIN_VOCABULARY = 64
+# The proofs of an export need room for a history with padding around it.
+MIN_HISTORY_LIMIT = 8
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,8 @@ def parse_config(table: dict[str, Any]) -> ModelConfig:
         limits=Limits(**_positive_numbers(table, "limits", ("history", "candidates"))),
         workload=Workload(**_positive_numbers(table, "workload", ("history", "candidates"))),
     )
+    if config.limits.history < MIN_HISTORY_LIMIT:
+        raise ConfigError(f"limits.history: expected at least {MIN_HISTORY_LIMIT}, got {config.limits.history}")
     if config.workload.history > config.limits.history or config.workload.candidates > config.limits.candidates:
         raise ConfigError(f"workload: expected it within limits {config.limits}, got {config.workload}")
     return config

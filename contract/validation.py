@@ -92,6 +92,8 @@ def check_user_kv(keys: Floats, values: Floats, layout: KVLayout, limits: Limits
             f"{layout.lead_slots} to {layout.slots(limits.history)} slots, got {list(keys.shape)}"
         )
     users = keys.shape[0]
+    if users == 0:
+        raise InvalidRequestError(f"{USER_KEYS.name}: expected at least 1 user on the batch axis, got 0")
     for name, array, shape in (
         (USER_KEYS.name, keys, layout.keys_shape(history_length)),
         (USER_VALUES.name, values, layout.values_shape(history_length)),
@@ -143,6 +145,8 @@ def _check_ids(name: str, array: npt.NDArray[np.generic], fields: tuple[Field, .
     names = ", ".join(field.name for field in fields)
     if array.ndim != 3:
         raise InvalidRequestError(f"{name}: expected rank 3 [users, {row}s, fields], got shape {list(array.shape)}")
+    if array.shape[0] == 0:
+        raise InvalidRequestError(f"{name}: expected at least 1 user on the batch axis, got 0")
     if array.shape[2] != len(fields):
         raise InvalidRequestError(f"{name}: expected {len(fields)} fields ({names}) per {row}, got {array.shape[2]}")
     # An empty list has no dtype of its own: numpy calls it float.

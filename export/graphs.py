@@ -32,6 +32,7 @@ from kvcast.contract.tensors import (
     USER_VALUES,
     layer_tensor_name,
 )
+from kvcast.network.attention import ATTEND_UNMASKED
 from kvcast.network.interface import RankingNetwork, UserKV
 
 OPSET = 20
@@ -141,7 +142,7 @@ def export_graph(graph: Graph, release: str, path: Path) -> None:
             input_names=graph.input_names,
             output_names=graph.output_names,
             dynamic_shapes=graph.dynamic_shapes,
-            custom_translation_table={torch.ops.kvcast.attend_unmasked.default: translate_attend_unmasked},
+            custom_translation_table={ATTEND_UNMASKED: translate_attend_unmasked},
             verbose=False,
         )
     if program is None:

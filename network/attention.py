@@ -91,6 +91,10 @@ def _(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:  # noqa:
     return torch.empty_like(query)
 
 
+# The operator as a graph names it.
+ATTEND_UNMASKED = torch.ops.kvcast.attend_unmasked.default
+
+
 def attend_history(
     query: Tensor, key: Tensor, value: Tensor, is_event: Tensor, user_keys: Tensor, user_values: Tensor
 ) -> Tensor:

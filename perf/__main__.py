@@ -144,12 +144,13 @@ def measure(arguments: argparse.Namespace, bench: Bench, cores: int, result: dic
     lengths = [length for length in experiments.HISTORY_LENGTHS if length <= config.limits.history]
     field = Field(arguments.config, arguments.repository, cores, seed=0)
     peers = experiments.PEERS[:-1] if plan.quick else experiments.PEERS
-    peer_counts = experiments.QUICK_PEER_COUNTS if plan.quick else experiments.PEER_COUNTS
+    all_counts = experiments.QUICK_PEER_COUNTS if plan.quick else experiments.PEER_COUNTS
+    peer_counts = experiments.keep_served(all_counts, config)
     history = config.workload.history
     todo: dict[str, Callable[[], Any]] = {
-        "table": lambda: experiments.run_table(bench, counts),
+        "table": lambda: experiments.run_table(bench, experiments.keep_served(counts, config)),
         "history_growth": lambda: experiments.run_history_growth(bench, lengths[::2] if plan.quick else lengths),
-        "stages": lambda: experiments.run_stages(bench, cores),
+        "stages": lambda: experiments.run_stages(bench, field),
         "load": lambda: experiments.run_load(bench),
         "packing": lambda: experiments.run_packing(config, plan.rounds, bench.server, say),
         "memory": lambda: experiments.run_memory(field, config, say),
@@ -164,14 +165,20 @@ def measure(arguments: argparse.Namespace, bench: Bench, cores: int, result: dic
         say(f"[{place}/{len(chosen)}] {name.replace('_', ' ')} …")
         result[name] = todo[name]()
         say(f"[{place}/{len(chosen)}] {name.replace('_', ' ')}: {time.monotonic() - begun:.0f} s")
+        save_raw(result, arguments.results)  # what is measured stays, whatever comes after
     if result.get("table"):
         result["fusion"] = experiments.measure_fusion_ratio(bench)
 
 
-def write_files(result: dict[str, Any], folder: Path) -> None:
-    """Write the raw result, the report and the plots."""
+def save_raw(result: dict[str, Any], folder: Path) -> None:
+    """Write the raw result."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{result['name']}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def write_files(result: dict[str, Any], folder: Path) -> None:
+    """Write the raw result, the report and the plots."""
+    save_raw(result, folder)
     (folder / f"{result['name']}.md").write_text(write_report(result))
     plots = draw_all(result, folder)
     print(f"\nwritten: {folder}/{result['name']}.json, .md and {len(plots)} plots")

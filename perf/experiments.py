@@ -106,6 +106,11 @@ class Bench:
         return row
 
 
+def keep_served(counts: Sequence[int], config: ModelConfig) -> list[int]:
+    """Return the counts of candidates that are within the configuration's limit."""
+    return [count for count in counts if count <= config.limits.candidates]
+
+
 def run_table(bench: Bench, counts: Sequence[int]) -> list[Row]:
     """The documents' table: claim, ideal, measured."""
     history = bench.config.workload.history
@@ -163,14 +168,13 @@ def run_history_growth(bench: Bench, lengths: Sequence[int]) -> list[Row]:
     return rows
 
 
-def run_stages(bench: Bench, threads: int) -> Row:
+def run_stages(bench: Bench, field: Field) -> Row:
     """Where the time of one cold request goes, from Triton's own statistics and bare ONNX Runtime beside it."""
     history, candidates = bench.config.workload.history, bench.config.workload.candidates
     config, server = bench.config, bench.server
     log = ClickLog(config.schema, seed=5)
     requests = [log.draw_request(history, candidates) for _ in range(bench.plan.requests)]
     # The bare runs are interleaved with the served ones: this machine's speed drifts.
-    field = Field(config.name, server.settings.repository, threads, seed=0)
     bare_encode, bare_fuse, total, stats = [], [], [], []
     with start_workers(["shared"], field) as (worker,), RankerClient(server.grpc_address, deadline=600) as client:
         for request in requests[:3]:
@@ -279,7 +283,7 @@ def run_memory(field: Field, config: ModelConfig, say: Callable[[str], None]) ->
     history, kv = config.workload.history, CostModel.of(config).user_kv_bytes()
     rows: list[Row] = []
     for name, counts in (("traditional", (50,)), ("ort_expanded", (50, 100)), ("shared", (50, 100, 1000))):
-        for count in counts:
+        for count in keep_served(counts, config):
             with start_workers([name], field) as (worker,):
                 worker.ask(history, 2, seed=1)  # the sessions' own first allocations
                 answer = worker.ask(history, count, seed=1)

@@ -95,10 +95,12 @@ def _open_session(path: Path, provider: str, threads: int) -> ort.InferenceSessi
     options.intra_op_num_threads = threads
     # Sessions of several models share the cores: a spinning one doubles the others' latency.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    providers: list[str | tuple[str, dict[str, str]]]
     has_cuda = CUDA_PROVIDER in ort.get_available_providers()
     if has_cuda and provider != "cpu":
         ort.preload_dlls()  # CUDA's libraries, where they were installed as Python packages
-        providers = [CUDA_PROVIDER, CPU_PROVIDER]
+        # TF32 rounds what goes into a GEMM to 10 bits: scores would no longer be those that were proved.
+        providers = [(CUDA_PROVIDER, {"use_tf32": "0"}), CPU_PROVIDER]
     else:
         providers = [CPU_PROVIDER]
     try:

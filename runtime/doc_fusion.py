@@ -29,8 +29,8 @@ from kvcast.runtime.user_kv import UserKV, stack_user_kv
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
-# User slots in one run. Packing users means copying their KV into one rectangle; for a long history that costs more
-# than the run that it saves, so it stays alone and is read where it lies.
+# User slots, or item tokens where these are more, in one run. Packing users means copying their KV into one rectangle;
+# for a long history that costs more than the run that it saves, so it stays alone and is read where it lies.
 SLOTS_PER_CPU_RUN = 512
 SLOTS_PER_GPU_RUN = 8192
 
@@ -67,7 +67,10 @@ class DocFusion(ServedModel[FusionJob]):
         users = [(job, row) for job in jobs for row in range(job.user_kv.users)]
         limit = SLOTS_PER_GPU_RUN if self.artefact.is_on_gpu else SLOTS_PER_CPU_RUN
         scored: dict[int, Floats] = {}
-        for run in plan_runs([job.user_kv.slots for job, _ in users], limit):
+        # A run is as wide as its longest history and as tall as its longest list of candidates.
+        tokens = self.artefact.manifest.dims.candidate_tokens
+        sizes = [max(job.user_kv.slots, job.candidates.shape[1] * tokens) for job, _ in users]
+        for run in plan_runs(sizes, limit):
             parts = [users[index][0].user_kv.take(users[index][1], users[index][0].user_kv.slots) for index in run]
             candidates = [users[index][0].candidates[users[index][1]] for index in run]
             user_kv = stack_user_kv(parts, self.artefact.manifest.user_kv)

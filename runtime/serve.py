@@ -5,6 +5,7 @@ request gets exactly one reply, in order; a bad request spoils no other; no trac
 """
 
 import abc
+import functools
 import json
 import traceback
 import uuid
@@ -20,6 +21,8 @@ from kvcast.contract.tensors import ModelSpec
 from kvcast.runtime.artefact import Artefact, SessionOptions, open_artefact
 
 Tensors = dict[str, npt.NDArray[Any]]
+# A request as read: inputs by name, and the names of the outputs that are wanted.
+Request = tuple[Tensors, Sequence[str]]
 Job = TypeVar("Job")
 Model = TypeVar("Model", bound="ServedModel[Any]")
 Log = Callable[[str], None]
@@ -74,7 +77,7 @@ class ServedModel(abc.ABC, Generic[Job]):
         """
         wanted = [tensor.name for tensor in self.spec.outputs]
         for _ in range(WARM_UP_REQUESTS):
-            (reply,) = answer(self, [(self.make_warm_up(), wanted)], log_error)
+            (reply,) = answer(self, [lambda: (self.make_warm_up(), wanted)], log_error)
             if isinstance(reply, KvcastError):
                 raise reply
 
@@ -119,37 +122,37 @@ def read_options(config: dict[str, Any]) -> SessionOptions:
 
 def serve_requests(pb_utils: Any, requests: Sequence[Any], model: ServedModel[Any]) -> list[Any]:
     """Answer what Triton hands to `execute`: one `InferenceResponse` a request, in order."""
-    replies: list[Tensors | KvcastError] = answer(
-        model,
-        [
-            (
-                {
-                    spec.name: pb_utils.get_input_tensor_by_name(request, spec.name).as_numpy()
-                    for spec in model.spec.inputs
-                },
-                request.requested_output_names(),
-            )
-            for request in requests
-        ],
-        pb_utils.Logger.log_error,
-    )
-    return [_make_response(pb_utils, reply) for reply in replies]
+
+    def read(request: Any) -> Request:
+        tensors = {
+            spec.name: pb_utils.get_input_tensor_by_name(request, spec.name).as_numpy() for spec in model.spec.inputs
+        }
+        return tensors, request.requested_output_names()
+
+    log_error = pb_utils.Logger.log_error
+    replies = answer(model, [functools.partial(read, request) for request in requests], log_error)
+    return [_make_response(pb_utils, reply, log_error) for reply in replies]
 
 
 def answer(
-    model: ServedModel[Job], requests: Sequence[tuple[Tensors, Sequence[str]]], log_error: Log
+    model: ServedModel[Job], requests: Sequence[Callable[[], Request]], log_error: Log
 ) -> list[Tensors | KvcastError]:
-    """Answer requests (inputs by name, wanted outputs): outputs by name, or the error, for each in order."""
-    replies: list[Tensors | KvcastError | None] = [None] * len(requests)
+    """Answer requests: outputs by name, or the error, for each in order.
+
+    Args:
+        model: who answers.
+        requests: functions that read one request each, as reading can fail too.
+        log_error: receives what callers must not see.
+    """
+    replies: dict[int, Tensors | KvcastError] = {}
     jobs: dict[int, Job] = {}
-    for index, (tensors, wanted) in enumerate(requests):
+    for index, read in enumerate(requests):
         try:
-            jobs[index] = model.check(tensors, wanted)
+            jobs[index] = model.check(*read())
         except Exception as error:  # noqa: BLE001 whatever it is, only this request fails
             replies[index] = hide_unexpected(error, log_error)
-    for index, outputs in zip(jobs, _run_jobs(model, list(jobs.values()), log_error), strict=True):
-        replies[index] = outputs
-    return [reply for reply in replies if reply is not None]
+    replies.update(zip(jobs, _run_jobs(model, list(jobs.values()), log_error), strict=True))
+    return [replies[index] for index in range(len(requests))]
 
 
 def hide_unexpected(error: Exception, log_error: Log) -> KvcastError:
@@ -166,18 +169,27 @@ def _run_jobs(model: ServedModel[Job], jobs: list[Job], log_error: Log) -> Seque
     if not jobs:
         return []
     try:
-        return model.run(jobs)
+        return _check_count(model.run(jobs), len(jobs))
     except Exception as error:  # noqa: BLE001 reported to the caller and the log
         if len(jobs) == 1:
             return [hide_unexpected(error, log_error)]
     return [_run_jobs(model, [job], log_error)[0] for job in jobs]
 
 
-def _make_response(pb_utils: Any, reply: Tensors | KvcastError) -> Any:
-    if isinstance(reply, KvcastError):
-        return pb_utils.InferenceResponse(error=make_triton_error(pb_utils, str(reply), reply.kind))
-    tensors = [pb_utils.Tensor(name, np.ascontiguousarray(array)) for name, array in reply.items()]
-    return pb_utils.InferenceResponse(output_tensors=tensors)
+def _check_count(outputs: list[Tensors], count: int) -> list[Tensors]:
+    if len(outputs) != count:
+        raise RuntimeError(f"{count} jobs got {len(outputs)} outputs")
+    return outputs
+
+
+def _make_response(pb_utils: Any, reply: Tensors | KvcastError, log_error: Log) -> Any:
+    if not isinstance(reply, KvcastError):
+        try:
+            tensors = [pb_utils.Tensor(name, np.ascontiguousarray(array)) for name, array in reply.items()]
+            return pb_utils.InferenceResponse(output_tensors=tensors)
+        except Exception as error:  # noqa: BLE001 shared memory can be full; only this request fails
+            reply = hide_unexpected(error, log_error)
+    return pb_utils.InferenceResponse(error=make_triton_error(pb_utils, str(reply), reply.kind))
 
 
 def make_triton_error(pb_utils: Any, message: str, kind: ErrorKind) -> Any:

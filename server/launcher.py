@@ -1,7 +1,8 @@
 """One tritonserver process: started, watched until it is ready, stopped with everything that it started.
 
 Binds to 127.0.0.1 unless told otherwise. Model control is explicit, and the APIs that change a server (repository,
-shared memory, logging, trace) ask for a key that is made anew at each start and lies in a file only its owner reads.
+shared memory, logging, trace) ask for a key that is made anew at each start and lies in a file only its owner
+reads. Triton takes the key on its command line alone, so other users of the same machine can see it there.
 """
 
 import contextlib
@@ -28,9 +29,7 @@ from kvcast.server.installation import ServerError, find_installation
 from kvcast.server.repository import check_port, check_repository, count_shared_memory
 
 ADMIN_HEADER = "kvcast-admin-key"
-RESTRICTED_HTTP = "model-repository,shared-memory,logging,trace"
-# gRPC has no "logging" group of its own before 25.x; its logging call belongs to none that can be named.
-RESTRICTED_GRPC = "model-repository,shared-memory,trace"
+RESTRICTED_APIS = "model-repository,shared-memory,logging,trace"
 # An idle keep-alive connection holds Triton's shutdown for this whole time.
 EXIT_TIMEOUT_SECONDS = 3
 KILL_AFTER_SECONDS = EXIT_TIMEOUT_SECONDS + 1
@@ -74,6 +73,7 @@ class TritonServer:
         self._reader: threading.Thread | None = None
         self._workspace: Path | None = None
         self._admin_key = secrets.token_hex(16)
+        self._instance = secrets.token_hex(4)
 
     def __enter__(self) -> Self:
         """Start, and wait until ready."""
@@ -176,7 +176,7 @@ class TritonServer:
 
     @property
     def _shared_memory_prefix(self) -> str:
-        return f"kvcast_{self._admin_key[:8]}_"
+        return f"kvcast_{self._instance}_"
 
     def _make_flags(self, shared_memory_bytes: int) -> list[str]:
         settings, key = self.settings, f"{ADMIN_HEADER}={self._admin_key}"
@@ -194,8 +194,8 @@ class TritonServer:
             f"--grpc-port={settings.grpc_port}",
             f"--metrics-address={settings.host}",
             f"--metrics-port={settings.metrics_port}",
-            f"--http-restricted-api={RESTRICTED_HTTP}:{key}",
-            f"--grpc-restricted-protocol={RESTRICTED_GRPC}:{key}",
+            f"--http-restricted-api={RESTRICTED_APIS}:{key}",
+            f"--grpc-restricted-protocol={RESTRICTED_APIS}:{key}",
             f"--backend-config=python,shm-default-byte-size={shared_memory_bytes}",
             f"--backend-config=python,shm-region-prefix-name={self._shared_memory_prefix}",
             f"--backend-config=python,stub-timeout-seconds={STUB_TIMEOUT_SECONDS}",

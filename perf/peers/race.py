@@ -116,7 +116,8 @@ def _summarise(name: str, answers: list[dict[str, Any]], first: list[dict[str, A
     )
     if not difference <= TOLERANCE:
         raise RaceError(
-            f"{name}: expected the scores of the others to {TOLERANCE}, got a difference of {difference:.3g}"
+            f"{name}: expected the scores of the others to {TOLERANCE}, got a difference of {difference:.3g} "
+            "(peers have the weights of seed 0: has the export others?)"
         )
     counted = answers[WARM_UPS:]
     return {

@@ -3,6 +3,9 @@
 import importlib
 import sys
 
+from kvcast.contract.errors import KvcastError
+from kvcast.server import ServerError
+
 # command → (module with `main(argv)`, what it is for)
 COMMANDS = {
     "export": ("kvcast.export.__main__", "export a network into a model repository, proved exact"),
@@ -31,7 +34,13 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"pip install 'kvcast[{extra}]'" if extra else "pip install kvcast"
         print(f"kvcast {command}: {error.name} is not installed: {hint}", file=sys.stderr)
         return 1
-    status: int = module.main(rest)
+    try:
+        status: int = module.main(rest)
+    except (KvcastError, ServerError, OSError) as error:
+        print(f"kvcast {command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
     return status
 
 

@@ -106,8 +106,11 @@ def test_the_admin_key_opens_what_is_restricted_and_only_its_owner_reads_it(serv
         assert ask(server, "POST" if "repository" in path else "GET", path, {}) == 403
     assert ask(server, "POST", "/v2/repository/index", server.admin_headers) == 200
     client = tritonclient.grpc.InferenceServerClient(server.grpc_address)
+    for call in (client.get_model_repository_index, client.get_log_settings, client.get_trace_settings):
+        with pytest.raises(InferenceServerException, match="restricted"):
+            call()
     with pytest.raises(InferenceServerException, match="restricted"):
-        client.get_model_repository_index()
+        client.get_system_shared_memory_status()
     headers = {f"triton-grpc-protocol-{name}": value for name, value in server.admin_headers.items()}
     assert len(client.get_model_repository_index(headers=headers).models) == 4
     client.close()

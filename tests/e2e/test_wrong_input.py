@@ -3,6 +3,7 @@
 After each, the next valid request gets the same scores as before.
 """
 
+import functools
 import json
 import time
 import urllib.error
@@ -83,6 +84,7 @@ WRONG_REQUESTS = {
     "L over the limit": (np.ones((1, 97, 2), np.int64), CANDIDATES, ["history", "L = 96", "got 97"]),
     "a history of 32 MB": (np.ones((1, 2_000_000, 2), np.int64), CANDIDATES, ["history", "got 2000000"]),
     "two users and one": (np.repeat(HISTORY, 2, axis=0), CANDIDATES, ["batch size"]),
+    "no users": (HISTORY[:0], CANDIDATES[:0], [""]),
     "too many users": (np.repeat(HISTORY, 9, axis=0), np.repeat(CANDIDATES, 9, axis=0), ["batch-size must be <= 8"]),
 }
 
@@ -191,3 +193,26 @@ def test_raw_http_bodies_are_refused(server, body, words):
         urllib.request.urlopen(urllib.request.Request(url, data=data))
     with caught.value as reply:
         assert words.lower() in reply.read().decode().lower()
+
+
+def test_a_request_that_waits_longer_than_its_deadline_is_refused_and_not_computed(server):
+    """The client's deadline reaches the first queue: with a microsecond to wait, what has to wait is UNAVAILABLE."""
+    client = tritonclient.grpc.InferenceServerClient(server.grpc_address)
+    history, candidates = np.ones((1, 96, 2), np.int64), np.ones((1, 64, 4), np.int64)
+    inputs = []
+    for name, array in (("history", history), ("candidates", candidates)):
+        inputs.append(tritonclient.grpc.InferInput(name, list(array.shape), "INT64"))
+        inputs[-1].set_data_from_numpy(array)
+    for model in ("ranker_full", "ranker"):
+        replies: list[tuple[Any, Any]] = []
+        collect = functools.partial(lambda to, result, error: to.append((result, error)), replies)
+        for _ in range(40):
+            client.async_infer(model, inputs, collect, timeout=1)
+        deadline = time.monotonic() + 60
+        while len(replies) < 40 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        refused = [error for result, error in replies if error is not None]
+        assert len(replies) == 40
+        assert refused, f"{model}: a queue of forty cannot be empty within a microsecond"
+        assert {error.status() for error in refused} == {"StatusCode.UNAVAILABLE"}
+    client.close()

@@ -130,6 +130,7 @@ def conversation(tiny_repository):
         ([[1.0, 2.0]], [[1, 1, 1, 1]], "history: expected dtype INT64, got float64"),
         ([[1, float("nan")]], [[1, 1, 1, 1]], "history: expected dtype INT64, got float64"),
         ([1, 2], [[1, 1, 1, 1]], "history: expected rank 3"),
+        ([[], []], [[1, 1, 1, 1]], "history: expected 2 fields (item, action) per event, got 0"),
         ([["a", "b"]], [[1, 1, 1, 1]], "history: expected dtype INT64"),
         ([[1, 2]], [[500, 1, 1, 1]], "candidates: expected field 'item' within 0..499, got 500 at candidate 0"),
     ],

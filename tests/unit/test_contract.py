@@ -56,6 +56,7 @@ def read_tiny_table() -> dict[str, Any]:
     [
         (["limits"], {"history": 5}, "limits: expected the keys ['candidates', 'history'], got ['history']"),
         (["network", "width"], 33, "network.width: expected a multiple of heads = 2, got 33"),
+        (["limits"], {"history": 7, "candidates": 5}, "limits.history: expected at least 8, got 7"),
         (["network", "layers"], 0, "layers: expected a usable int, got 0"),
         (["network", "layers"], True, "layers: expected a usable int, got True"),
         (["network", "family"], "transformer", "family"),
@@ -108,6 +109,7 @@ def test_valid_histories_pass_whatever_their_integer_type():
 
 
 WRONG_IDS = [
+    (np.ones((0, 3, 2), int), "expected at least 1 user on the batch axis, got 0"),
     (np.ones((3, 2), int), "expected rank 3 [users, events, fields], got shape [3, 2]"),
     (np.ones((1, 3, 1), int), "expected 2 fields (item, action) per event, got 1"),
     (np.ones((1, 3, 2)), "expected dtype INT64, got float64"),
@@ -157,6 +159,7 @@ def test_user_kv_of_the_layout_passes():
     ("change", "words"),
     [
         (lambda keys, values: (keys[0], values), "user_keys"),
+        (lambda keys, values: (keys[:0], values[:0]), "user_keys: expected at least 1 user on the batch axis, got 0"),
         (lambda keys, values: (keys[:, :1], values), "user_keys: expected shape [1, 2, 3, 6, 5]"),
         (lambda keys, values: (keys, values[..., :4]), "user_values: expected shape [1, 2, 3, 5, 5]"),
         (lambda keys, values: (keys[..., :0], values), "1 to 11 slots"),

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,8 @@ class Doubler(ServedModel[int]):
 
 def ask(numbers: list[int]) -> tuple[list[Tensors | KvcastError], Doubler, list[str]]:
     model, log = Doubler(), []
-    replies = answer(model, [({"number": np.array([number])}, ["double"]) for number in numbers], log.append)
+    requests = [partial(lambda number: ({"number": np.array([number])}, ["double"]), number) for number in numbers]
+    replies = answer(model, requests, log.append)
     return replies, model, log
 
 
