@@ -31,8 +31,8 @@ from kvcast.server.repository import check_port, check_repository, count_shared_
 ADMIN_HEADER = "kvcast-admin-key"
 RESTRICTED_APIS = "model-repository,shared-memory,logging,trace"
 # An idle keep-alive connection holds Triton's shutdown for this whole time.
-EXIT_TIMEOUT_SECONDS = 3
-KILL_AFTER_SECONDS = EXIT_TIMEOUT_SECONDS + 1
+EXIT_TIMEOUT_SECONDS = 2
+KILL_AFTER_SECONDS = EXIT_TIMEOUT_SECONDS + 2
 GONE_WITHIN_SECONDS = 2
 # Opening a model checks its files' hashes and runs it once: minutes for gigabytes on a slow disk.
 STUB_TIMEOUT_SECONDS = 600
