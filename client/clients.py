@@ -153,7 +153,7 @@ class RankerClient(_Settings):
         Args:
             history: integers `[L, history_fields]`, oldest event first; L = 0 is a new user.
             candidates: integers `[N, T]`, N at least 1.
-            deadline: seconds that this call may take.
+            deadline: seconds that an exchange with the server may take.
 
         Returns:
             Scores in the caller's order.

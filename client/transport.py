@@ -38,15 +38,13 @@ HTTP_CONNECTIONS = 64
 
 # How each protocol spells what went wrong. Everything that is not listed is the server's fault.
 ERRORS_BY_STATUS: dict[str, type[KvcastError]] = {
-    "StatusCode.INVALID_ARGUMENT": InvalidRequestError,
+    **{f"StatusCode.{error.kind.grpc_status}": error for error in (InvalidRequestError, TryAgainError)},
+    **{str(error.kind.http_status): error for error in (InvalidRequestError, TryAgainError)},
     "StatusCode.RESOURCE_EXHAUSTED": InvalidRequestError,  # a message larger than the server takes
-    "StatusCode.UNAVAILABLE": TryAgainError,
     "StatusCode.CANCELLED": TryAgainError,
     "StatusCode.DEADLINE_EXCEEDED": DeadlineExceededError,
-    "400": InvalidRequestError,
     "413": InvalidRequestError,
     "429": TryAgainError,
-    "503": TryAgainError,
     "499": DeadlineExceededError,
 }
 

@@ -1,10 +1,11 @@
 """The manifest beside each model.onnx: what the artefact is, what it accepts, what was proved of it.
 
 Export writes it, the models trust nothing that it does not say, and clients receive it as JSON from the
-server. The module converts between JSON and records; it reads and writes one small file and hashes none.
+server. The module converts between JSON and records; it knows how artefact files are hashed, and not when.
 """
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,3 +116,9 @@ def read_manifest(folder: Path) -> Manifest:
     except OSError as error:
         raise ArtefactError(f"{path}: cannot be read ({error.strerror}): run the export first") from error
     return parse_manifest(text)
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 (hex) of a file's bytes, as `Manifest.files` holds it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

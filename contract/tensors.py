@@ -6,9 +6,6 @@ are written by hand for people to read, and a test holds them against this modul
 
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -17,11 +14,6 @@ class TensorSpec:
     name: str
     dtype: str
     axes: tuple[str, ...]
-
-    @property
-    def numpy_dtype(self) -> npt.DTypeLike:
-        """The dtype of the numpy array that carries this tensor."""
-        return NUMPY_DTYPES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -35,16 +27,8 @@ class ModelSpec:
     """The models that an ensemble chains; empty for a model that does its own work."""
 
 
-NUMPY_DTYPES: dict[str, npt.DTypeLike] = {
-    "INT64": np.int64,
-    "FP32": np.float32,
-    "UINT8": np.uint8,
-    "STRING": np.object_,
-}
 # Users in one Triton batch; every config.pbtxt repeats it as max_batch_size.
 MAX_BATCH_SIZE = 8
-# The KServe protocol spells two of Triton's config dtypes differently.
-WIRE_DTYPES = {"INT64": "INT64", "FP32": "FP32", "UINT8": "UINT8", "STRING": "BYTES"}
 
 HISTORY = TensorSpec("history", "INT64", ("L", "history_fields"))
 CANDIDATES = TensorSpec("candidates", "INT64", ("N", "T"))
@@ -61,6 +45,8 @@ DOC_FUSION = ModelSpec("doc_fusion", (USER_KEYS, USER_VALUES, RELEASE, CANDIDATE
 RANKER = ModelSpec("ranker", (HISTORY, CANDIDATES), (SCORES,), steps=(USER_ENCODER.name, DOC_FUSION.name))
 RANKER_FULL = ModelSpec("ranker_full", (HISTORY, CANDIDATES), (SCORES,))
 MODELS = (USER_ENCODER, DOC_FUSION, RANKER, RANKER_FULL)
+# The largest difference of scores that fp32 rounding may cause between two exact ways of computing them.
+SCORE_TOLERANCE = 1e-5
 # The models that hold an ONNX file of their own.
 EXPORTED_MODELS = tuple(model for model in MODELS if not model.steps)
 

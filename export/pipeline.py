@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 
 from kvcast.contract.config import ModelConfig
-from kvcast.contract.manifest import MANIFEST_FILE, ONNX_FILE, Dims, Manifest, Parity
+from kvcast.contract.manifest import MANIFEST_FILE, ONNX_FILE, Dims, Manifest, Parity, hash_file
 from kvcast.contract.tensors import EXPORTED_MODELS
 from kvcast.export.calls import OnnxCalls, TorchCalls
 from kvcast.export.graphs import OPSET, describe_graphs, export_graph
 from kvcast.export.proofs import Calls, Sample, draw_sample, prove, prove_history_is_blind
-from kvcast.export.release import fingerprint_release, hash_file
+from kvcast.export.release import fingerprint_release
 from kvcast.network.interface import RankingNetwork, build_network
 from kvcast.network.weights import draw_weights, load_weights
 

@@ -13,13 +13,11 @@ import numpy.typing as npt
 
 from kvcast.contract.errors import ArtefactError
 from kvcast.contract.schema import FeatureSchema, Field
+from kvcast.contract.tensors import SCORE_TOLERANCE
 from kvcast.network.interface import MaskKind
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
-
-# The largest difference of scores that fp32 rounding may cause between two exact formulations.
-TOLERANCE = 1e-5
 
 
 class ProofError(ArtefactError):
@@ -172,10 +170,10 @@ def _prove_cached_equals_monolith(calls: Calls, sample: Sample, scores: Floats) 
 
 
 def _expect_equal(name: str, expected: Floats, got: Floats) -> float:
-    """Return the largest difference, which must be within `TOLERANCE`."""
+    """Return the largest difference, which must be within `SCORE_TOLERANCE`."""
     if expected.shape != got.shape:
         raise ProofError(f"{name}: expected scores of shape {list(expected.shape)}, got {list(got.shape)}")
     difference = float(np.abs(expected - got).max())
-    if not difference <= TOLERANCE:  # a NaN fails too
-        raise ProofError(f"{name}: expected scores equal to {TOLERANCE}, got a difference of {difference:.3g}")
+    if not difference <= SCORE_TOLERANCE:  # a NaN fails too
+        raise ProofError(f"{name}: expected scores equal to {SCORE_TOLERANCE}, got a difference of {difference:.3g}")
     return difference

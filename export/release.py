@@ -5,7 +5,6 @@ import hashlib
 import inspect
 import json
 import sys
-from pathlib import Path
 
 from kvcast.contract.manifest import CONTRACT_VERSION
 from kvcast.network import attention, masks
@@ -26,9 +25,3 @@ def fingerprint_release(network: RankingNetwork) -> str:
         digest.update(f"{name} {weight.dtype} {list(weight.shape)}\n".encode())
         digest.update(weight.contiguous().numpy().data)
     return digest.hexdigest()
-
-
-def hash_file(path: Path) -> str:
-    """Return the SHA-256 (hex) of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,7 +3,6 @@
 It knows manifests and ONNX Runtime; it does not know what the graphs compute.
 """
 
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import onnxruntime as ort
 
 from kvcast.contract.errors import ArtefactError
-from kvcast.contract.manifest import ONNX_FILE, RELEASE_METADATA_KEY, Manifest, read_manifest
+from kvcast.contract.manifest import ONNX_FILE, RELEASE_METADATA_KEY, Manifest, hash_file, read_manifest
 
 CUDA_PROVIDER = "CUDAExecutionProvider"
 CPU_PROVIDER = "CPUExecutionProvider"
@@ -78,8 +77,7 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
     for name, expected in manifest.files.items():
         path = folder / name
         try:
-            with path.open("rb") as file:
-                got = hashlib.file_digest(file, "sha256").hexdigest()
+            got = hash_file(path)
         except OSError as error:
             raise ArtefactError(f"{path}: cannot be read ({error.strerror}): export again") from error
         if got != expected:

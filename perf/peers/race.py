@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-TOLERANCE = 1e-5
+from kvcast.contract.tensors import SCORE_TOLERANCE
+
 MEMORY_LIMIT_BYTES = 16 << 30
 # The first runs of a size fault their memory in, which takes longer than the work.
 WARM_UPS = 2
@@ -114,9 +115,9 @@ def _summarise(name: str, answers: list[dict[str, Any]], first: list[dict[str, A
         for answer, reference in zip(answers, first, strict=True)
         for own, other in zip(answer["scores"], reference["scores"], strict=True)
     )
-    if not difference <= TOLERANCE:
+    if not difference <= SCORE_TOLERANCE:
         raise RaceError(
-            f"{name}: expected the scores of the others to {TOLERANCE}, got a difference of {difference:.3g} "
+            f"{name}: expected the scores of the others to {SCORE_TOLERANCE}, got a difference of {difference:.3g} "
             "(peers have the weights of seed 0: has the export others?)"
         )
     counted = answers[WARM_UPS:]

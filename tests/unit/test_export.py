@@ -11,12 +11,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvcast.contract.errors import ConfigError
-from kvcast.contract.manifest import read_manifest
+from kvcast.contract.manifest import hash_file, read_manifest
 from kvcast.contract.tensors import EXPORTED_MODELS
 from kvcast.export.calls import TorchCalls
 from kvcast.export.pipeline import WeightsSource, export_release
 from kvcast.export.proofs import ProofError, draw_sample, prove, prove_history_is_blind
-from kvcast.export.release import fingerprint_release, hash_file
+from kvcast.export.release import fingerprint_release
 from kvcast.network.interface import MaskKind, UserKV, build_network
 from kvcast.network.transformer import Transformer
 from kvcast.network.weights import draw_weights, load_weights
