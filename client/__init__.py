@@ -16,10 +16,12 @@ from kvcast.contract.errors import (
     ServerFaultError,
     TryAgainError,
 )
+from kvcast.contract.report import CacheResult, Report
 from kvcast.contract.request import RankRequest
 
 __all__ = [
     "AsyncRankerClient",
+    "CacheResult",
     "DeadlineExceededError",
     "InvalidRequestError",
     "KvcastError",
@@ -27,6 +29,7 @@ __all__ = [
     "RankedCandidate",
     "RankerClient",
     "Ranking",
+    "Report",
     "ServerFaultError",
     "TryAgainError",
 ]

@@ -9,6 +9,7 @@ from kvcast.client.clients import DEFAULT_ADDRESSES, DEFAULT_DEADLINE, RankerCli
 from kvcast.client.ranking import Ranking
 from kvcast.contract.errors import InvalidRequestError, KvcastError, TryAgainError
 from kvcast.contract.manifest import Manifest
+from kvcast.contract.report import CacheResult, Report
 from kvcast.contract.request import RankRequest
 from kvcast.contract.tensors import RANKER
 
@@ -38,7 +39,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print JSON: all scores, the top K, the latency")
     parser.add_argument("--protocol", choices=("grpc", "http"), default="grpc")
     parser.add_argument("--address", metavar="HOST:PORT", help="(this machine, port 8001 for gRPC, 8000 for HTTP)")
-    parser.add_argument("--model", default=RANKER.name, help="model to ask (%(default)s)")
+    parser.add_argument("--model", default=RANKER.name, help="model to ask: ranker, ranker_resident, … (%(default)s)")
+    parser.add_argument(
+        "--report", action="store_true", help="ask how the scores were made: cache, encode and fuse time"
+    )
+    parser.add_argument(
+        "--prefetch", action="store_true", help="rank nothing: encode the history and keep it, for a later request"
+    )
     parser.add_argument("--deadline", type=float, default=DEFAULT_DEADLINE, metavar="SECONDS")
     return parser
 
@@ -54,7 +61,11 @@ def main(argv: list[str] | None = None) -> int:
         ) as client:
             manifest = client.get_manifest()
             request = RankRequest.from_json(text, manifest.schema)
-            ranking = client.rank(request.history, request.candidates)
+            if arguments.prefetch:
+                report = client.prefetch(request.history)
+                print(report.to_json() if arguments.json else say_prefetch(report, len(request.history)))
+                return 0
+            ranking = client.rank(request.history, request.candidates, report=arguments.report)
         where = f"{arguments.model} at {address} ({arguments.protocol})"
         show = to_json if arguments.json else to_table
         print(show(ranking, arguments.top, len(request.history), where, manifest))
@@ -74,6 +85,7 @@ def to_table(ranking: Ranking, top: int, events: int, where: str, manifest: Mani
     lines = [
         f"{len(ranking.scores)} candidates after {events} events, ranked in {1e3 * ranking.seconds:.1f} ms by {where}",
         f"model {manifest.config}, release {manifest.release[:12]}",
+        *([say_report(ranking.report)] if ranking.report else []),
         "",
         f"{'rank':>4}  {manifest.candidate_fields[0].name:>8}  {'score':>9}",
     ]
@@ -94,8 +106,26 @@ def to_json(ranking: Ranking, top: int, events: int, where: str, manifest: Manif
         "server": where,
         "config": manifest.config,
         "release": manifest.release,
-    }
+    } | ({"report": vars(ranking.report)} if ranking.report else {})
     return json.dumps(table)
+
+
+def say_report(report: Report) -> str:
+    """Return how the scores were made, for people."""
+    encode, fuse = 1e3 * report.encode_seconds, 1e3 * report.fuse_seconds
+    if report.encode_seconds and not report.fuse_seconds:
+        return f"cache {report.cache}: encoded and scored in one run of {encode:.1f} ms"
+    return f"cache {report.cache}: encoded in {encode:.1f} ms, scored in {fuse:.1f} ms"
+
+
+def say_prefetch(report: Report, events: int) -> str:
+    """Return what came of a prefetch, for people."""
+    return {
+        CacheResult.MISS: f"{events} events encoded in {1e3 * report.encode_seconds:.1f} ms and kept",
+        CacheResult.HIT: f"{events} events were kept already",
+        CacheResult.OFF: "nothing was encoded: the server's cache is off, or too small for this user "
+        "(user_kv_cache_megabytes in its config.pbtxt)",
+    }[report.cache]
 
 
 def _read_text(path: str) -> str:

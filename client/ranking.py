@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from kvcast.contract.report import Report
+
 
 @dataclass(frozen=True)
 class RankedCandidate:
@@ -20,11 +22,13 @@ class Ranking:
     """Scores in the caller's order.
 
     scores: FP32 `[N]`, higher is better; candidates: INT64 `[N, T]` as sent; seconds: from sending to having them.
+    report: how the server made them, if that was asked for.
     """
 
     scores: npt.NDArray[np.float32]
     candidates: npt.NDArray[np.int64]
     seconds: float
+    report: Report | None = None
 
     def top(self, k: int) -> list[RankedCandidate]:
         """Return the `k` best (all, if there are fewer), best first; equal scores keep the caller's order."""

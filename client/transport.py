@@ -9,7 +9,8 @@ import asyncio
 import http.client
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, Literal
 
@@ -49,17 +50,25 @@ ERRORS_BY_STATUS: dict[str, type[KvcastError]] = {
 }
 
 
+@dataclass(frozen=True)
+class Call:
+    """What one inference asks for: arrays by input name (batch axis first), the outputs wanted, request parameters."""
+
+    model: str
+    inputs: Tensors
+    outputs: Sequence[str]
+    parameters: Mapping[str, bool] = field(default_factory=dict)
+
+
 class Transport(abc.ABC):
     """A sync connection to one server. Safe to use from several threads."""
 
     @abc.abstractmethod
-    def infer(self, model: str, inputs: Tensors, outputs: Sequence[str], deadline: float) -> Tensors:
-        """Run one inference.
+    def infer(self, call: Call, deadline: float) -> Tensors:
+        """Run one inference; return the outputs by name.
 
         Args:
-            model: the model's name.
-            inputs: arrays by tensor name, batch axis first.
-            outputs: names of the tensors wanted.
+            call: what to ask for.
             deadline: seconds within which the answer must be here; it travels to the server's queue too.
 
         Raises:
@@ -75,7 +84,7 @@ class AsyncTransport(abc.ABC):
     """An asyncio connection to one server."""
 
     @abc.abstractmethod
-    async def infer(self, model: str, inputs: Tensors, outputs: Sequence[str], deadline: float) -> Tensors:
+    async def infer(self, call: Call, deadline: float) -> Tensors:
         """Run one inference, as `Transport.infer`."""
 
     @abc.abstractmethod
@@ -90,14 +99,14 @@ class GrpcTransport(Transport):
         self._address = address
         self._client = tritonclient.grpc.InferenceServerClient(address)
 
-    def infer(self, model: str, inputs: Tensors, outputs: Sequence[str], deadline: float) -> Tensors:
+    def infer(self, call: Call, deadline: float) -> Tensors:
         """Run one inference."""
-        arguments = _make_arguments(tritonclient.grpc, inputs, outputs, deadline)
+        arguments = _make_arguments(tritonclient.grpc, call, deadline)
         try:
-            reply = self._client.infer(model, **arguments, client_timeout=deadline)
+            reply = self._client.infer(call.model, **arguments, client_timeout=deadline)
         except Exception as error:
             raise translate(error, self._address, deadline) from error
-        return _read_outputs(reply, outputs)
+        return _read_outputs(reply, call.outputs)
 
     def close(self) -> None:
         """Close the channel."""
@@ -114,14 +123,14 @@ class HttpTransport(Transport):
         self._clients: weakref.WeakSet[Any] = weakref.WeakSet()
         self._lock = threading.Lock()
 
-    def infer(self, model: str, inputs: Tensors, outputs: Sequence[str], deadline: float) -> Tensors:
+    def infer(self, call: Call, deadline: float) -> Tensors:
         """Run one inference."""
-        arguments = _make_arguments(tritonclient.http, inputs, outputs, deadline)
+        arguments = _make_arguments(tritonclient.http, call, deadline)
         try:
-            reply = self._get_client(deadline).infer(model, **arguments)
+            reply = self._get_client(deadline).infer(call.model, **arguments)
         except Exception as error:
             raise translate(error, self._address, deadline) from error
-        return _read_outputs(reply, outputs)
+        return _read_outputs(reply, call.outputs)
 
     def close(self) -> None:
         """Close the connections of all threads."""
@@ -155,14 +164,14 @@ class AsyncGrpcTransport(AsyncTransport):
         self._address = address
         self._client = tritonclient.grpc.aio.InferenceServerClient(address)
 
-    async def infer(self, model: str, inputs: Tensors, outputs: Sequence[str], deadline: float) -> Tensors:
+    async def infer(self, call: Call, deadline: float) -> Tensors:
         """Run one inference."""
-        arguments = _make_arguments(tritonclient.grpc, inputs, outputs, deadline)
+        arguments = _make_arguments(tritonclient.grpc, call, deadline)
         try:
-            reply = await self._client.infer(model, **arguments, client_timeout=deadline)
+            reply = await self._client.infer(call.model, **arguments, client_timeout=deadline)
         except Exception as error:
             raise translate(error, self._address, deadline) from error
-        return _read_outputs(reply, outputs)
+        return _read_outputs(reply, call.outputs)
 
     async def close(self) -> None:
         """Close the channel."""
@@ -178,15 +187,15 @@ class AsyncHttpTransport(AsyncTransport):
             address, conn_limit=HTTP_CONNECTIONS, conn_timeout=24 * 3600
         )
 
-    async def infer(self, model: str, inputs: Tensors, outputs: Sequence[str], deadline: float) -> Tensors:
+    async def infer(self, call: Call, deadline: float) -> Tensors:
         """Run one inference."""
-        arguments = _make_arguments(tritonclient.http, inputs, outputs, deadline)
+        arguments = _make_arguments(tritonclient.http, call, deadline)
         try:
             async with asyncio.timeout(deadline):
-                reply = await self._client.infer(model, **arguments)
+                reply = await self._client.infer(call.model, **arguments)
         except Exception as error:
             raise translate(error, self._address, deadline) from error
-        return _read_outputs(reply, outputs)
+        return _read_outputs(reply, call.outputs)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -219,16 +228,17 @@ def _miss_deadline(address: str, deadline: float) -> DeadlineExceededError:
     return DeadlineExceededError(f"{address}: no answer within the deadline of {deadline:g} s")
 
 
-def _make_arguments(library: ModuleType, inputs: Tensors, outputs: Sequence[str], deadline: float) -> dict[str, Any]:
+def _make_arguments(library: ModuleType, call: Call, deadline: float) -> dict[str, Any]:
     """Return the arguments of `infer` that all four clients share."""
     tensors = []
-    for name, array in inputs.items():
+    for name, array in call.inputs.items():
         tensor = library.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
         tensor.set_data_from_numpy(np.ascontiguousarray(array))
         tensors.append(tensor)
     return {
         "inputs": tensors,
-        "outputs": [library.InferRequestedOutput(name) for name in outputs],
+        "outputs": [library.InferRequestedOutput(name) for name in call.outputs],
+        "parameters": dict(call.parameters) or None,
         "timeout": max(1, int(deadline * 1e6)),  # microseconds in the server's queue
     }
 

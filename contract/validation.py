@@ -60,6 +60,30 @@ def check_candidates(array: npt.NDArray[np.generic], fields: tuple[Field, ...], 
     return ids
 
 
+def check_no_candidates(
+    array: npt.NDArray[np.generic],
+    fields: tuple[Field, ...],
+    limits: Limits,  # noqa: ARG001 the signature of `check_candidates`
+) -> Ids:
+    """Check the candidates of a prefetch: there are none.
+
+    Args:
+        array: integers `[B, 0, T]`.
+        fields: the attribute fields of a candidate, in column order.
+        limits: not looked at.
+
+    Returns:
+        The same, as INT64.
+
+    Raises:
+        InvalidRequestError: it is anything else.
+    """
+    ids = _check_ids(CANDIDATES.name, array, fields, "candidate")
+    if ids.shape[1]:
+        raise InvalidRequestError(f"{CANDIDATES.name}: expected N = 0 candidates for a prefetch, got {ids.shape[1]}")
+    return ids
+
+
 def check_same_users(first: str, users: int, second: str, other_users: int) -> None:
     """Check that two tensors of a request have the same number of users on their batch axis.
 

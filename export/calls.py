@@ -13,9 +13,13 @@ from kvcast.contract.tensors import (
     DOC_FUSION,
     HISTORY,
     RANKER_FULL,
+    RANKER_RESIDENT,
+    SCORES,
+    USE_KEPT,
     USER_ENCODER,
     USER_KEYS,
     USER_VALUES,
+    kept_tensor_name,
     layer_tensor_name,
 )
 from kvcast.export.proofs import Calls, Floats, Ids
@@ -40,6 +44,20 @@ class TorchCalls(Calls):
         scores = self.network.fuse(UserKV(tensors[:layers], tensors[layers:]), _to_torch(candidates))
         return np.asarray(scores.numpy(), np.float32)
 
+    def rank_resident(
+        self, history: Ids, candidates: Ids, kept: list[Floats], *, use_kept: bool
+    ) -> tuple[Floats, list[Floats]]:
+        """Run `rank`. Its user KV is M keys and then M values, as above."""
+        tensors = tuple(torch.from_numpy(array) for array in kept)
+        layers = len(tensors) // 2
+        scores, made = self.network.rank(
+            _to_torch(history),
+            _to_torch(candidates),
+            UserKV(tensors[:layers], tensors[layers:]),
+            torch.tensor(use_kept),
+        )
+        return np.asarray(scores.numpy(), np.float32), [tensor.numpy() for tensor in made.keys + made.values]
+
     def run_monolith(self, history: Ids, candidates: Ids, mask: MaskKind = "target_blind") -> Floats:
         """Run `forward`, which also knows the undirected mask."""
         scores = self.network(_to_torch(history), _to_torch(candidates), mask)
@@ -57,7 +75,7 @@ class OnnxCalls(Calls):
     def __init__(self, folder: Path) -> None:
         self._sessions = {
             model: ort.InferenceSession(folder / model / ONNX_FILE, providers=["CPUExecutionProvider"])
-            for model in (USER_ENCODER.name, DOC_FUSION.name, RANKER_FULL.name)
+            for model in (USER_ENCODER.name, DOC_FUSION.name, RANKER_RESIDENT.name, RANKER_FULL.name)
         }
 
     def encode_user(self, history: Ids) -> list[Floats]:
@@ -73,6 +91,21 @@ class OnnxCalls(Calls):
                 feeds[layer_tensor_name(spec, layer)] = stacked[:, layer]
         (scores,) = self._sessions[DOC_FUSION.name].run(None, feeds)
         return np.asarray(scores)
+
+    def rank_resident(
+        self, history: Ids, candidates: Ids, kept: list[Floats], *, use_kept: bool
+    ) -> tuple[Floats, list[Floats]]:
+        """Run `ranker_resident`. Its user KV is M keys and then M values."""
+        layers = len(kept) // 2
+        names = [(spec, layer) for spec in (USER_KEYS, USER_VALUES) for layer in range(layers)]
+        feeds: dict[str, npt.NDArray[np.generic]] = {
+            kept_tensor_name(*name): array for name, array in zip(names, kept, strict=True)
+        }
+        feeds |= {HISTORY.name: history, CANDIDATES.name: np.ascontiguousarray(candidates)}
+        outputs = [SCORES.name, *(layer_tensor_name(*name) for name in names)]
+        session = self._sessions[RANKER_RESIDENT.name]
+        scores, *made = session.run(outputs, {**feeds, USE_KEPT: np.array(use_kept)})
+        return np.asarray(scores), list(made)
 
     def run_monolith(self, history: Ids, candidates: Ids) -> Floats:
         """Run `ranker_full`."""

@@ -1,8 +1,9 @@
-"""The three ONNX graphs of a network, traced by `torch.onnx.export`.
+"""The four ONNX graphs of a network, traced by `torch.onnx.export`.
 
 `user_encoder` takes histories and returns stacked KV and the release, so that Triton's native onnxruntime backend
 could serve it as it is. `doc_fusion` takes one KV tensor a layer: a layer of a stacked array is a view, while a
-slice inside a graph is a copy. `ranker_full` is the monolith. The module traces; it proves and writes nothing else.
+slice inside a graph is a copy. `ranker_resident` does both sides in one graph, KV layer by layer on both ends.
+`ranker_full` is the monolith. The module traces; it proves and writes nothing else.
 """
 
 import contextlib
@@ -25,11 +26,14 @@ from kvcast.contract.tensors import (
     DOC_FUSION,
     HISTORY,
     RANKER_FULL,
+    RANKER_RESIDENT,
     RELEASE,
     SCORES,
+    USE_KEPT,
     USER_ENCODER,
     USER_KEYS,
     USER_VALUES,
+    kept_tensor_name,
     layer_tensor_name,
 )
 from kvcast.network.attention import ATTEND_UNMASKED
@@ -76,6 +80,26 @@ class FusionGraph(nn.Module):
         return self.network.fuse(UserKV(keys, values), candidates)
 
 
+class ResidentGraph(nn.Module):
+    """history, candidates, kept KV, which of the two to use → scores and, layer by layer, the KV of the history."""
+
+    def __init__(self, network: RankingNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(
+        self,
+        history: Tensor,
+        candidates: Tensor,
+        use_kept: Tensor,
+        keys: tuple[Tensor, ...],
+        values: tuple[Tensor, ...],
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """As `RankingNetwork.rank`."""
+        scores, user_kv = self.network.rank(history, candidates, UserKV(keys, values), use_kept)
+        return scores, user_kv.keys, user_kv.values
+
+
 @dataclass(frozen=True)
 class Graph:
     """What the exporter needs to trace one model: the module, sample inputs and the names on both sides."""
@@ -89,13 +113,15 @@ class Graph:
 
 
 def describe_graphs(network: RankingNetwork, release: str) -> list[Graph]:
-    """Return the three graphs of a network, in the order in which a request meets them."""
+    """Return the graphs of a network."""
     schema, layers = network.config.schema, network.kv_layout.layers
     # Every dynamic size is at least 2 here, or tracing would take a 1 for a constant.
     history = torch.ones(2, 5, len(schema.history_fields), dtype=torch.int64)
     candidates = torch.ones(2, 3, len(schema.candidate_fields), dtype=torch.int64)
     user_kv = network.encode_user(history)
+    longer = network.encode_user(torch.ones(2, 7, len(schema.history_fields), dtype=torch.int64))
     layer_names = [layer_tensor_name(spec, m) for spec in (USER_KEYS, USER_VALUES) for m in range(layers)]
+    kept_names = [kept_tensor_name(spec, m) for spec in (USER_KEYS, USER_VALUES) for m in range(layers)]
     return [
         Graph(
             USER_ENCODER.name,
@@ -116,6 +142,20 @@ def describe_graphs(network: RankingNetwork, release: str) -> list[Graph]:
             ),
             [CANDIDATES.name, *layer_names],
             [SCORES.name],
+        ),
+        Graph(
+            RANKER_RESIDENT.name,
+            ResidentGraph(network),
+            (history, candidates, torch.tensor(False), longer.keys, longer.values),
+            (
+                {0: "users", 1: "L"},
+                {0: "users", 1: "N"},
+                None,
+                ({0: "users", 3: "kept_slots"},) * layers,
+                ({0: "users", 2: "kept_slots"},) * layers,
+            ),
+            [HISTORY.name, CANDIDATES.name, USE_KEPT, *kept_names],
+            [SCORES.name, *layer_names],
         ),
         Graph(
             RANKER_FULL.name,

@@ -18,6 +18,7 @@ import torch
 
 from kvcast.contract.config import ModelConfig
 from kvcast.contract.manifest import MANIFEST_FILE, ONNX_FILE, Dims, Manifest, Parity, hash_file
+from kvcast.contract.schema import KVLayout
 from kvcast.contract.tensors import EXPORTED_MODELS
 from kvcast.export.calls import OnnxCalls, TorchCalls
 from kvcast.export.graphs import OPSET, describe_graphs, export_graph
@@ -30,7 +31,7 @@ VERSION_FOLDER = "1"
 # Long enough for every code path; the six proofs run some twenty forwards each.
 PROOF_HISTORY = 192
 PROOF_CANDIDATES = 5
-STEPS = 8
+STEPS = 9
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def export_release(
                 folder.mkdir()
                 export_graph(graph, release, folder / ONNX_FILE)
         with progress.step("prove the ONNX graphs: six properties"):
-            onnx_error = _prove_calls(OnnxCalls(staging), samples)
+            onnx_error = _prove_calls(OnnxCalls(staging), samples, network.kv_layout)
         parity = Parity(torch_error, onnx_error, undirected_difference)
         with progress.step(f"write {repository}"):
             _furnish_repository(repository)
@@ -119,14 +120,14 @@ def _draw_samples(config: ModelConfig) -> list[Sample]:
     return [draw_sample(config.schema, length, count, seed=1), draw_sample(config.schema, 3, count, seed=2)]
 
 
-def _prove_calls(calls: Calls, samples: list[Sample]) -> float:
-    return max(prove(calls, sample) for sample in samples)
+def _prove_calls(calls: Calls, samples: list[Sample], layout: KVLayout) -> float:
+    return max(prove(calls, sample, layout) for sample in samples)
 
 
 def _prove_network(network: RankingNetwork, samples: list[Sample]) -> tuple[float, float]:
     """Return the parity error, and how far the undirected mask moves the scores."""
     calls = TorchCalls(network)
-    error = _prove_calls(calls, samples)
+    error = _prove_calls(calls, samples, network.kv_layout)
     for sample in samples:
         prove_history_is_blind(calls.probe_user_keys, network.config.schema, sample)
     differences = [

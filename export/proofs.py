@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcast.contract.errors import ArtefactError
-from kvcast.contract.schema import FeatureSchema, Field
+from kvcast.contract.schema import FeatureSchema, Field, KVLayout
 from kvcast.contract.tensors import SCORE_TOLERANCE
 from kvcast.network.interface import MaskKind
 
@@ -34,6 +34,15 @@ class Calls(abc.ABC):
     @abc.abstractmethod
     def fuse(self, user_kv: list[Floats], candidates: Ids) -> Floats:
         """User KV and INT64 `[B, N, T]` → scores FP32 `[B, N]`."""
+
+    @abc.abstractmethod
+    def rank_resident(
+        self, history: Ids, candidates: Ids, kept: list[Floats], *, use_kept: bool
+    ) -> tuple[Floats, list[Floats]]:
+        """Both sides in one call, or with the KV that an earlier such call made → scores FP32 `[B, N]`, KV by layer.
+
+        The KV is M keys and then M values, a batch axis first.
+        """
 
     @abc.abstractmethod
     def run_monolith(self, history: Ids, candidates: Ids) -> Floats:
@@ -71,8 +80,13 @@ def draw_ids(fields: tuple[Field, ...], rows: int, generator: np.random.Generato
     return np.stack([generator.integers(1, field.vocab_size, rows) for field in fields], axis=1)
 
 
-def prove(calls: Calls, sample: Sample) -> float:
+def prove(calls: Calls, sample: Sample, layout: KVLayout) -> float:
     """Prove properties 1 to 6 on one sample.
+
+    Args:
+        calls: the network, or its ONNX graphs.
+        sample: a request.
+        layout: of the user KV that `rank_resident` takes and gives.
 
     Returns:
         The largest difference of scores between the cached path and the monolith.
@@ -89,7 +103,8 @@ def prove(calls: Calls, sample: Sample) -> float:
     _prove_permutation(calls, sample, user_kv, scores)
     _prove_different_scores(scores)
     _prove_padding_changes_nothing(calls, sample, scores)
-    return _prove_cached_equals_monolith(calls, sample, scores)
+    error = _prove_cached_equals_monolith(calls, sample, scores)
+    return max(error, _prove_resident_equals_cached(calls, sample, scores, layout))
 
 
 def prove_history_is_blind(probe: UserKeysProbe, schema: FeatureSchema, sample: Sample) -> None:
@@ -167,6 +182,35 @@ def _prove_cached_equals_monolith(calls: Calls, sample: Sample, scores: Floats) 
     padding = np.zeros_like(sample.history[:, :2])
     empty = calls.run_monolith(padding, sample.candidates)
     return max(error, _expect_equal(f"{name} (empty history)", empty, calls.rank(padding, sample.candidates)))
+
+
+def _prove_resident_equals_cached(calls: Calls, sample: Sample, scores: Floats, layout: KVLayout) -> float:
+    """Cold, warm with other candidates in between, and warm with KV that was padded to share a run."""
+    name = "property 6, resident path = cached path"
+    history, candidates = sample.history, sample.candidates
+    nothing, no_event = make_no_user_kv(layout, 1), np.zeros_like(history[:, :1])
+    cold, made = calls.rank_resident(history, candidates, nothing, use_kept=False)
+    error = _expect_equal(f"{name} (cold)", scores, cold)
+    before = [array.copy() for array in made]
+    calls.rank_resident(no_event, candidates[:, ::-1], made, use_kept=True)
+    if not all(np.array_equal(first, second) for first, second in zip(before, made, strict=True)):
+        raise ProofError("property 1, user KV ignores candidates: fusing wrote into the KV that was kept")
+    warm, _ = calls.rank_resident(no_event, candidates, made, use_kept=True)
+    error = max(error, _expect_equal(f"{name} (warm)", scores, warm))
+    half, others = history[:, : history.shape[1] // 2], candidates[:, ::-1]
+    expected = calls.rank(half, others)
+    short = np.pad(half, ((0, 0), (0, history.shape[1] - half.shape[1]), (0, 0)))
+    both, both_candidates = np.concatenate([history, short]), np.concatenate([candidates, others])
+    packed, kept = calls.rank_resident(both, both_candidates, make_no_user_kv(layout, 2), use_kept=False)
+    error = max(error, _expect_equal(f"{name} (cold batch)", np.concatenate([scores, expected]), packed))
+    warm, _ = calls.rank_resident(np.zeros_like(both[:, :1]), both_candidates, kept, use_kept=True)
+    return max(error, _expect_equal(f"{name} (warm batch)", np.concatenate([scores, expected]), warm))
+
+
+def make_no_user_kv(layout: KVLayout, users: int) -> list[Floats]:
+    """Return KV of empty histories, layer by layer, to be given where none is kept."""
+    shapes = [layout.keys_shape(0)] * layout.layers + [layout.values_shape(0)] * layout.layers
+    return [np.zeros((users, *shape[1:]), np.float32) for shape in shapes]
 
 
 def _expect_equal(name: str, expected: Floats, got: Floats) -> float:

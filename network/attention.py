@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kvcast.contract.schema import KVLayout
+from kvcast.network.branch import choose
 from kvcast.network.masks import MASKED
 
 # Extra rows under the transposed keys, and where they stand: the sink's row, then the mask's.
@@ -112,19 +113,16 @@ def attend_history(
         `[B, L, H, dh]`.
     """
 
-    def unmasked(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> Tensor:  # noqa: ARG001
-        flat = (each.flatten(2) for each in (query, key, value))
-        attended: Tensor = attend_unmasked(*flat, query.shape[2])
-        return attended.view(query.shape)
+    def unmasked(plain: tuple[Tensor, Tensor, Tensor], packed: tuple[Tensor, Tensor]) -> Tensor:  # noqa: ARG001
+        heads = plain[0].shape[2]
+        attended: Tensor = attend_unmasked(*(each.flatten(2) for each in plain), heads)
+        return attended.view(plain[0].shape)
 
-    def masked(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> Tensor:  # noqa: ARG001
-        return attend_history_masked(query, keys, values).contiguous()
+    def masked(plain: tuple[Tensor, Tensor, Tensor], packed: tuple[Tensor, Tensor]) -> Tensor:
+        return attend_history_masked(plain[0], *packed).contiguous()
 
-    operands = (query, key, value, user_keys, user_values)
-    if torch.compiler.is_exporting():  # becomes an If of the graph
-        attended: Tensor = torch.cond(is_event.all(), unmasked, masked, operands)
-        return attended
-    return unmasked(*operands) if is_event.all() else masked(*operands)
+    attended: Tensor = choose(is_event.all(), unmasked, masked, (query, key, value), (user_keys, user_values))
+    return attended
 
 
 def attend_history_masked(query: Tensor, user_keys: Tensor, user_values: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from kvcast.contract.config import ModelConfig
 from kvcast.contract.errors import ConfigError
 from kvcast.contract.schema import KVLayout
+from kvcast.network.branch import choose
 
 MaskKind = Literal["target_blind", "undirected"]
 
@@ -56,6 +57,31 @@ class RankingNetwork(nn.Module, abc.ABC):
     @abc.abstractmethod
     def fuse(self, user_kv: UserKV, candidates: Tensor) -> Tensor:
         """Score candidates INT64 `[B, N, T]` against their user's KV: FP32 `[B, N]`."""
+
+    def rank(self, history: Tensor, candidates: Tensor, kept: UserKV, use_kept: Tensor) -> tuple[Tensor, UserKV]:
+        """Encode and fuse in one call, or fuse with the KV that an earlier call made: one graph for both.
+
+        A family may override it where it can do better than one call after the other (rows of both sides in one
+        GEMM, a weight named once); export proves that it gives the same scores.
+
+        Args:
+            history: INT64 `[B, L, history_fields]`; not read if `use_kept`, when one padding event does.
+            candidates: INT64 `[B, N, T]`.
+            kept: user KV of an earlier call; read only if `use_kept`, else of any number of slots.
+            use_kept: BOOL, one element.
+
+        Returns:
+            Scores FP32 `[B, N]`, and the KV of `history`.
+        """
+        made = self.encode_user(history)
+
+        def fuse_kept(candidates: tuple[Tensor], *kv: tuple[Tensor, ...]) -> Tensor:
+            return self.fuse(UserKV(*kv[:2]), *candidates)
+
+        def fuse_made(candidates: tuple[Tensor], *kv: tuple[Tensor, ...]) -> Tensor:
+            return self.fuse(UserKV(*kv[2:]), *candidates)
+
+        return choose(use_kept, fuse_kept, fuse_made, (candidates,), *kept, *made), made
 
     @abc.abstractmethod
     def run_monolith(self, history: Tensor, candidates: Tensor, mask: MaskKind) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -21,6 +21,7 @@ from kvcast.network.attention import (
     make_layout,
     pack_user_kv,
 )
+from kvcast.network.branch import choose
 from kvcast.network.interface import MaskKind, RankingNetwork, UserKV
 from kvcast.network.masks import find_events, make_monolith_mask
 
@@ -51,6 +52,31 @@ class Block(nn.Module):
         tokens = tokens + self.output(attended.flatten(-2))
         hidden = nn.functional.gelu(self.expand(self.feed_forward_norm(tokens)))
         return tokens + cast("Tensor", self.contract(hidden))
+
+
+KV = tuple[Tensor, Tensor]  # one layer: user keys and values as packed
+Item = tuple[Tensor, Tensor, Tensor]  # query [B, N, Q, H, dh], key and value [B, N, T, H, dh]
+User = tuple[Tensor, Tensor, Tensor, Tensor]  # query, key and value [B, L, H, dh], is_event [B, L]
+
+
+def _attend_kept(kept: KV, made: KV, item: Item) -> Tensor:  # noqa: ARG001 one signature for both sides of an If
+    """Item tokens over the KV that was kept."""
+    return attend_user_and_item(*item, *kept).contiguous()
+
+
+def _attend_made(kept: KV, made: KV, item: Item) -> Tensor:  # noqa: ARG001
+    """Item tokens over the KV just made."""
+    return attend_user_and_item(*item, *made).contiguous()
+
+
+def _attend_items_kept(kept: KV, made: KV, item: Item, user: User) -> tuple[Tensor, Tensor]:
+    """Item tokens over the KV that was kept; nobody reads what the user tokens get."""
+    return user[0] * 0, _attend_kept(kept, made, item)
+
+
+def _attend_both(kept: KV, made: KV, item: Item, user: User) -> tuple[Tensor, Tensor]:
+    """User tokens over each other, and item tokens over the KV just made."""
+    return attend_history(*user, *made), _attend_made(kept, made, item)
 
 
 class Transformer(RankingNetwork):
@@ -118,6 +144,46 @@ class Transformer(RankingNetwork):
             attended = attend_user_and_item(query, key, value, user_kv.keys[index], user_kv.values[index])
             tokens = block.close(tokens, attended)
         return self._read_scores(tokens[:, :, 0])
+
+    def rank(self, history: Tensor, candidates: Tensor, kept: UserKV, use_kept: Tensor) -> tuple[Tensor, UserKV]:
+        """Run user and item tokens as rows of the same GEMMs; only attention tells them apart.
+
+        Every weight occurs once in the graph, whether the KV is made or kept.
+        """
+        is_event = find_events(history)
+        history_length, count, item_tokens = history.shape[1], candidates.shape[1], candidates.shape[2]
+        history_tokens, candidate_tokens = self._embed_history(history, is_event), self._embed_candidates(candidates)
+        tokens = torch.cat([history_tokens, candidate_tokens.flatten(1, 2)], dim=1)  # [B, L+N·T, d]
+        keys, values = [], []
+
+        def split(rows: Tensor) -> tuple[Tensor, Tensor]:
+            """`[B, L+N·T, …]` → `[B, L, …]` and `[B, N, T, …]`."""
+            return rows[:, :history_length], rows[:, history_length:].view(
+                rows.shape[0], count, item_tokens, *rows.shape[2:]
+            )
+
+        for index, block in enumerate(self._get_blocks()):
+            normed = block.attention_norm(tokens)
+            user_key, item_key = split(block.split_heads(block.key(normed)))
+            user_value, item_value = split(block.split_heads(block.value(normed)))
+            user_keys, user_values = pack_user_kv(user_key, user_value, is_event)
+            keys.append(user_keys)
+            values.append(user_values)
+            layer_kept, layer_made = (kept.keys[index], kept.values[index]), (user_keys, user_values)
+            if index == len(self.blocks) - 1:
+                tokens, normed = split(tokens)[1][:, :, 0], split(normed)[1][:, :, 0]  # target tokens only: [B, N, d]
+                query = block.split_heads(block.query(normed))[:, :, None]  # [B, N, 1, H, dh]
+                item = (query, item_key, item_value)
+                attended = choose(use_kept, _attend_kept, _attend_made, layer_kept, layer_made, item)[:, :, 0]
+            else:
+                user_query, item_query = split(block.split_heads(block.query(normed)))
+                item, user = (item_query, item_key, item_value), (user_query, user_key, user_value, is_event)
+                by_user, by_item = choose(
+                    use_kept, _attend_items_kept, _attend_both, layer_kept, layer_made, item, user
+                )
+                attended = torch.cat([by_user, by_item.flatten(1, 2)], dim=1)  # [B, L+N·T, H, dh]
+            tokens = block.close(tokens, attended)
+        return self._read_scores(tokens), UserKV(tuple(keys), tuple(values))
 
     def run_monolith(self, history: Tensor, candidates: Tensor, mask: MaskKind) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Score every candidate in a full sequence `[item tokens | history tokens]` of its own."""

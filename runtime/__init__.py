@@ -1,12 +1,13 @@
 """What works inside a Triton Python-backend process: sessions, packing, checks, the mapping of errors.
 
-One file a served model (`user_encoder`, `doc_fusion`, `full_ranker`) on shared parts. No torch, and no Triton import:
-the adapters in `model_repository` hand in what they have, so all of this is tested without a server.
+One file a served model (`user_encoder`, `doc_fusion`, `resident_ranker`, `full_ranker`) on shared parts. No torch, and
+no Triton import: the adapters in `model_repository` hand in what they have, so all of this is tested without a server.
 """
 
 from kvcast.runtime.doc_fusion import DocFusion
 from kvcast.runtime.full_ranker import FullRanker
+from kvcast.runtime.resident_ranker import ResidentRanker
 from kvcast.runtime.serve import load_model, serve_requests
 from kvcast.runtime.user_encoder import UserEncoder
 
-__all__ = ["DocFusion", "FullRanker", "UserEncoder", "load_model", "serve_requests"]
+__all__ = ["DocFusion", "FullRanker", "ResidentRanker", "UserEncoder", "load_model", "serve_requests"]

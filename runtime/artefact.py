@@ -4,13 +4,20 @@ It knows manifests and ONNX Runtime; it does not know what the graphs compute.
 """
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import onnxruntime as ort
 
 from kvcast.contract.errors import ArtefactError
 from kvcast.contract.manifest import ONNX_FILE, RELEASE_METADATA_KEY, Manifest, hash_file, read_manifest
+
+Array = npt.NDArray[Any]
+Arrays = dict[str, Array]
 
 CUDA_PROVIDER = "CUDAExecutionProvider"
 CPU_PROVIDER = "CPUExecutionProvider"
@@ -23,11 +30,14 @@ class SessionOptions:
     provider: `auto` takes CUDA where it works and the CPU elsewhere; `cpu` and `cuda` insist.
     threads: intra-op threads of the session; 0 means the cores divided by the instances.
     instances: instances of this model on this machine, which share the cores.
+    spins: whether threads wait busily between the operators of a run; never between runs. For a process that
+        has the cores to itself while it runs.
     """
 
     provider: str = "auto"
     threads: int = 0
     instances: int = 1
+    spins: bool = False
 
     def count_threads(self) -> int:
         """Return the threads of one session."""
@@ -52,6 +62,32 @@ class Artefact:
         """Whether the session runs on CUDA."""
         return self.provider == CUDA_PROVIDER
 
+    def run(
+        self, outputs: Sequence[str], feeds: Mapping[str, Array], into: Mapping[str, Array] | None = None
+    ) -> Arrays:
+        """Run the graph once; return the outputs by name.
+
+        Args:
+            outputs: names of those wanted.
+            feeds: inputs by name.
+            into: contiguous arrays that receive outputs where they lie, instead of memory of the session's own.
+        """
+        if not into:
+            return dict(zip(outputs, self.session.run(outputs, feeds), strict=True))
+        binding = self.session.io_binding()
+        contiguous = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+        for name, array in contiguous.items():
+            binding.bind_cpu_input(name, array)
+        for name in outputs:
+            if name in into:
+                array = into[name]
+                binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+            else:
+                binding.bind_output(name, "cpu")
+        self.session.run_with_iobinding(binding)
+        made = dict(zip(outputs, binding.get_outputs(), strict=True))
+        return {name: into[name] if name in into else value.numpy() for name, value in made.items()}
+
 
 def open_artefact(folder: Path, model: str, options: SessionOptions) -> Artefact:
     """Open the artefact of `model` in `folder`.
@@ -64,7 +100,7 @@ def open_artefact(folder: Path, model: str, options: SessionOptions) -> Artefact
         raise ArtefactError(f"{folder}: expected the artefact of {model}, got that of {manifest.model}")
     _check_files(folder, manifest)
     threads = options.count_threads()
-    session = _open_session(folder / ONNX_FILE, options.provider, threads)
+    session = _open_session(folder / ONNX_FILE, options, threads)
     release = session.get_modelmeta().custom_metadata_map.get(RELEASE_METADATA_KEY)
     if release != manifest.release:
         raise ArtefactError(
@@ -86,13 +122,15 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
             )
 
 
-def _open_session(path: Path, provider: str, threads: int) -> ort.InferenceSession:
+def _open_session(path: Path, wanted: SessionOptions, threads: int) -> ort.InferenceSession:
+    provider = wanted.provider
     if provider not in ("auto", "cpu", "cuda"):
         raise ArtefactError(f"execution_provider: expected auto, cpu or cuda, got {provider!r}")
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    # Sessions of several models share the cores: a spinning one doubles the others' latency.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Sessions of several models share the cores: one that spins while it is idle doubles the others' latency.
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(wanted.spins)))
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     providers: list[str | tuple[str, dict[str, str]]]
     has_cuda = CUDA_PROVIDER in ort.get_available_providers()
     if has_cuda and provider != "cpu":

@@ -14,7 +14,7 @@ from kvcast.contract.errors import ServerFaultError
 from kvcast.contract.tensors import CANDIDATES, HISTORY, RANKER_FULL, SCORES
 from kvcast.contract.validation import check_candidates, check_history, check_same_users
 from kvcast.runtime.packing import strip_padding
-from kvcast.runtime.serve import ServedModel, Tensors
+from kvcast.runtime.serve import Request, ServedModel, Tensors
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -36,13 +36,17 @@ class FullRanker(ServedModel[FullJob]):
 
     spec = RANKER_FULL
 
-    def check(self, tensors: Tensors, wanted: Sequence[str]) -> FullJob:  # noqa: ARG002 always scores
+    def check(self, request: Request) -> FullJob:
         """Check history and candidates."""
-        manifest = self.artefact.manifest
+        manifest, tensors = self.artefact.manifest, request.tensors
         history = check_history(tensors[HISTORY.name], manifest.history_fields, manifest.limits)
         candidates = check_candidates(tensors[CANDIDATES.name], manifest.candidate_fields, manifest.limits)
         check_same_users(HISTORY.name, len(history), CANDIDATES.name, len(candidates))
         return FullJob([strip_padding(user) for user in history], candidates)
+
+    def plan(self, jobs: Sequence[FullJob]) -> list[list[int]]:
+        """Each alone, the smallest first."""
+        return [[place] for place in sorted(range(len(jobs)), key=lambda place: jobs[place].candidates.size)]
 
     def run(self, jobs: Sequence[FullJob]) -> list[Tensors]:
         """Score every job, one user after the other."""

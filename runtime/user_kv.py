@@ -15,7 +15,10 @@ Floats = npt.NDArray[np.float32]
 
 
 class UserKV(NamedTuple):
-    """KV of a batch of users: keys FP32 `[B, M, H, key_rows, slots]`, values `[B, M, H, slots, value_columns]`."""
+    """KV of a batch of users: keys FP32 `[B, M, H, key_rows, slots]`, values `[B, M, H, slots, value_columns]`.
+
+    Or one layer of it, without the axis M.
+    """
 
     keys: Floats
     values: Floats
@@ -28,11 +31,19 @@ class UserKV(NamedTuple):
     @property
     def slots(self) -> int:
         """Slots of every user, padding included."""
-        return int(self.values.shape[3])
+        return int(self.values.shape[-2])
 
     def take(self, user: int, slots: int) -> "UserKV":
         """Return a view of the first `slots` slots of one user, still with a batch axis."""
-        return UserKV(self.keys[user : user + 1, ..., :slots], self.values[user : user + 1, :, :, :slots])
+        return UserKV(self.keys[user : user + 1, ..., :slots], self.values[user : user + 1, ..., :slots, :])
+
+    def copy_into(self, space: "UserKV | None") -> "UserKV":
+        """Return a copy, in `space` if it is given: it does not hold on to the run that made this."""
+        if space is None:
+            return UserKV(self.keys.copy(), self.values.copy())
+        space.keys[...] = self.keys
+        space.values[...] = self.values
+        return space
 
 
 def stack_user_kv(parts: Sequence[UserKV], layout: KVLayout) -> UserKV:
@@ -44,13 +55,13 @@ def stack_user_kv(parts: Sequence[UserKV], layout: KVLayout) -> UserKV:
         return parts[0]
     users = sum(part.users for part in parts)
     slots = max(part.slots for part in parts)
-    keys = np.zeros((users, layout.layers, layout.heads, layout.key_rows, slots), np.float32)
-    values = np.zeros((users, layout.layers, layout.heads, slots, layout.value_columns), np.float32)
+    keys = np.zeros((users, *parts[0].keys.shape[1:-1], slots), np.float32)
+    values = np.zeros((users, *parts[0].values.shape[1:-2], slots, layout.value_columns), np.float32)
     first = 0
     for part in parts:
         rows = slice(first, first + part.users)
         keys[rows, ..., : part.slots] = part.keys
-        keys[rows, :, :, layout.mask_row, part.slots :] = layout.mask_value
-        values[rows, :, :, : part.slots] = part.values
+        keys[rows, ..., layout.mask_row, part.slots :] = layout.mask_value
+        values[rows, ..., : part.slots, :] = part.values
         first += part.users
     return UserKV(keys, values)

@@ -133,7 +133,7 @@ class TritonServer:
         command = [
             str(installation.binary),
             *installation.flags,
-            *self._make_flags(count_shared_memory(manifest)),
+            *self._make_flags(count_shared_memory(manifest, settings.models)),
         ]
         try:
             self.process = subprocess.Popen(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from kvcast.contract.errors import ArtefactError
 from kvcast.contract.manifest import MANIFEST_FILE, Manifest, read_manifest
-from kvcast.contract.tensors import MODELS
+from kvcast.contract.tensors import DOC_FUSION, MODELS, USER_ENCODER
 from kvcast.server.installation import ServerError
 
 
@@ -93,13 +93,14 @@ def read_served_manifest(repository: Path, model: str, config: str | None) -> Ma
         raise ServerError(f"{error} (run `make export`)") from error
 
 
-def count_shared_memory(manifest: Manifest) -> int:
-    """Return bytes of shared memory for a model process: user KV of the expected workload, and room beside it.
+def count_shared_memory(manifest: Manifest, models: list[str]) -> int:
+    """Return bytes of shared memory for a model process: room for requests, and for user KV where models pass it on.
 
     A region grows when it must and never shrinks, and the growing request is several times slower: so regions start
     where the workload needs them. They are allocated at once, so they hold two requests' KV and not a full batch's.
     """
-    return 2 * manifest.user_kv.bytes_of(manifest.workload.history) + (16 << 20)
+    moves_kv = any(name in (USER_ENCODER.name, DOC_FUSION.name) for name in expand_models(models))
+    return (2 * manifest.user_kv.bytes_of(manifest.workload.history) if moves_kv else 0) + (16 << 20)
 
 
 def check_port(host: str, port: int, purpose: str, variable: str) -> None:

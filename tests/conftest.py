@@ -37,4 +37,6 @@ def server(tiny_repository: Path) -> Iterator[TritonServer]:
 def make_settings(repository: Path) -> ServerSettings:
     """Return settings on free ports, with the reference model too."""
     http, grpc, metrics = find_free_ports(3)
-    return ServerSettings(repository, ["ranker", "ranker_full"], http_port=http, grpc_port=grpc, metrics_port=metrics)
+    return ServerSettings(
+        repository, ["ranker", "ranker_resident", "ranker_full"], http_port=http, grpc_port=grpc, metrics_port=metrics
+    )

@@ -17,6 +17,7 @@ import tritonclient.grpc
 from tritonclient.utils import InferenceServerException
 
 from kvcast.client import RankerClient
+from kvcast.contract.tensors import MODELS
 from kvcast.server import ServerError, ServerSettings, TritonServer
 from kvcast.server.installation import find_installation
 from tests.conftest import make_settings
@@ -112,7 +113,7 @@ def test_the_admin_key_opens_what_is_restricted_and_only_its_owner_reads_it(serv
     with pytest.raises(InferenceServerException, match="restricted"):
         client.get_system_shared_memory_status()
     headers = {f"triton-grpc-protocol-{name}": value for name, value in server.admin_headers.items()}
-    assert len(client.get_model_repository_index(headers=headers).models) == 4
+    assert len(client.get_model_repository_index(headers=headers).models) == len(MODELS)
     client.close()
 
 

@@ -18,6 +18,7 @@ from kvcast.runtime import DocFusion, FullRanker, UserEncoder
 from kvcast.runtime.artefact import SessionOptions
 from kvcast.runtime.doc_fusion import FusionJob
 from kvcast.runtime.packing import strip_padding
+from kvcast.runtime.serve import Request
 from kvcast.runtime.user_kv import UserKV
 from tests.parity.reference import score_candidates
 from tests.support import TOLERANCE, draw_request, make_config, make_network
@@ -82,9 +83,9 @@ def test_a_request_of_several_users_with_different_padding(models, network):
     stacked = np.stack(histories)
     stacked[1, 5:] = 0
     stacked[2] = 0
-    job = encoder.check({"history": stacked}, ["user_keys", "user_values", "release"])
+    job = encoder.check(Request({"history": stacked}, ["user_keys", "user_values", "release"]))
     (kv,) = encoder.run([job])
-    (scores,) = fusion.run([fusion.check({**kv, "candidates": np.stack(candidates)}, ["scores"])])
+    (scores,) = fusion.run([fusion.check(Request({**kv, "candidates": np.stack(candidates)}, ["scores"]))])
     for user in range(3):
         expected = models["FullRanker"].score(strip_padding(stacked[user]), candidates[user])
         np.testing.assert_allclose(scores["scores"][user], expected, rtol=0, atol=TOLERANCE)

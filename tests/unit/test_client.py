@@ -21,7 +21,7 @@ from kvcast.client import (
 )
 from kvcast.client.__main__ import main
 from kvcast.client.clients import Conversation
-from kvcast.client.transport import translate
+from kvcast.client.transport import Call, translate
 from kvcast.contract.manifest import read_manifest
 from tests.support import find_free_ports
 
@@ -137,15 +137,15 @@ def conversation(tiny_repository):
 )
 def test_wrong_requests_are_refused_before_sending(conversation, history, candidates, words):
     with pytest.raises(InvalidRequestError) as caught:
-        conversation.prepare(history, candidates)
+        conversation.ask_scores(history, candidates)
     assert words in str(caught.value)
 
 
 @pytest.mark.parametrize("scores", [np.zeros((1, 2)), np.zeros(3), np.full((1, 3), np.nan)])
 def test_scores_that_cannot_be_used_are_the_servers_fault(scores):
-    request = {"candidates": np.ones((1, 3, 4), np.int64)}
+    call = Call("ranker", {"candidates": np.ones((1, 3, 4), np.int64)}, ["scores"])
     with pytest.raises(ServerFaultError, match="scores: expected 3 finite numbers"):
-        Conversation.conclude(request, {"scores": scores}, 0.1)
+        Conversation.conclude(call, {"scores": scores}, 0.1)
 
 
 def test_threads_of_one_http_client_have_connections_of_their_own():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvcast.contract.errors import ConfigError
 from kvcast.contract.manifest import hash_file, read_manifest
-from kvcast.contract.tensors import EXPORTED_MODELS
+from kvcast.contract.tensors import EXPORTED_MODELS, MODELS
 from kvcast.export.calls import TorchCalls
 from kvcast.export.pipeline import WeightsSource, export_release
 from kvcast.export.proofs import ProofError, draw_sample, prove, prove_history_is_blind
@@ -78,6 +78,30 @@ class FusesInexactly(Transformer):
         return super().fuse(user_kv, candidates) * 1.0001
 
 
+class RanksOtherwise(Transformer):
+    """One call after the other is right; both in one is not."""
+
+    def rank(self, history: Tensor, candidates: Tensor, kept: UserKV, use_kept: Tensor) -> tuple[Tensor, UserKV]:
+        scores, made = super().rank(history, candidates, kept, use_kept)
+        return scores * 1.0001, made
+
+
+class ForgetsWhatWasKept(Transformer):
+    """With kept KV, the scores are those of a user without history."""
+
+    def rank(self, history: Tensor, candidates: Tensor, kept: UserKV, use_kept: Tensor) -> tuple[Tensor, UserKV]:
+        return super().rank(history, candidates, kept, torch.zeros_like(use_kept))
+
+
+class WritesIntoWhatWasKept(Transformer):
+    """Fusing changes the KV for whoever comes next."""
+
+    def rank(self, history: Tensor, candidates: Tensor, kept: UserKV, use_kept: Tensor) -> tuple[Tensor, UserKV]:
+        result = super().rank(history, candidates, kept, use_kept)
+        kept.keys[0].mul_(1.001)
+        return result
+
+
 class ReturnsNaN(Transformer):
     """A score is not a number."""
 
@@ -106,6 +130,9 @@ BROKEN = {
     ScoresEverythingAlike: "property 4",
     SeesPadding: "property 5",
     FusesInexactly: "property 6",
+    RanksOtherwise: "resident path = cached path (cold)",
+    ForgetsWhatWasKept: "resident path = cached path (warm)",
+    WritesIntoWhatWasKept: "fusing wrote into the KV that was kept",
     ReturnsNaN: "scores: expected finite",
     LooksAtCandidates: "property 6",
 }
@@ -117,7 +144,7 @@ def test_a_network_that_breaks_a_property_is_refused(family):
     network = family(CONFIG).eval()
     draw_weights(network, 0)
     with pytest.raises(ProofError) as caught:
-        prove(TorchCalls(network), draw_sample(CONFIG.schema, 12, 5, seed=1))
+        prove(TorchCalls(network), draw_sample(CONFIG.schema, 12, 5, seed=1), network.kv_layout)
     assert BROKEN[family] in str(caught.value)
 
 
@@ -133,7 +160,7 @@ def test_a_network_whose_scores_depend_on_order_alone_is_refused():
     network = ShufflesScores(CONFIG).eval()
     draw_weights(network, 0)
     with pytest.raises(ProofError, match=r"property [23]"):
-        prove(TorchCalls(network), draw_sample(CONFIG.schema, 12, 5, seed=1))
+        prove(TorchCalls(network), draw_sample(CONFIG.schema, 12, 5, seed=1), network.kv_layout)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +180,7 @@ def test_a_right_network_passes_and_reports_its_error():
     network = make_network(CONFIG)
     sample = draw_sample(CONFIG.schema, 12, 5, seed=1)
     calls = TorchCalls(network)
-    assert 0 <= prove(calls, sample) < 1e-5
+    assert 0 <= prove(calls, sample, network.kv_layout) < 1e-5
     prove_history_is_blind(calls.probe_user_keys, CONFIG.schema, sample)
 
 
@@ -232,7 +259,7 @@ def test_the_exported_repository(tiny_repository):
         assert 0 < manifest.parity.onnx <= 1e-5
         assert manifest.parity.undirected_difference > 1e-3
         assert b"/" + b"network/transformer.py" not in (folder / "model.onnx").read_bytes(), "no path of this machine"
-    assert {path.name for path in tiny_repository.iterdir()} == {"user_encoder", "doc_fusion", "ranker", "ranker_full"}
+    assert {path.name for path in tiny_repository.iterdir()} == {model.name for model in MODELS}
 
 
 def test_exporting_again_keeps_an_operators_configuration(own_repository):
@@ -243,7 +270,7 @@ def test_exporting_again_keeps_an_operators_configuration(own_repository):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "count: 2" in config.read_text()
     assert read_manifest(own_repository / "doc_fusion" / "1").release != before
-    assert "[8/8]" in done.stdout
+    assert "[9/9]" in done.stdout
     assert "cached = monolith" in done.stdout
 
 

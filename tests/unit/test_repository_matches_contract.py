@@ -7,7 +7,8 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from kvcast.contract.tensors import MAX_BATCH_SIZE, MODELS, ModelSpec, TensorSpec
+from kvcast.contract.tensors import MAX_BATCH_SIZE, MODELS, RANKER_RESIDENT, USER_ENCODER, ModelSpec, TensorSpec
+from kvcast.runtime.options import CACHE_PARAMETERS, SESSION_PARAMETERS
 
 ROOT = Path(__file__).parents[2]
 MODEL_NAMES = {model.name: model for model in MODELS}
@@ -64,7 +65,8 @@ def test_config_says_what_the_contract_says(spec: ModelSpec):
     assert config.HasField("dynamic_batching")
     assert not config.HasField("response_cache"), "it stores errors"
     assert [group.kind for group in config.instance_group] == [model_config_pb2.ModelInstanceGroup.KIND_CPU]
-    assert set(config.parameters) == {"execution_provider", "intra_op_threads"}
+    caches = (USER_ENCODER, RANKER_RESIDENT)
+    assert set(config.parameters) == {*SESSION_PARAMETERS, *(CACHE_PARAMETERS if spec in caches else ())}
     ragged = {each.name for each in config.input if each.allow_ragged_batch}
     assert ragged == {each.name for each in config.input if -1 in each.dims}
 

@@ -15,8 +15,10 @@ from kvcast.contract.manifest import parse_manifest
 from kvcast.contract.schema import KVLayout
 from kvcast.runtime import UserEncoder
 from kvcast.runtime.artefact import SessionOptions, open_artefact
+from kvcast.runtime.metrics import Metrics, Stopwatch
+from kvcast.runtime.options import CacheOptions, read_options
 from kvcast.runtime.packing import plan_runs, stack_padded, strip_padding
-from kvcast.runtime.serve import ServedModel, Tensors, answer, load_model, read_options, serve_requests
+from kvcast.runtime.serve import LoadedModel, Request, ServedModel, Tensors, answer, load_model, serve_requests
 from kvcast.runtime.user_kv import UserKV, stack_user_kv
 
 
@@ -62,12 +64,20 @@ class Doubler(ServedModel[int]):
 
     def __init__(self) -> None:
         self.runs: list[int] = []
+        self.stopwatch = Stopwatch()
 
-    def check(self, tensors: Tensors, wanted: Sequence[str]) -> int:
-        number = int(tensors["number"][0])
-        if "double" not in wanted or number == 0:
+    def check(self, request: Request) -> int:
+        number = int(request.tensors["number"][0])
+        if "double" not in request.wanted or number == 0:
             raise InvalidRequestError(f"number: expected not 0, got {number}")
         return number
+
+    def plan(self, jobs: Sequence[int]) -> list[list[int]]:
+        if 14 in jobs:
+            raise RuntimeError("no plan")
+        odd = [place for place, job in enumerate(jobs) if job % 2]
+        rest = [place for place in range(len(jobs)) if place not in odd]
+        return [odd, rest] if 12 not in jobs else [odd]  # forgets some
 
     def run(self, jobs: Sequence[int]) -> list[Tensors]:
         self.runs.append(len(jobs))
@@ -81,9 +91,12 @@ class Doubler(ServedModel[int]):
 
 def ask(numbers: list[int]) -> tuple[list[Tensors | KvcastError], Doubler, list[str]]:
     model, log = Doubler(), []
-    requests = [partial(lambda number: ({"number": np.array([number])}, ["double"]), number) for number in numbers]
-    replies = answer(model, requests, log.append)
-    return replies, model, log
+    requests = [
+        partial(lambda number: Request({"number": np.array([number])}, ["double"]), number) for number in numbers
+    ]
+    replies = list(answer(model, requests, log.append))
+    assert sorted(place for place, _ in replies) == list(range(len(numbers))), "each exactly once"
+    return [reply for _, reply in sorted(replies, key=lambda each: each[0])], model, log
 
 
 def test_valid_requests_run_together_and_replies_keep_their_order():
@@ -136,6 +149,8 @@ class FakeTriton:
         def __init__(self, name: str, array: np.ndarray) -> None:
             self.name, self.array = name, array
 
+    TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1
+
     class InferenceResponse:
         """As Triton's."""
 
@@ -151,17 +166,31 @@ class FakeTriton:
 def test_errors_are_spelled_for_triton(tiny_repository):
     model = UserEncoder.open(tiny_repository / "user_encoder" / "1", SessionOptions())
 
-    class Request:
-        def requested_output_names(self) -> list[str]:
-            return ["release"]
-
     class Input:
         def as_numpy(self) -> np.ndarray:
             return np.full((1, 1, 2), -1)
 
+    sent: list[tuple[Any, int]] = []
+
+    class TritonRequest:
+        def requested_output_names(self) -> list[str]:
+            return ["release"]
+
+        def parameters(self) -> str:
+            return ""
+
+        def get_response_sender(self) -> "TritonRequest":
+            return self
+
+        def send(self, response: Any, flags: int) -> None:
+            sent.append((response, flags))
+
     triton = FakeTriton()
     triton.get_input_tensor_by_name = lambda request, name: Input()
-    (response,) = serve_requests(triton, [Request()], model)
+    # There is no metrics endpoint here: an answer does not depend on it.
+    serve_requests(triton, [TritonRequest()], LoadedModel(model, Metrics(triton, {})))
+    ((response, flags),) = sent
+    assert flags == triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL
     assert response.error.code == "INVALID_ARG"
     assert response.error.message == "history: expected field 'item' within 0..499, got -1 at event 0"
 
@@ -182,12 +211,31 @@ def test_options_from_the_configuration():
         "parameters": {"execution_provider": {"string_value": "cpu"}, "intra_op_threads": {"string_value": "3"}},
         "instance_group": [{"count": 2}, {"count": 1}],
     }
-    assert read_options(config) == SessionOptions(provider="cpu", threads=3, instances=3)
-    assert read_options({}) == SessionOptions()
+    assert read_options(config).session == SessionOptions(provider="cpu", threads=3, instances=3)
+    assert read_options({}).session == SessionOptions()
     assert SessionOptions(threads=3).count_threads() == 3
     assert SessionOptions(instances=1000).count_threads() == 1
-    with pytest.raises(ServerFaultError, match="intra_op_threads: expected a number, got 'many'"):
-        read_options({"parameters": {"intra_op_threads": {"string_value": "many"}}})
+
+
+def test_cache_options_from_the_configuration():
+    assert read_options({}).cache == CacheOptions(0, 0.0)
+    entries = {"user_kv_cache_megabytes": {"string_value": "1.5"}, "user_kv_cache_seconds": {"string_value": "60"}}
+    assert read_options({"parameters": entries}).cache == CacheOptions(1_500_000, 60.0)
+    read_options({"parameters": {"FORCE_CPU_ONLY_INPUT_TENSORS": {"string_value": "no"}}})  # Triton's own
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("intra_op_threads", "many", "expected a number, 0 or more, got 'many'"),
+        ("user_kv_cache_megabytes", "-1", "expected a number, 0 or more, got '-1'"),
+        ("user_kv_cache_seconds", "nan", "expected a number, 0 or more, got 'nan'"),
+        ("user_kv_cache_megabyte", "1", "expected one of execution_provider, intra_op_threads, user_kv_cache_mega"),
+    ],
+)
+def test_options_that_cannot_be_used_are_named(name, value, words):
+    with pytest.raises(ServerFaultError, match=f"parameter {name}: {words}"):
+        read_options({"parameters": {name: {"string_value": value}}})
 
 
 @pytest.mark.parametrize("provider", ["cuda", "tpu"])

@@ -110,7 +110,11 @@ def test_a_port_that_may_not_be_bound_is_one_sentence():
 
 def test_shared_memory_holds_two_requests_of_the_workload(tiny_repository):
     manifest = read_manifest(tiny_repository / "user_encoder" / "1")
-    assert count_shared_memory(manifest) > 2 * manifest.user_kv.bytes_of(manifest.workload.history)
+    kv = manifest.user_kv.bytes_of(manifest.workload.history)
+    assert count_shared_memory(manifest, ["ranker"]) > 2 * kv
+    assert count_shared_memory(manifest, ["ranker_resident", "user_encoder"]) > 2 * kv
+    # Nobody passes KV on here, so it needs no room.
+    assert count_shared_memory(manifest, ["ranker_resident"]) == count_shared_memory(manifest, ["ranker"]) - 2 * kv
 
 
 def test_the_name_of_a_configuration(tmp_path):

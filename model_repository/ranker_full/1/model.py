@@ -12,8 +12,8 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Open the exported artefact beside this file."""
-        self.model = load_model(pb_utils, args, FullRanker)
+        self.loaded = load_model(pb_utils, args, FullRanker)
 
-    def execute(self, requests: list[Any]) -> list[Any]:
-        """Answer each request, in order."""
-        return serve_requests(pb_utils, requests, self.model)
+    def execute(self, requests: list[Any]) -> None:
+        """Answer each request, as soon as its reply is there."""
+        serve_requests(pb_utils, requests, self.loaded)
