@@ -4,5 +4,6 @@ It knows the feature schema and numpy; it knows nothing of models, servers or tr
 """
 
 from kvcast.clicklog.generator import ClickLog
+from kvcast.clicklog.trace import Trace, Traffic, Visit
 
-__all__ = ["ClickLog"]
+__all__ = ["ClickLog", "Trace", "Traffic", "Visit"]

@@ -1,32 +1,39 @@
 """`kvcast perf run`: the proof, side by side, with a report and plots. `kvcast perf model`: the arithmetic alone."""
 
 import argparse
+import contextlib
+import dataclasses
 import datetime
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kvcast.contract.config import load_config
+from kvcast.contract.config import ModelConfig, load_config
 from kvcast.contract.errors import KvcastError
-from kvcast.perf import cost_model, experiments
+from kvcast.contract.tensors import RANKER_RESIDENT
+from kvcast.perf import cost_model, experiments, reuse
 from kvcast.perf.analyzer import PerfError, find_analyzer
 from kvcast.perf.environment import describe_machine
 from kvcast.perf.experiments import Bench, Plan
 from kvcast.perf.peers.race import Field, RaceError
 from kvcast.perf.plots import draw_all, regime
 from kvcast.perf.report import write_report
+from kvcast.perf.variants import make_variant, set_cache
 from kvcast.server import ServerError, ServerSettings, TritonServer
 from kvcast.server.repository import ensure_exported, read_config_name
 
-EXPERIMENTS = ("table", "history_growth", "stages", "load", "packing", "memory", "peers")
+COLD = ("table", "history_growth", "stages", "load", "packing", "memory", "peers")
+KEPT = ("reuse", "trace", "endurance")
+EXPERIMENTS = COLD + KEPT
 REGIME = """\
-regime: one machine serves and loads; requests are cold (nothing is cached between them) and generated, never
-perf_analyzer's own random data; what is compared alternates within this run; figures are medians. "traditional" is
-`ranker_full`: the same weights and mask, every candidate a full sequence."""
+regime: one machine serves and loads; requests are generated, never perf_analyzer's own random data; what is compared
+alternates within this run; figures are medians. "traditional" is `ranker_full`: the same weights and mask, every
+candidate a full sequence. There requests are cold: the cache is off. reuse, trace and endurance turn it on."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -39,13 +46,16 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("--results", type=Path, default=Path("perf/results"), metavar="DIR", help="where results go")
     run.add_argument("--name", help="name of the result files (the configuration's, with -quick for --quick)")
     run.add_argument("--quick", action="store_true", help="a smaller run: 3 minutes for bench on 2 cores")
-    run.add_argument("--experiments", default=",".join(EXPERIMENTS), help="(%(default)s)")
+    run.add_argument("--experiments", help=f"({','.join(EXPERIMENTS)}; endurance, of ten minutes, not if quick)")
     run.add_argument("--counts", help="candidates in the table, e.g. 1,5,10 (1,5,10,50,100,1000)")
     run.add_argument(
         "--traditional-limit",
         type=float,
         metavar="SECONDS",
         help="measure a traditional request only if it takes less than this, else extrapolate (60; 5 if quick)",
+    )
+    run.add_argument(
+        "--endurance", type=float, default=reuse.ENDURANCE_SECONDS, metavar="SECONDS", help="of the trace (%(default)s)"
     )
     run.add_argument("--http-port", type=int, default=8000, metavar="PORT")
     run.add_argument("--grpc-port", type=int, default=8001, metavar="PORT")
@@ -98,6 +108,7 @@ def run(arguments: argparse.Namespace) -> None:
         },
     }
     print(f"{regime(result)}\n\n{REGIME}\n", flush=True)
+    chosen = choose_experiments(arguments)
     settings = ServerSettings(
         repository=arguments.repository,
         models=["ranker", "ranker_full"],
@@ -106,20 +117,21 @@ def run(arguments: argparse.Namespace) -> None:
         grpc_port=arguments.grpc_port,
         metrics_port=arguments.metrics_port,
     )
-    ensure_exported(arguments.repository, settings.models, arguments.config)
-    with TritonServer(settings) as server:
-        bench = Bench(server, config, make_plan(arguments), lambda line: print(line, flush=True))
-        try:
-            measure(arguments, bench, cores, result)
-        finally:
-            bench.close()
+    ensure_exported(arguments.repository, [*settings.models, RANKER_RESIDENT.name], arguments.config)
+    field = Field(arguments.config, arguments.repository, cores, seed=0)
+    notes = Notes(result, arguments.results, len(chosen))
+    cold, kept = ([name for name in names if name in chosen] for names in (COLD, KEPT))
+    if cold:
+        measure_cold(arguments, settings, config, field, cold, notes)
+    if kept:
+        measure_kept(arguments, settings, config, field, kept, notes)
     result["seconds"] = time.monotonic() - started
     write_files(result, arguments.results)
 
 
 def describe_command(arguments: argparse.Namespace) -> str:
     """Return the command that measures the same again; where it served and wrote is left out."""
-    options = ("config", "experiments", "counts", "rounds", "requests", "traditional_limit")
+    options = ("config", "experiments", "counts", "rounds", "requests", "traditional_limit", "endurance")
     parser = make_parser()
     default = parser.parse_args(["run"])
     parts = ["kvcast perf run"] + (["--quick"] if arguments.quick else [])
@@ -137,37 +149,102 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     return Plan(arguments.rounds or rounds, arguments.requests or requests, limit, arguments.quick)
 
 
-def measure(arguments: argparse.Namespace, bench: Bench, cores: int, result: dict[str, Any]) -> None:
-    """Run the chosen experiments one after the other, so that none disturbs another, into `result`."""
-    config, plan, say = bench.config, bench.plan, bench.say
+class Notes:
+    """The result as it grows: each experiment announced, timed and saved, so that what is measured stays."""
+
+    def __init__(self, result: dict[str, Any], folder: Path, count: int) -> None:
+        self.result = result
+        self._folder, self._count, self._place = folder, count, 0
+
+    def say(self, line: str) -> None:
+        """Print a line at once."""
+        print(line, flush=True)
+
+    def take(self, name: str, measure: Callable[[], Any]) -> None:
+        """Measure one thing."""
+        self._place += 1
+        label, begun = f"[{self._place}/{self._count}] {name.replace('_', ' ')}", time.monotonic()
+        self.say(f"{label} …")
+        self.result[name] = measure()
+        self.say(f"{label}: {time.monotonic() - begun:.0f} s")
+        save_raw(self.result, self._folder)
+
+
+def choose_experiments(arguments: argparse.Namespace) -> list[str]:
+    """Return the experiments to run.
+
+    Raises:
+        PerfError: one is not known.
+    """
+    default = [name for name in EXPERIMENTS if name != "endurance" or not arguments.quick]
+    chosen = arguments.experiments.split(",") if arguments.experiments else default
+    unknown = set(chosen) - set(EXPERIMENTS)
+    if unknown:
+        raise PerfError(f"experiments: expected some of {', '.join(EXPERIMENTS)}, got {', '.join(sorted(unknown))}")
+    return list(dict.fromkeys(chosen))
+
+
+def measure_cold(
+    arguments: argparse.Namespace,
+    settings: ServerSettings,
+    config: ModelConfig,
+    field: Field,
+    chosen: list[str],
+    notes: Notes,
+) -> None:
+    """Run experiments on a server that keeps no users, one after the other, so that none disturbs another."""
+    plan, say = make_plan(arguments), notes.say
     counts = [int(count) for count in (arguments.counts or "").split(",") if count] or list(experiments.TABLE_COUNTS)
     lengths = [length for length in experiments.HISTORY_LENGTHS if length <= config.limits.history]
-    field = Field(arguments.config, arguments.repository, cores, seed=0)
     peers = experiments.PEERS[:-1] if plan.quick else experiments.PEERS
     all_counts = experiments.QUICK_PEER_COUNTS if plan.quick else experiments.PEER_COUNTS
     peer_counts = experiments.keep_served(all_counts, config)
     history = config.workload.history
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        TritonServer(
+            dataclasses.replace(
+                settings, repository=make_variant(settings.repository, Path(folder) / "repository", set_cache(0))
+            )
+        ) as server,
+        contextlib.closing(Bench(server, config, plan, say)) as bench,
+    ):
+        todo: dict[str, Callable[[], Any]] = {
+            "table": lambda: experiments.run_table(bench, experiments.keep_served(counts, config)),
+            "history_growth": lambda: experiments.run_history_growth(bench, lengths[::2] if plan.quick else lengths),
+            "stages": lambda: experiments.run_stages(bench, field),
+            "load": lambda: experiments.run_load(bench),
+            "packing": lambda: experiments.run_packing(config, plan.rounds, server, say),
+            "memory": lambda: experiments.run_memory(field, config, say),
+            "peers": lambda: experiments.run_peers(field, history, peer_counts, plan.rounds, peers, say),
+        }
+        for name in chosen:
+            notes.take(name, todo[name])
+        if "table" in chosen:
+            notes.result["fusion"] = experiments.measure_fusion_ratio(bench)
+
+
+def measure_kept(
+    arguments: argparse.Namespace,
+    settings: ServerSettings,
+    config: ModelConfig,
+    field: Field,
+    chosen: list[str],
+    notes: Notes,
+) -> None:
+    """Run experiments on servers that keep users, each started for its experiment."""
+    plan, quick = make_plan(arguments), arguments.quick
+    lab = reuse.Lab(settings, config, plan, field)
+    wanted = [int(count) for count in (arguments.counts or "").split(",") if count]
+    counts = experiments.keep_served(wanted or (reuse.QUICK_REUSE_COUNTS if quick else reuse.REUSE_COUNTS), config)
+    budgets, visits = (reuse.QUICK_BUDGETS, reuse.QUICK_VISITS) if quick else (reuse.BUDGETS, reuse.VISITS)
     todo: dict[str, Callable[[], Any]] = {
-        "table": lambda: experiments.run_table(bench, experiments.keep_served(counts, config)),
-        "history_growth": lambda: experiments.run_history_growth(bench, lengths[::2] if plan.quick else lengths),
-        "stages": lambda: experiments.run_stages(bench, field),
-        "load": lambda: experiments.run_load(bench),
-        "packing": lambda: experiments.run_packing(config, plan.rounds, bench.server, say),
-        "memory": lambda: experiments.run_memory(field, config, say),
-        "peers": lambda: experiments.run_peers(field, history, peer_counts, plan.rounds, peers, say),
+        "reuse": lambda: reuse.run_reuse(lab, counts, notes.say),
+        "trace": lambda: reuse.run_trace(lab, budgets, visits, notes.say),
+        "endurance": lambda: reuse.run_endurance(lab, arguments.endurance, notes.say),
     }
-    chosen = arguments.experiments.split(",")
-    unknown = set(chosen) - set(todo)
-    if unknown:
-        raise PerfError(f"experiments: expected some of {', '.join(todo)}, got {', '.join(sorted(unknown))}")
-    for place, name in enumerate(chosen, start=1):
-        begun = time.monotonic()
-        say(f"[{place}/{len(chosen)}] {name.replace('_', ' ')} …")
-        result[name] = todo[name]()
-        say(f"[{place}/{len(chosen)}] {name.replace('_', ' ')}: {time.monotonic() - begun:.0f} s")
-        save_raw(result, arguments.results)  # what is measured stays, whatever comes after
-    if result.get("table"):
-        result["fusion"] = experiments.measure_fusion_ratio(bench)
+    for name in chosen:
+        notes.take(name, todo[name])
 
 
 def save_raw(result: dict[str, Any], folder: Path) -> None:

@@ -18,8 +18,10 @@ import tritonclient.grpc
 from kvcast.clicklog import ClickLog
 from kvcast.client import RankerClient
 from kvcast.contract.config import ModelConfig
-from kvcast.contract.tensors import DOC_FUSION, RANKER, RANKER_FULL, USER_ENCODER
-from kvcast.perf.analyzer import Load, Measurement, run_analyzer, write_input_data
+from kvcast.contract.report import Report
+from kvcast.contract.request import RankRequest
+from kvcast.contract.tensors import RANKER, RANKER_FULL
+from kvcast.perf.analyzer import Load, Measurement, PerfError, run_analyzer, write_input_data
 from kvcast.perf.cost_model import CostModel, claimed_gain, claimed_speedup, throughput_drop
 from kvcast.perf.peers.race import Field, race, start_workers
 from kvcast.server import TritonServer
@@ -135,7 +137,7 @@ def run_table(bench: Bench, counts: Sequence[int]) -> list[Row]:
 
 
 def measure_fusion_ratio(bench: Bench) -> Row:
-    """C_fusion ÷ C_user: the slope of the fusion model's time over N, by the encoder's time, in Triton's statistics."""
+    """C_fusion ÷ C_user: the slope of the fusion run over N, by the encoder run, as the server reports them."""
     few, many = 10, min(110, bench.config.limits.candidates)
     log = ClickLog(bench.config.schema, seed=9)
     history = bench.config.workload.history
@@ -145,11 +147,9 @@ def measure_fusion_ratio(bench: Bench) -> Row:
         for _ in range(bench.plan.requests + 1):
             for count, seconds in fusion.items():
                 request = log.draw_request(history, count)
-                before = read_statistics(bench.server)
-                client.rank(request.history, request.candidates)
-                spent = subtract(read_statistics(bench.server), before)
-                seconds.append(spent[DOC_FUSION.name]["compute_infer"])
-                encode.append(spent[USER_ENCODER.name]["compute_infer"])
+                report = rank_reported(client, request)[1]
+                seconds.append(report.fuse_seconds)
+                encode.append(report.encode_seconds)
     candidate = (statistics.median(fusion[many][1:]) - statistics.median(fusion[few][1:])) / (many - few)
     user = statistics.median(encode[2:])
     return {"candidate_seconds": candidate, "user_seconds": user, "ratio": candidate / user, "between": [few, many]}
@@ -168,42 +168,42 @@ def run_history_growth(bench: Bench, lengths: Sequence[int]) -> list[Row]:
     return rows
 
 
+def rank_reported(client: RankerClient, request: RankRequest) -> tuple[float, Report]:
+    """Rank; return the seconds that it took and the server's own account of them."""
+    ranking = client.rank(request.history, request.candidates, report=True)
+    if ranking.report is None:
+        raise PerfError("the server sent no report: is it of this version?")
+    return ranking.seconds, ranking.report
+
+
 def run_stages(bench: Bench, field: Field) -> Row:
-    """Where the time of one cold request goes, from Triton's own statistics and bare ONNX Runtime beside it."""
+    """Where the time of one cold request goes: the server's account, and bare ONNX Runtime beside it."""
     history, candidates = bench.config.workload.history, bench.config.workload.candidates
     config, server = bench.config, bench.server
     log = ClickLog(config.schema, seed=5)
     requests = [log.draw_request(history, candidates) for _ in range(bench.plan.requests)]
     # The bare runs are interleaved with the served ones: this machine's speed drifts.
-    bare_encode, bare_fuse, total, stats = [], [], [], []
+    bare_encode, bare_fuse, total, reports = [], [], [], []
     with start_workers(["shared"], field) as (worker,), RankerClient(server.grpc_address, deadline=600) as client:
         for request in requests[:3]:
             client.rank(request.history, request.candidates)
             worker.ask(history, candidates, seed=6)
         for request in requests:
-            before = read_statistics(server)
-            total.append(client.rank(request.history, request.candidates).seconds)
-            stats.append(subtract(read_statistics(server), before))
+            seconds, report = rank_reported(client, request)
+            total.append(seconds)
+            reports.append(report)
             bare = worker.ask(history, candidates, seed=6)
             bare_encode.append(bare["encode"])
             bare_fuse.append(bare["fuse"])
-
-    def median(model: str, stage: str) -> float:
-        return statistics.median(each[model][stage] for each in stats)
-
-    encoder, fusion = USER_ENCODER.name, DOC_FUSION.name
     whole = statistics.median(total)
     encode, fuse = statistics.median(bare_encode), statistics.median(bare_fuse)
     ranked = {
-        "queue": median(encoder, "queue") + median(fusion, "queue"),
         "encode: ONNX Runtime": encode,
-        "encode: Python and pipes": max(0.0, median(encoder, "compute_infer") - encode),
-        "user KV from process to process": median(encoder, "compute_output") + median(fusion, "compute_input"),
+        "encode: around it": max(0.0, statistics.median(report.encode_seconds for report in reports) - encode),
         "fuse: ONNX Runtime": fuse,
-        "fuse: Python and pipes": max(0.0, median(fusion, "compute_infer") - fuse),
-        "request and reply": median(encoder, "compute_input") + median(fusion, "compute_output"),
+        "fuse: around it": max(0.0, statistics.median(report.fuse_seconds for report in reports) - fuse),
     }
-    ranked["client and ensemble"] = max(0.0, whole - sum(ranked.values()))
+    ranked["Triton, client, user KV from process to process"] = max(0.0, whole - sum(ranked.values()))
     share = (whole - encode - fuse) / whole
     bench.say(f"    {1e3 * whole:.1f} ms, of it outside ONNX Runtime {100 * share:.0f}%")
     return {
@@ -213,27 +213,6 @@ def run_stages(bench: Bench, field: Field) -> Row:
         "stages_seconds": ranked,
         "outside_onnxruntime_share": share,
         "requests": len(requests),
-    }
-
-
-def read_statistics(server: TritonServer) -> dict[str, dict[str, float]]:
-    """Return Triton's accumulated seconds by model and stage."""
-    with tritonclient.grpc.InferenceServerClient(server.grpc_address) as client:
-        reply = client.get_inference_statistics(as_json=True)
-    return {
-        model["name"]: {
-            stage: int(model["inference_stats"].get(stage, {}).get("ns", 0)) / 1e9
-            for stage in ("queue", "compute_input", "compute_infer", "compute_output")
-        }
-        for model in reply["model_stats"]
-    }
-
-
-def subtract(after: dict[str, dict[str, float]], before: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Return what was added between two readings."""
-    return {
-        model: {stage: value - before.get(model, {}).get(stage, 0) for stage, value in stages.items()}
-        for model, stages in after.items()
     }
 
 

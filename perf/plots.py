@@ -30,6 +30,9 @@ def draw_all(result: dict[str, Any], folder: Path) -> list[Path]:
         "stages": draw_stages,
         "load": draw_load,
         "peers": draw_peers,
+        "reuse": draw_reuse,
+        "trace": draw_trace,
+        "endurance": draw_endurance,
     }
     files = []
     for name, draw in drawings.items():
@@ -178,6 +181,69 @@ def draw_peers(axes: Axes, result: dict[str, Any]) -> None:
         [place + 0.4 - width / 2 for place in range(len(rows))], [f"N = {row['candidates']}" for row in rows]
     )
     axes.set_ylabel("milliseconds, without a server")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def draw_reuse(axes: Axes, result: dict[str, Any]) -> None:
+    """What is saved when a user comes back?"""
+    rows = result["reuse"]["rows"]
+    axes.set_title("The same user again: latency with the KV made, and with the KV kept")
+    bars = (
+        ("cold_ranker", "ranker, cold", TRADITIONAL),
+        ("cold_ranker_resident", "ranker_resident, cold", "#e09f3e"),
+        ("warm_ranker", "ranker, warm", IDEAL),
+        ("warm_ranker_resident", "ranker_resident, warm", SHARED),
+        ("bare_fuse", "fusion alone, ONNX Runtime without a server", CLAIM),
+    )
+    width = 0.8 / len(bars)
+    for index, (key, label, colour) in enumerate(bars):
+        places = [place + index * width for place in range(len(rows))]
+        drawn = axes.bar(places, [1e3 * row[key] for row in rows], width, label=label, color=colour)
+        axes.bar_label(drawn, [f"{1e3 * row[key]:.1f}" for row in rows], fontsize=8, padding=2)
+    axes.set_xticks(
+        [place + 0.4 - width / 2 for place in range(len(rows))], [f"N = {row['candidates']}" for row in rows]
+    )
+    axes.set_ylabel("milliseconds a request")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def draw_trace(axes: Axes, result: dict[str, Any]) -> None:
+    """What does a budget buy?"""
+    trace = result["trace"]
+    rows = trace["rows"]
+    axes.set_title(f"Returning users: latency and hits by cache budget, N = {trace['traffic']['candidates']}")
+    labels = [f"{row['way']}\n{row['budget_bytes'] / 1e6:.0f} MB" if row["users"] else row["way"] for row in rows]
+    colours = {"no cache": TRADITIONAL, "ensemble": IDEAL, "resident": SHARED}
+    width = 0.4
+    for offset, key, alpha in ((0, "p50", 1.0), (width, "p99", 0.45)):
+        places = [place + offset for place in range(len(rows))]
+        values = [1e3 * row[key] for row in rows]
+        bars = axes.bar(places, values, width, color=[colours[row["way"]] for row in rows], alpha=alpha)
+        axes.bar_label(bars, [f"{key}\n{value:.0f}" for value in values], fontsize=8, padding=2)
+    for place, row in enumerate(rows):
+        text = f"{100 * row['hit_rate']:.0f}% hits\n{row['throughput']:.0f}/s"
+        axes.annotate(text, (place + width / 2, 0), textcoords="offset points", xytext=(0, 6), ha="center",
+                      fontsize=8, color="white", fontweight="bold")  # fmt: skip
+    axes.set_xticks([place + width / 2 for place in range(len(rows))], labels, fontsize=8)
+    axes.margins(y=0.15)
+    axes.set_ylabel(f"milliseconds, {trace['in_flight']} requests in flight")
+
+
+def draw_endurance(axes: Axes, result: dict[str, Any]) -> None:
+    """Does memory stay where it should?"""
+    endurance = result["endurance"]
+    minutes = [sample["seconds"] / 60 for sample in endurance["samples"]]
+    axes.set_title(f"Memory through {endurance['requests']} requests of changing users")
+    for keeper, colour in zip(endurance["beyond_budget_bytes"], (IDEAL, SHARED), strict=True):
+        start = endurance["start_bytes"][keeper] / 1e6
+        held = [sample["process_bytes"][keeper] / 1e6 - start for sample in endurance["samples"]]
+        axes.plot(minutes, held, color=colour, linewidth=2, label=f"{keeper}: process, beyond its start")
+        own = [sample["cache_bytes"][keeper] / 1e6 for sample in endurance["samples"]]
+        axes.plot(minutes, own, ":", color=colour, linewidth=2, label=f"{keeper}: cache, as it counts")
+    axes.axhline(endurance["budget_bytes"] / 1e6, color=TRADITIONAL, linestyle="--", label="budget")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("minutes")
+    axes.set_ylabel("MB")
     axes.legend(frameon=False, fontsize=8)
 
 

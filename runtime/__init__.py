@@ -7,7 +7,7 @@ no Triton import: the adapters in `model_repository` hand in what they have, so 
 from kvcast.runtime.doc_fusion import DocFusion
 from kvcast.runtime.full_ranker import FullRanker
 from kvcast.runtime.resident_ranker import ResidentRanker
-from kvcast.runtime.serve import load_model, serve_requests
+from kvcast.runtime.serve import start_model
 from kvcast.runtime.user_encoder import UserEncoder
 
-__all__ = ["DocFusion", "FullRanker", "ResidentRanker", "UserEncoder", "load_model", "serve_requests"]
+__all__ = ["DocFusion", "FullRanker", "ResidentRanker", "UserEncoder", "start_model"]

@@ -26,8 +26,8 @@ from kvcast.contract.validation import (
     check_same_users,
     check_user_kv,
 )
+from kvcast.runtime.model import Request, ServedModel, Tensors, write_strings
 from kvcast.runtime.packing import plan_runs, stack_padded
-from kvcast.runtime.serve import Request, ServedModel, Tensors, write_strings
 from kvcast.runtime.user_kv import UserKV, stack_user_kv
 
 Ids = npt.NDArray[np.int64]

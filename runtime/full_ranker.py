@@ -13,8 +13,8 @@ import numpy.typing as npt
 from kvcast.contract.errors import ServerFaultError
 from kvcast.contract.tensors import CANDIDATES, HISTORY, RANKER_FULL, SCORES
 from kvcast.contract.validation import check_candidates, check_history, check_same_users
+from kvcast.runtime.model import Request, ServedModel, Tensors
 from kvcast.runtime.packing import strip_padding
-from kvcast.runtime.serve import Request, ServedModel, Tensors
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]

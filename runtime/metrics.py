@@ -15,7 +15,9 @@ from kvcast.runtime.user_kv_cache import Counts, UserKVCache
 
 BUCKETS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0]
 ERRORS = ("kvcast_errors_total", "COUNTER", "Requests answered with an error, by its code")
+WAITING = ("kvcast_waiting_requests", "GAUGE", "Requests that wait for a run")
 SECONDS = {
+    "wait": ("kvcast_wait_seconds", "HISTOGRAM", "Waiting of requests before their run"),
     "encode": ("kvcast_encode_seconds", "HISTOGRAM", "Runs that encoded users (and, in ranker_resident, scored too)"),
     "fuse": ("kvcast_fuse_seconds", "HISTOGRAM", "Runs that scored candidates against user KV, and did only that"),
 }
@@ -38,8 +40,9 @@ Description = tuple[str, str, str]
 
 @dataclass
 class Stopwatch:
-    """Seconds of the runs since they were last published, by stage."""
+    """Seconds since they were last published, by stage: waiting of requests, and runs."""
 
+    wait: list[float] = field(default_factory=list)
     encode: list[float] = field(default_factory=list)
     fuse: list[float] = field(default_factory=list)
 
@@ -54,10 +57,21 @@ class Metrics:
         self._families: dict[str, Any] = {}  # Triton drops a family's metrics when nobody holds the family
         self._metrics: dict[tuple[str, str], Any] = {}
         self._published = Counts()
-        self._held: dict[str, float] = {}
+        self._held: dict[Description, float] = {}
 
-    def publish(self, stopwatch: Stopwatch, cache: UserKVCache | None, errors: Sequence[KvcastError] = ()) -> None:
+    def start(self, cache: UserKVCache | None) -> None:
+        """Write what should be there before anything has happened."""
+        self._find(WAITING).set(0)
+        if cache is not None:
+            for description in CACHE_COUNTERS.values():
+                self._find(description).increment(0)
+            self._publish_cache(cache)
+
+    def publish(
+        self, stopwatch: Stopwatch, cache: UserKVCache | None, waiting: int, errors: Sequence[KvcastError] = ()
+    ) -> None:
         """Write what has happened since the last time, and nothing that has not: a write takes 20 µs."""
+        self._set(WAITING, waiting)
         for error in errors:
             self._find(ERRORS, code=error.kind.grpc_status).increment(1)
         for stage, description in SECONDS.items():
@@ -68,12 +82,6 @@ class Metrics:
         if cache is not None:
             self._publish_cache(cache)
 
-    def show_cache(self, cache: UserKVCache) -> None:
-        """Write every metric of a cache once, so that each is there before anything has happened."""
-        for description in CACHE_COUNTERS.values():
-            self._find(description).increment(0)
-        self._publish_cache(cache)
-
     def _publish_cache(self, cache: UserKVCache) -> None:
         counts = dataclasses.replace(cache.counts)
         for name, description in CACHE_COUNTERS.items():
@@ -82,10 +90,12 @@ class Metrics:
                 self._find(description).increment(added)
         self._published = counts
         for name, description in CACHE_GAUGES.items():
-            value = float(getattr(cache, name))
-            if self._held.get(name) != value:
-                self._find(description).set(value)
-                self._held[name] = value
+            self._set(description, getattr(cache, name))
+
+    def _set(self, description: Description, value: float) -> None:
+        if self._held.get(description) != value:
+            self._find(description).set(value)
+            self._held[description] = value
 
     def _find(self, description: Description, code: str = "") -> Any:
         """Return the metric, making family and metric if need be."""

@@ -1,124 +1,119 @@
-"""From a list of Triton requests to their replies: read, check, run what is valid together, map every error.
+"""A model inside Triton: requests are taken in as they come, and answered by one thread, in the backlog's order.
 
 Triton's `pb_utils` comes in as an argument, so nothing here imports Triton. The rule that this module keeps: each
 request gets exactly one reply, as soon as it is there; a bad request spoils no other; no traceback reaches a caller.
+
+Why not Triton's own dynamic batcher: with a queue policy (a deadline, a bound), which it needs, Triton 2.51 does not
+wake its batcher for a request that comes while the model is busy, which then waits until the next one comes, or for
+half a second. It also answers a batch all at once, so that a user who is kept would wait for one who is not.
 """
 
-import abc
 import functools
 import json
-import traceback
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import queue
+import threading
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Self, TypeVar
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from kvcast.contract.errors import ErrorKind, InvalidRequestError, KvcastError, ServerFaultError
-from kvcast.contract.tensors import PARAMETER_PREFIX, PARAMETERS, ModelSpec
-from kvcast.runtime.artefact import Artefact, SessionOptions, open_artefact
+from kvcast.contract.errors import ErrorKind, InvalidRequestError, KvcastError
+from kvcast.contract.tensors import PARAMETER_PREFIX, PARAMETERS
+from kvcast.runtime.backlog import Backlog, Log, Reply, answer, hide_unexpected
 from kvcast.runtime.metrics import Metrics, Stopwatch
-from kvcast.runtime.options import CACHE_OFF, CacheOptions, read_options
-from kvcast.runtime.user_kv_cache import UserKVCache
-
-Tensors = dict[str, npt.NDArray[Any]]
-Job = TypeVar("Job")
-Log = Callable[[str], None]
+from kvcast.runtime.model import Request, ServedModel
+from kvcast.runtime.options import read_options
 
 # The first run allocates, the second lets ONNX Runtime plan by what the first needed, the third is the usual one.
 WARM_UP_REQUESTS = 3
+MICROSECONDS = 1e6
 
 
-class Request(NamedTuple):
-    """A request as read: inputs by name, the names of the outputs that are wanted, and its parameters."""
+class Service:
+    """A loaded model with its metrics and its thread: Triton's own thread only hands requests in."""
 
-    tensors: Tensors
-    wanted: Sequence[str]
-    parameters: Mapping[str, Any] = {}
+    def __init__(self, pb_utils: Any, model: ServedModel[Any], metrics: Metrics, waiting_limit: int = 0) -> None:
+        """Start the thread.
 
-    def asks_for(self, parameter: str) -> bool:
-        """Whether a parameter of ours is set.
-
-        Raises:
-            InvalidRequestError: it is neither true nor false.
+        Args:
+            pb_utils: Triton's module.
+            model: who answers.
+            metrics: written to by the new thread alone.
+            waiting_limit: how many requests may wait; 0 for no limit.
         """
-        value = self.parameters.get(parameter, False)
-        if not isinstance(value, bool):
-            raise InvalidRequestError(f"parameter {parameter}: expected true or false, got {value!r}")
-        return value
+        self._triton, self.model, self._metrics = pb_utils, model, metrics
+        self._log_error: Log = pb_utils.Logger.log_error
+        self._backlog: Backlog[Any, Any] = Backlog(model, self._log_error, waiting_limit)
+        self._arrivals: queue.SimpleQueue[Any] = queue.SimpleQueue()  # None: no more will come
+        self._is_open = True
+        self._thread = threading.Thread(target=self._work, name=model.spec.name, daemon=True)
+        self._thread.start()
+
+    def submit(self, requests: Sequence[Any]) -> None:
+        """Take in what Triton hands to `execute`; the replies follow."""
+        for request in requests:
+            self._arrivals.put(request)
+
+    def close(self) -> None:
+        """Answer what has come in, and end the thread."""
+        self._arrivals.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        while self._is_open or len(self._backlog):
+            try:
+                self._take_in()
+                for request, reply in self._backlog.step():
+                    self._reply(request, reply)
+            except Exception as problem:  # noqa: BLE001 without this thread nobody is answered any more
+                hide_unexpected(problem, self._log_error)
+
+    def _take_in(self) -> None:
+        """Take in all that has arrived; wait for a first one if nobody waits."""
+        while self._is_open and not (self._arrivals.empty() and len(self._backlog)):
+            request = self._arrivals.get()
+            if request is None:
+                self._is_open = False
+                return
+            error = self._backlog.add(
+                request,
+                functools.partial(read_request, self._triton, self.model, request),
+                seconds=(request.timeout() / MICROSECONDS) or float("inf"),
+                is_cancelled=request.is_cancelled,
+            )
+            if error is not None:
+                self._reply(request, error)
+
+    def _reply(self, request: Any, reply: Reply) -> None:
+        """Send one reply; count it first, so that whoever has it finds it counted."""
+        response, error = self._make_response(reply)
+        stopwatch, cache = self.model.stopwatch, self.model.cache
+        stopwatch.wait.extend(self._backlog.waits)
+        self._backlog.waits.clear()
+        try:
+            self._metrics.publish(stopwatch, cache, len(self._backlog), [error] if error else [])
+        except Exception as problem:  # noqa: BLE001 an answer is worth more than its count
+            hide_unexpected(problem, self._log_error)
+        try:
+            request.get_response_sender().send(response, flags=self._triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        except Exception as problem:  # noqa: BLE001 whoever it was for, the others want theirs
+            hide_unexpected(problem, self._log_error)
+
+    def _make_response(self, reply: Reply) -> tuple[Any, KvcastError | None]:
+        """Return the response, and the error that it carries."""
+        triton = self._triton
+        if not isinstance(reply, KvcastError):
+            try:
+                tensors = [triton.Tensor(name, np.ascontiguousarray(array)) for name, array in reply.items()]
+                return triton.InferenceResponse(output_tensors=tensors), None
+            except Exception as error:  # noqa: BLE001 shared memory can be full; only this request fails
+                reply = hide_unexpected(error, self._log_error)
+        return triton.InferenceResponse(error=make_triton_error(triton, str(reply), reply.kind)), reply
 
 
-class ServedModel(abc.ABC, Generic[Job]):
-    """A model as the server sees it: tensors in, tensors out, in three steps."""
-
-    spec: ModelSpec
-    artefact: Artefact
-    cache: UserKVCache | None = None
-    """The users that are kept; None for a model that keeps none."""
-
-    def __init__(self, artefact: Artefact, cache: CacheOptions = CACHE_OFF) -> None:  # noqa: ARG002 for those that cache
-        self.artefact = artefact
-        self.stopwatch = Stopwatch()
-
-    @classmethod
-    def open(cls, folder: Path, options: SessionOptions, cache: CacheOptions = CACHE_OFF) -> Self:
-        """Open the exported artefact in `folder`.
-
-        Raises:
-            ArtefactError: it is missing, damaged or not this model's.
-        """
-        return cls(open_artefact(folder, cls.spec.name, options), cache)
-
-    @abc.abstractmethod
-    def check(self, request: Request) -> Job:
-        """Turn one request into a job.
-
-        Raises:
-            InvalidRequestError: a tensor or parameter is not what the contract says.
-        """
-
-    @abc.abstractmethod
-    def plan(self, jobs: Sequence[Job]) -> list[list[int]]:
-        """Group jobs that are waiting together, by their places: each group is run and answered before the next.
-
-        What pays to run together belongs together; what is quick comes first.
-        """
-
-    @abc.abstractmethod
-    def run(self, jobs: Sequence[Job]) -> list[Tensors]:
-        """Run the checked jobs of one group; return the outputs of each, in order."""
-
-    @abc.abstractmethod
-    def make_warm_up(self) -> Tensors:
-        """Return the inputs of a valid request of the expected workload's size."""
-
-    def warm_up(self, log_error: Log) -> None:
-        """Answer the warm-up request, more than once, so that no caller pays for first allocations; forget it then.
-
-        Raises:
-            KvcastError: it is not answered; the model cannot serve.
-        """
-        wanted = [tensor.name for tensor in self.spec.outputs]
-        for _ in range(WARM_UP_REQUESTS):
-            ((_, reply),) = answer(self, [lambda: Request(self.make_warm_up(), wanted)], log_error)
-            if isinstance(reply, KvcastError):
-                raise reply
-            if self.cache is not None:
-                self.cache.forget()
-        self.stopwatch = Stopwatch()
-
-
-class LoadedModel(NamedTuple):
-    """What an adapter holds: the model and its metrics."""
-
-    model: ServedModel[Any]
-    metrics: Metrics
-
-
-def load_model(pb_utils: Any, args: dict[str, str], kind: type[ServedModel[Any]]) -> LoadedModel:
-    """Open and warm up a model from what Triton hands to `initialize`, and say in the log what it runs on.
+def start_model(pb_utils: Any, args: dict[str, str], kind: type[ServedModel[Any]]) -> Service:
+    """Open, warm up and start a model from what Triton hands to `initialize`, and say in the log what it runs on.
 
     Raises:
         TritonModelException: the artefact cannot be used; the message says why.
@@ -127,137 +122,62 @@ def load_model(pb_utils: Any, args: dict[str, str], kind: type[ServedModel[Any]]
     try:
         options = read_options(json.loads(args["model_config"]))
         model = kind.open(folder, options.session, options.cache)
-        model.warm_up(pb_utils.Logger.log_error)
+        warm_up(model, pb_utils.Logger.log_error)
     except KvcastError as error:
         raise pb_utils.TritonModelException(str(error)) from None
     manifest, artefact = model.artefact.manifest, model.artefact
     labels = {"model": manifest.model, "version": args["model_version"], "instance": args["model_instance_name"]}
     metrics = Metrics(pb_utils, labels)
-    metrics.publish(model.stopwatch, model.cache)
+    metrics.start(model.cache)
     pb_utils.Logger.log_info(
         f"{manifest.model}: {manifest.config}, release {manifest.release[:12]}, {artefact.provider}, "
-        f"{artefact.threads} threads" + (f", {describe_cache(model)}" if model.cache is not None else "")
+        f"{artefact.threads} threads" + describe_cache(model)
     )
-    return LoadedModel(model, metrics)
+    return Service(pb_utils, model, metrics, options.waiting_limit)
+
+
+def warm_up(model: ServedModel[Any], log_error: Log) -> None:
+    """Answer the warm-up request, more than once, so that no caller pays for first allocations; forget it then.
+
+    Raises:
+        KvcastError: it is not answered; the model cannot serve.
+    """
+    wanted = [tensor.name for tensor in model.spec.outputs]
+    for _ in range(WARM_UP_REQUESTS):
+        reply = answer(model, lambda: Request(model.make_warm_up(), wanted), log_error)
+        if isinstance(reply, KvcastError):
+            raise reply
+        if model.cache is not None:
+            model.cache.forget()
+    model.stopwatch = Stopwatch()
 
 
 def describe_cache(model: ServedModel[Any]) -> str:
     """Return what the cache can hold, in users of the expected length."""
-    if model.cache is None or not model.cache.is_on:
-        return "user KV cache off"
+    if model.cache is None:
+        return ""
+    if not model.cache.is_on:
+        return ", user KV cache off"
     workload = model.artefact.manifest.workload
     users = model.cache.budget_bytes // model.artefact.manifest.user_kv.bytes_of(workload.history)
-    return f"user KV cache of {model.cache.budget_bytes / 1e6:.0f} MB (about {users} users of L = {workload.history})"
+    return f", user KV cache of {model.cache.budget_bytes / 1e6:.0f} MB (about {users} users of L = {workload.history})"
 
 
-def serve_requests(pb_utils: Any, requests: Sequence[Any], loaded: LoadedModel) -> None:
-    """Answer what Triton hands to `execute`, each request as soon as its reply is there."""
-    model, metrics = loaded
-    log_error = pb_utils.Logger.log_error
-
-    def read(request: Any) -> Request:
-        tensors = {
-            spec.name: pb_utils.get_input_tensor_by_name(request, spec.name).as_numpy() for spec in model.spec.inputs
-        }
-        return Request(tensors, request.requested_output_names(), read_parameters(request.parameters()))
-
-    for index, reply in answer(model, [functools.partial(read, request) for request in requests], log_error):
-        response, error = _make_response(pb_utils, reply, log_error)
-        try:
-            metrics.publish(model.stopwatch, model.cache, [error] if error else [])
-        except Exception as problem:  # noqa: BLE001 an answer is worth more than its count
-            hide_unexpected(problem, log_error)
-        requests[index].get_response_sender().send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-
-
-def read_parameters(text: str) -> dict[str, Any]:
-    """Return a request's parameters from Triton's JSON.
+def read_request(pb_utils: Any, model: ServedModel[Any], request: Any) -> Request:
+    """Read one of Triton's requests.
 
     Raises:
-        InvalidRequestError: one has our prefix and is not ours.
+        InvalidRequestError: it has a parameter with our prefix that is not ours.
     """
+    tensors = {
+        spec.name: pb_utils.get_input_tensor_by_name(request, spec.name).as_numpy() for spec in model.spec.inputs
+    }
+    text = request.parameters()
     parameters: dict[str, Any] = json.loads(text) if text else {}
     unknown = [name for name in parameters if name.startswith(PARAMETER_PREFIX) and name not in PARAMETERS]
     if unknown:
         raise InvalidRequestError(f"parameter {unknown[0]}: expected one of {', '.join(PARAMETERS)}")
-    return parameters
-
-
-def answer(
-    model: ServedModel[Job], requests: Sequence[Callable[[], Request]], log_error: Log
-) -> Iterator[tuple[int, Tensors | KvcastError]]:
-    """Answer requests: for each, once, its place and its outputs by name, or its error; whichever is there first.
-
-    Args:
-        model: who answers.
-        requests: functions that read one request each, as reading can fail too.
-        log_error: receives what callers must not see.
-    """
-    jobs: dict[int, Job] = {}
-    for index, read in enumerate(requests):
-        try:
-            jobs[index] = model.check(read())
-        except Exception as error:  # noqa: BLE001 whatever it is, only this request fails
-            yield index, hide_unexpected(error, log_error)
-    places = list(jobs)
-    for group in _plan(model, list(jobs.values()), log_error):
-        own = [places[index] for index in group]
-        yield from zip(own, _run_group(model, [jobs[place] for place in own], log_error), strict=True)
-
-
-def _plan(model: ServedModel[Job], jobs: list[Job], log_error: Log) -> list[list[int]]:
-    """Return the model's plan, or each job alone if that fails or leaves one out."""
-    if len(jobs) < 2:
-        return [[index] for index in range(len(jobs))]
-    each_alone = [[index] for index in range(len(jobs))]
-    try:
-        groups = model.plan(jobs)
-    except Exception as error:  # noqa: BLE001 a plan saves time, no more
-        hide_unexpected(error, log_error)
-        return each_alone
-    is_whole = sorted(index for group in groups for index in group) == list(range(len(jobs)))
-    return [group for group in groups if group] if is_whole else each_alone
-
-
-def write_strings(texts: Iterable[str]) -> npt.NDArray[np.object_]:
-    """Return a STRING tensor `[users, 1]`."""
-    return np.array([[text.encode()] for text in texts], np.object_)
-
-
-def hide_unexpected(error: Exception, log_error: Log) -> KvcastError:
-    """Return an error fit for a caller: our own as it is, any other as a reference to the server's log."""
-    if isinstance(error, KvcastError):
-        return error
-    reference = uuid.uuid4().hex[:12]
-    log_error(f"unexpected error {reference}:\n" + "".join(traceback.format_exception(error)))
-    return ServerFaultError(f"unexpected error on the server; its log has the details under {reference}")
-
-
-def _run_group(model: ServedModel[Job], jobs: list[Job], log_error: Log) -> Sequence[Tensors | KvcastError]:
-    """Run the jobs together; if that fails, each alone, so that the one at fault fails alone."""
-    try:
-        return _check_count(model.run(jobs), len(jobs))
-    except Exception as error:  # noqa: BLE001 reported to the caller and the log
-        if len(jobs) == 1:
-            return [hide_unexpected(error, log_error)]
-    return [_run_group(model, [job], log_error)[0] for job in jobs]
-
-
-def _check_count(outputs: list[Tensors], count: int) -> list[Tensors]:
-    if len(outputs) != count:
-        raise RuntimeError(f"{count} jobs got {len(outputs)} outputs")
-    return outputs
-
-
-def _make_response(pb_utils: Any, reply: Tensors | KvcastError, log_error: Log) -> tuple[Any, KvcastError | None]:
-    """Return the response, and the error that it carries."""
-    if not isinstance(reply, KvcastError):
-        try:
-            tensors = [pb_utils.Tensor(name, np.ascontiguousarray(array)) for name, array in reply.items()]
-            return pb_utils.InferenceResponse(output_tensors=tensors), None
-        except Exception as error:  # noqa: BLE001 shared memory can be full; only this request fails
-            reply = hide_unexpected(error, log_error)
-    return pb_utils.InferenceResponse(error=make_triton_error(pb_utils, str(reply), reply.kind)), reply
+    return Request(tensors, request.requested_output_names(), parameters)
 
 
 def make_triton_error(pb_utils: Any, message: str, kind: ErrorKind) -> Any:

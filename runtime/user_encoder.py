@@ -23,9 +23,9 @@ from kvcast.contract.tensors import (
 )
 from kvcast.contract.validation import check_history
 from kvcast.runtime.artefact import Artefact
+from kvcast.runtime.model import Request, ServedModel, Tensors, write_strings
 from kvcast.runtime.options import CACHE_OFF, CacheOptions
 from kvcast.runtime.packing import plan_runs, stack_padded, strip_padding
-from kvcast.runtime.serve import Request, ServedModel, Tensors, write_strings
 from kvcast.runtime.user_kv import UserKV, stack_user_kv
 from kvcast.runtime.user_kv_cache import Arrays, UserKVCache
 

@@ -87,7 +87,7 @@ def describe(server: TritonServer) -> str:
         f"kvcast: ready to answer with {', '.join(settings.models)}\n"
         f"  HTTP     http://{server.http_address}\n"
         f"  gRPC     {server.grpc_address}\n"
-        f"  metrics  http://{settings.host}:{settings.metrics_port}/metrics\n"
+        f"  metrics  http://{server.metrics_address}/metrics\n"
         f"  admin key (model repository, shared memory, logging, trace) in {server.admin_key_file}\n"
         "Ctrl-C stops it."
     )

@@ -101,6 +101,11 @@ class TritonServer:
         return f"{self.settings.host}:{self.settings.grpc_port}"
 
     @property
+    def metrics_address(self) -> str:
+        """Host and port of the metrics endpoint."""
+        return f"{self.settings.host}:{self.settings.metrics_port}"
+
+    @property
     def admin_key_file(self) -> Path:
         """The file that holds the admin key, readable by its owner only."""
         if self._workspace is None:

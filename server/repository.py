@@ -120,3 +120,14 @@ def check_port(host: str, port: int, purpose: str, variable: str) -> None:
                 f"port {port} ({purpose}) is in use on {host}: stop what listens there, "
                 f"or choose another with {variable}=…"
             ) from error
+
+
+def find_free_ports(count: int) -> list[int]:
+    """Return ports of this machine that were free a moment ago."""
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports

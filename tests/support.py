@@ -1,7 +1,6 @@
 """What several tests need: small configurations, random requests, free ports."""
 
 import dataclasses
-import socket
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from kvcast.contract.config import ModelConfig, NetworkConfig, load_config
 from kvcast.contract.schema import FeatureSchema, Field, Limits, Workload
 from kvcast.network.interface import RankingNetwork, build_network
 from kvcast.network.weights import draw_weights
+from kvcast.server.repository import find_free_ports as find_free_ports  # noqa: PLC0414 for the tests
 
 Ids = npt.NDArray[np.int64]
 TOLERANCE = 1e-5  # on scores, in fp32; nothing here is looser
@@ -49,17 +49,6 @@ def draw_request(config: ModelConfig, length: int, count: int, seed: int) -> tup
     generator = np.random.default_rng(seed)
     history = draw_rows(config.schema.history_fields, (length,), generator)
     return history, draw_rows(config.schema.candidate_fields, (count,), generator)
-
-
-def find_free_ports(count: int) -> list[int]:
-    """Return ports that were free a moment ago."""
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 def tiny_config(**changes: Any) -> ModelConfig:

@@ -17,8 +17,8 @@ from kvcast.network.interface import RankingNetwork
 from kvcast.runtime import DocFusion, FullRanker, UserEncoder
 from kvcast.runtime.artefact import SessionOptions
 from kvcast.runtime.doc_fusion import FusionJob
+from kvcast.runtime.model import Request
 from kvcast.runtime.packing import strip_padding
-from kvcast.runtime.serve import Request
 from kvcast.runtime.user_kv import UserKV
 from tests.parity.reference import score_candidates
 from tests.support import TOLERANCE, draw_request, make_config, make_network

@@ -10,15 +10,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcast.contract.errors import ArtefactError, InvalidRequestError, KvcastError, ServerFaultError
+from kvcast.contract.errors import (
+    ArtefactError,
+    DeadlineExceededError,
+    InvalidRequestError,
+    KvcastError,
+    ServerFaultError,
+    TryAgainError,
+)
 from kvcast.contract.manifest import parse_manifest
 from kvcast.contract.schema import KVLayout
 from kvcast.runtime import UserEncoder
 from kvcast.runtime.artefact import SessionOptions, open_artefact
+from kvcast.runtime.backlog import PASSED_OVER_AT_MOST, Backlog
 from kvcast.runtime.metrics import Metrics, Stopwatch
+from kvcast.runtime.model import Request, ServedModel, Tensors
 from kvcast.runtime.options import CacheOptions, read_options
 from kvcast.runtime.packing import plan_runs, stack_padded, strip_padding
-from kvcast.runtime.serve import LoadedModel, Request, ServedModel, Tensors, answer, load_model, serve_requests
+from kvcast.runtime.serve import Service, start_model
 from kvcast.runtime.user_kv import UserKV, stack_user_kv
 
 
@@ -91,15 +100,20 @@ class Doubler(ServedModel[int]):
 
 def ask(numbers: list[int]) -> tuple[list[Tensors | KvcastError], Doubler, list[str]]:
     model, log = Doubler(), []
-    requests = [
-        partial(lambda number: Request({"number": np.array([number])}, ["double"]), number) for number in numbers
-    ]
-    replies = list(answer(model, requests, log.append))
-    assert sorted(place for place, _ in replies) == list(range(len(numbers))), "each exactly once"
-    return [reply for _, reply in sorted(replies, key=lambda each: each[0])], model, log
+    backlog: Backlog[int, int] = Backlog(model, log.append)
+    replies = {}
+    for place, number in enumerate(numbers):
+        error = backlog.add(place, partial(Request, {"number": np.array([number])}, ["double"]))
+        if error is not None:
+            replies[place] = error
+    while len(backlog):
+        for place, reply in backlog.step():
+            assert place not in replies, "each exactly once"
+            replies[place] = reply
+    return [replies[place] for place in range(len(numbers))], model, log
 
 
-def test_valid_requests_run_together_and_replies_keep_their_order():
+def test_valid_requests_run_together_and_each_gets_its_own_reply():
     replies, model, log = ask([1, 0, 3])
     assert model.runs == [2]
     assert [int(reply["double"][0]) for reply in (replies[0], replies[2])] == [2, 6]
@@ -118,8 +132,8 @@ def test_an_unexpected_error_fails_its_own_request_only_and_hides_its_detail():
     assert "secret detail" in log[0]
 
 
-@given(st.lists(st.integers(-2, 15), max_size=10))
-def test_every_request_gets_its_own_reply(numbers):
+@given(st.lists(st.integers(-2, 15), max_size=40))
+def test_every_request_gets_its_own_reply_whatever_the_model_plans(numbers):
     replies, _, _ = ask(numbers)
     assert len(replies) == len(numbers)
     for number, reply in zip(numbers, replies, strict=True):
@@ -127,6 +141,46 @@ def test_every_request_gets_its_own_reply(numbers):
             assert isinstance(reply, KvcastError)
         else:
             assert int(reply["double"][0]) == 2 * number
+
+
+def read_number(number: int) -> Request:
+    return Request({"number": np.array([number])}, ["double"])
+
+
+def test_a_request_that_has_waited_too_long_is_refused_and_not_computed():
+    now = [0.0]
+    backlog: Backlog[int, str] = Backlog(Doubler(), print, clock=lambda: now[0])
+    backlog.add("late", partial(read_number, 2), seconds=1.0)
+    backlog.add("gone", partial(read_number, 4), is_cancelled=lambda: True)
+    backlog.add("patient", partial(read_number, 6))
+    now[0] = 1.0
+    replies = dict(backlog.step())
+    assert isinstance(replies["late"], DeadlineExceededError)
+    assert isinstance(replies["gone"], DeadlineExceededError)
+    assert int(replies["patient"]["double"][0]) == 12
+    assert backlog.waits == [1.0]
+    assert len(backlog) == 0
+
+
+def test_a_full_backlog_refuses_and_takes_again_when_it_is_shorter():
+    backlog: Backlog[int, int] = Backlog(Doubler(), print, limit=2)
+    assert [backlog.add(place, partial(read_number, 1)) for place in range(2)] == [None, None]
+    error = backlog.add(2, partial(read_number, 1))
+    assert isinstance(error, TryAgainError)
+    assert str(error) == "busy: 2 requests are waiting already"
+    assert len(list(backlog.step())) == 2
+    assert backlog.add(3, partial(read_number, 1)) is None
+
+
+def test_the_quick_go_first_but_pass_nobody_over_for_ever():
+    """Odd numbers are quick in `Doubler.plan`. A steady stream of them may not keep an even one waiting."""
+    backlog: Backlog[int, int] = Backlog(Doubler(), print)
+    backlog.add(-1, partial(read_number, 2))
+    answered = []
+    for place in range(20):
+        backlog.add(place, partial(read_number, 1))
+        answered += [ticket for ticket, _ in backlog.step()]
+    assert answered[: answered.index(-1)] == list(range(PASSED_OVER_AT_MOST))
 
 
 class FakeTriton:
@@ -185,10 +239,18 @@ def test_errors_are_spelled_for_triton(tiny_repository):
         def send(self, response: Any, flags: int) -> None:
             sent.append((response, flags))
 
+        def timeout(self) -> int:
+            return 0
+
+        def is_cancelled(self) -> bool:
+            return False
+
     triton = FakeTriton()
     triton.get_input_tensor_by_name = lambda request, name: Input()
     # There is no metrics endpoint here: an answer does not depend on it.
-    serve_requests(triton, [TritonRequest()], LoadedModel(model, Metrics(triton, {})))
+    service = Service(triton, model, Metrics(triton, {}))
+    service.submit([TritonRequest()])
+    service.close()
     ((response, flags),) = sent
     assert flags == triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL
     assert response.error.code == "INVALID_ARG"
@@ -203,7 +265,7 @@ def test_a_model_that_cannot_load_says_why_in_one_sentence(own_repository):
         "model_version": "1",
     }
     with pytest.raises(FakeTriton.TritonModelException, match=r"model.onnx: cannot be read .*: export again"):
-        load_model(FakeTriton(), args, UserEncoder)
+        start_model(FakeTriton(), args, UserEncoder)
 
 
 def test_options_from_the_configuration():
@@ -230,7 +292,7 @@ def test_cache_options_from_the_configuration():
         ("intra_op_threads", "many", "expected a number, 0 or more, got 'many'"),
         ("user_kv_cache_megabytes", "-1", "expected a number, 0 or more, got '-1'"),
         ("user_kv_cache_seconds", "nan", "expected a number, 0 or more, got 'nan'"),
-        ("user_kv_cache_megabyte", "1", "expected one of execution_provider, intra_op_threads, user_kv_cache_mega"),
+        ("user_kv_cache_megabyte", "1", "expected one of execution_provider, intra_op_threads, max_waiting"),
     ],
 )
 def test_options_that_cannot_be_used_are_named(name, value, words):

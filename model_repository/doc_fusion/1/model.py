@@ -4,7 +4,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from kvcast.runtime import DocFusion, load_model, serve_requests
+from kvcast.runtime import DocFusion, start_model
 
 
 class TritonPythonModel:
@@ -12,8 +12,12 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Open the exported artefact beside this file."""
-        self.loaded = load_model(pb_utils, args, DocFusion)
+        self.service = start_model(pb_utils, args, DocFusion)
 
     def execute(self, requests: list[Any]) -> None:
-        """Answer each request, as soon as its reply is there."""
-        serve_requests(pb_utils, requests, self.loaded)
+        """Take requests in; each is answered as soon as its reply is there."""
+        self.service.submit(requests)
+
+    def finalize(self) -> None:
+        """Answer what has come in, and stop."""
+        self.service.close()
