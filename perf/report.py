@@ -259,6 +259,28 @@ def write_reuse(result: dict[str, Any]) -> str:
     )
 
 
+def write_reuse_headline(result: dict[str, Any]) -> str:
+    """The table for the README."""
+    rows = [
+        [
+            str(row["candidates"]),
+            say_seconds(row["cold_ranker"]),
+            say_seconds(row["warm_ranker"]),
+            say_seconds(row["cold_ranker_resident"]),
+            f"**{say_seconds(row['warm_ranker_resident'])}**",
+        ]
+        for row in result["reuse"]["rows"]
+    ]
+    header = [
+        "candidates",
+        "`ranker`, new user",
+        "`ranker`, kept",
+        "`ranker_resident`, new user",
+        "`ranker_resident`, kept",
+    ]
+    return make_table(header, rows)
+
+
 def write_trace(result: dict[str, Any]) -> str:
     """Returning users, several budgets."""
     trace = result["trace"]

@@ -17,7 +17,7 @@ from kvcast.client.__main__ import main
 from kvcast.contract.config import load_config
 from kvcast.contract.request import RankRequest
 from kvcast.contract.tensors import USER_ENCODER
-from kvcast.perf.report import write_headline
+from kvcast.perf.report import write_headline, write_reuse_headline
 from tests.support import TOLERANCE, find_free_ports
 
 ROOT = Path(__file__).parents[2]
@@ -151,17 +151,22 @@ def test_the_readme_does_what_it_says(tmp_path):
         assert ranked.count("rank      item") == 2
         assert len(json.loads(ranked.splitlines()[-1])["scores"]) == 5
         answered = json.loads(run(blocks[4]))
-        (python,) = read_blocks(ROOT / "README.md", "python")
-        printed = run(f"python - <<'END'\n{python}\nEND")
+        ranks, keeps = read_blocks(ROOT / "README.md", "python")
+        printed = run(f"python - <<'END'\n{ranks}\nEND")
         scores = np.array(answered["outputs"][0]["data"], np.float32)
         np.testing.assert_allclose(
             [float(number) for number in re.findall(r"-?\d+\.\d+", printed.splitlines()[0])], scores, atol=TOLERANCE
         )
+        returned = run(blocks[5])
+        assert "1000 events were kept already" in returned  # the ranking above has kept them
+        assert "cache hit: encoded in 0.0 ms, scored in" in returned
+        kept = run(f"python - <<'END'\n{keeps}\nEND")
+        assert "CacheResult.HIT" in kept
     finally:
         serving.send_signal(signal.SIGTERM)
         serving.communicate(timeout=20)
-    assert "ideal speedup" in run(blocks[5])
-    run(blocks[6])
+    assert "ideal speedup" in run(blocks[6])
+    run(blocks[7])
     assert (tmp_path / "tiny" / "doc_fusion" / "1" / "manifest.json").exists()
 
 
@@ -169,6 +174,7 @@ def test_the_readme_shows_the_headline_of_the_committed_run():
     result = json.loads((ROOT / "perf" / "results" / "bench.json").read_text())
     readme = (ROOT / "README.md").read_text()
     assert write_headline(result) in readme
+    assert write_reuse_headline(result) in readme
     assert not result["quick"]
 
 
