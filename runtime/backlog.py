@@ -22,7 +22,7 @@ Reply = Tensors | KvcastError
 WINDOW = 16
 # How often a request may be passed over by younger ones.
 PASSED_OVER_AT_MOST = 8
-# A request that waits no longer than this is not asked whether its caller has gone: asking takes longer.
+# Who has waited no longer than this is not asked whether the caller has gone.
 PATIENCE_SECONDS = 0.005
 
 
@@ -31,7 +31,7 @@ def never() -> bool:
     return False
 
 
-@dataclass
+@dataclass(eq=False)
 class _Waiting(Generic[Job, Ticket]):
     ticket: Ticket
     job: Job
@@ -91,28 +91,26 @@ class Backlog(Generic[Job, Ticket]):
 
     def step(self) -> Iterator[tuple[Ticket, Reply]]:
         """Answer those who are too late, then run the next group, and answer it."""
+        now = self._clock()
         window = self._waiting[:WINDOW]
-        late = [each for each in window if self._is_late(each)]
-        for each in late:
-            self._waiting.remove(each)
-            yield (
-                each.ticket,
-                DeadlineExceededError("the request waited until its caller's deadline; it was not computed"),
-            )
-        window = [each for each in window if each not in late]
+        late = [each for each in window if now >= each.deadline]
+        window = [each for each in window if now < each.deadline]
         group = self._choose(window) if window else []
         youngest = max((window.index(each) for each in group), default=0)
-        for place, each in enumerate(window):
-            if each in group:
-                self._waiting.remove(each)
-                self.waits.append(self._clock() - each.arrived)
-            elif place < youngest:
-                each.passed_over += 1
+        for each in window[:youngest]:
+            each.passed_over += each not in group
+        # Asking whether a caller has gone takes a while itself, so only those are asked whose turn has come.
+        gone = [each for each in group if now - each.arrived > PATIENCE_SECONDS and each.is_cancelled()]
+        for each in late + group:
+            self._waiting.remove(each)
+        for each in late + gone:
+            yield (
+                each.ticket,
+                DeadlineExceededError("not computed: the caller's deadline passed while the request waited"),
+            )
+        group = [each for each in group if each not in gone]
+        self.waits += [now - each.arrived for each in group]
         yield from zip([each.ticket for each in group], self._run([each.job for each in group]), strict=True)
-
-    def _is_late(self, each: _Waiting[Job, Ticket]) -> bool:
-        now = self._clock()
-        return now >= each.deadline or (now - each.arrived > PATIENCE_SECONDS and each.is_cancelled())
 
     def _choose(self, window: list[_Waiting[Job, Ticket]]) -> list[_Waiting[Job, Ticket]]:
         """Return the group that runs next."""
