@@ -21,12 +21,12 @@ def test_a_small_run_measures_reports_and_draws(tiny_repository, tmp_path):
     http, grpc, metrics = (str(port) for port in find_free_ports(3))
     command = [sys.executable, "-m", "kvcast.perf", "run", "--config", "tiny", "--repository", str(tiny_repository)]
     command += ["--quick", "--results", str(tmp_path), "--name", "small", "--counts", "1,10", "--requests", "4"]
-    command += ["--experiments", "table,stages,load,packing"]
-    command += ["--http-port", http, "--grpc-port", grpc, "--metrics-port", metrics]
+    command += ["--experiments", "table,stages,load,packing,reuse,trace,endurance"]
+    command += ["--endurance", "3", "--http-port", http, "--grpc-port", grpc, "--metrics-port", metrics]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "regime:" in done.stdout
-    assert "[4/4] packing" in done.stdout
+    assert "[7/7] endurance" in done.stdout
     assert json.loads(done.stdout.splitlines()[-1])["candidates"] == 10
     result = json.loads((tmp_path / "small.json").read_text())
     assert [row["candidates"] for row in result["table"]] == [1, 10]
@@ -36,7 +36,26 @@ def test_a_small_run_measures_reports_and_draws(tiny_repository, tmp_path):
         assert not row["traditional_is_extrapolated"]
     assert result["stages"]["total_seconds"] > 0
     assert len(result["load"]["open_loop"]) == 2
+    (row,) = (row for row in result["reuse"]["rows"] if row["candidates"] == 10)
+    assert row["warm_ranker_resident"] > 0
+    assert set(result["reuse"]["process_bytes"]) == {"user_encoder", "doc_fusion", "ranker_resident"}
+    assert all(size > 1e6 for size in result["reuse"]["process_bytes"].values())
+    assert [row["way"] for row in result["trace"]["rows"]] == ["no cache", "ensemble", "resident"]
+    assert result["trace"]["rows"][0]["hit_rate"] == 0
+    for row in result["trace"]["rows"][1:]:
+        assert row["hit_rate"] == pytest.approx(row["expected_hit_rate"], abs=0.1)
+    for sample in result["endurance"]["samples"]:
+        assert all(held <= result["endurance"]["budget_bytes"] for held in sample["cache_bytes"].values())
     report = (tmp_path / "small.md").read_text()
-    for words in ("claimed", "Under load", "C_fusion", "2 threads a session" if "2 cores" in report else "threads"):
+    for words in (
+        "claimed",
+        "Under load",
+        "A user who comes back",
+        "Returning users",
+        "Memory through",
+        "C_fusion",
+        "2 threads a session" if "2 cores" in report else "threads",
+    ):
         assert words in report
-    assert {path.name for path in tmp_path.glob("*.png")} == {"small-table.png", "small-stages.png", "small-load.png"}
+    drawn = {path.name for path in tmp_path.glob("*.png")}
+    assert drawn == {f"small-{name}.png" for name in ("table", "stages", "load", "reuse", "trace", "endurance")}

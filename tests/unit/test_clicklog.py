@@ -1,9 +1,11 @@
 """The click-log generator: the same for a seed, within its vocabularies, and shaped like a shop."""
 
+from itertools import islice
+
 import numpy as np
 import pytest
 
-from kvcast.clicklog import ClickLog
+from kvcast.clicklog import ClickLog, Trace, Traffic, Visit
 from kvcast.contract.config import load_config
 from tests.support import make_config
 
@@ -67,3 +69,50 @@ def test_actions_form_a_funnel(log):
     actions = np.concatenate([log.draw_history(1000)[:, 1] for _ in range(5)])
     views, clicks, carts, buys = (int((actions == action).sum()) for action in (1, 2, 3, 4))
     assert views > clicks > carts > buys > 0
+
+
+def draw_visits(count: int, seed: int = 4, **changes: float) -> list[Visit]:
+    traffic = Traffic(history=30, candidates=5, shortest=10, users=50, **changes)
+    return list(islice(Trace(ClickLog(CONFIG.schema, seed=seed), traffic, seed=seed), count))
+
+
+def test_a_trace_is_the_same_for_the_same_seed():
+    for first, second in zip(draw_visits(60), draw_visits(60), strict=True):
+        assert first.user == second.user
+        np.testing.assert_array_equal(first.request.history, second.request.history)
+        np.testing.assert_array_equal(first.request.candidates, second.request.candidates)
+    assert [visit.user for visit in draw_visits(60)] != [visit.user for visit in draw_visits(60, seed=5)]
+
+
+def test_a_visitor_comes_back_with_the_same_history_or_with_one_that_has_moved_on():
+    latest: dict[int, np.ndarray] = {}
+    unchanged = grown = 0
+    for user, request in draw_visits(400):
+        history = request.history
+        assert 10 <= len(history) <= 30
+        assert request.candidates.shape == (5, 4)
+        if user in latest:
+            before = latest[user]
+            if np.array_equal(before, history):
+                unchanged += 1
+            else:
+                grown += 1
+                # What was there is still there, oldest events apart, and something new stands at the end.
+                kept = next(
+                    length for length in range(len(before), -1, -1) if any(
+                        np.array_equal(before[len(before) - length :], history[start : start + length])
+                        for start in range(len(history) - length)
+                    )
+                )  # fmt: skip
+                assert kept > 0
+        latest[user] = history
+    assert unchanged > 100
+    assert grown > 50
+
+
+def test_who_never_returns_at_once_has_always_moved_on():
+    seen: set[bytes] = set()
+    for _, request in draw_visits(200, return_probability=0.0):
+        content = request.history.tobytes()
+        assert content not in seen
+        seen.add(content)

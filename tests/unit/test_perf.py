@@ -5,16 +5,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from kvcast.clicklog import ClickLog
+from kvcast.clicklog import ClickLog, Visit
 from kvcast.contract.config import load_config
+from kvcast.contract.request import RankRequest
 from kvcast.perf import cost_model
 from kvcast.perf.__main__ import main, write_files
 from kvcast.perf.analyzer import PerfError, read_report, write_input_data
 from kvcast.perf.cost_model import CostModel, claimed_gain, claimed_speedup, throughput_drop
-from kvcast.perf.experiments import subtract
 from kvcast.perf.peers.race import Field, RaceError, _summarise, race, start_workers
+from kvcast.perf.reuse import simulate_lru
+from kvcast.perf.variants import make_variant, set_cache
 
 ROOT = Path(__file__).parents[2]
 
@@ -79,11 +82,6 @@ def test_input_data_has_shapes_without_the_batch_axis(tmp_path):
     assert len(entry["candidates"]["content"]) == 8
 
 
-def test_statistics_are_subtracted_by_model_and_stage():
-    after = {"a": {"queue": 3.0}, "b": {"queue": 1.0}}
-    assert subtract(after, {"a": {"queue": 1.0}}) == {"a": {"queue": 2.0}, "b": {"queue": 1.0}}
-
-
 def test_all_peers_give_the_same_scores(tiny_repository):
     """Each in its own process, as `make perf` races them; but for the compiled one, which takes a minute to make."""
     names = ("shared", "traditional", "ort_expanded", "torch_expanded", "torch_flash")
@@ -129,3 +127,26 @@ def test_the_perf_command_explains_itself():
     )
     assert "--traditional-limit" in done.stdout
     assert cost_model.__doc__ is not None
+
+
+def test_a_variant_has_other_parameters_and_the_same_artefacts(tiny_repository, tmp_path):
+    before = (tiny_repository / "user_encoder" / "config.pbtxt").read_text()
+    variant = make_variant(tiny_repository, tmp_path / "variant", set_cache(12.5))
+    text = (variant / "user_encoder" / "config.pbtxt").read_text()
+    assert 'key: "user_kv_cache_megabytes" value { string_value: "12.5" }' in text
+    assert len(text.splitlines()) == len(before.splitlines())
+    assert (variant / "doc_fusion" / "config.pbtxt").read_text() == (
+        tiny_repository / "doc_fusion" / "config.pbtxt"
+    ).read_text()
+    assert (variant / "doc_fusion" / "1").resolve() == (tiny_repository / "doc_fusion" / "1").resolve()
+    assert (tiny_repository / "user_encoder" / "config.pbtxt").read_text() == before
+    with pytest.raises(PerfError, match="expected a parameter colour"):
+        make_variant(tiny_repository, tmp_path / "other", {"ranker_full": {"colour": "red"}})
+
+
+def test_a_plain_lru_counts_the_hits_that_its_budget_allows():
+    histories = [np.full((length, 2), number) for number, length in ((1, 4), (2, 4), (1, 4), (3, 4), (2, 4), (9, 99))]
+    trace = [Visit(0, RankRequest(history, np.ones((1, 4), np.int64))) for history in histories]
+    assert simulate_lru(trace, lambda length: length, budget=100) == 2
+    assert simulate_lru(trace, lambda length: length, budget=8) == 1  # 3 drives 2 out
+    assert simulate_lru(trace, lambda length: length, budget=3) == 0
