@@ -82,6 +82,16 @@ class KVMemory:
             offset += align(length)
         return tuple(arrays)
 
+    def locate(self, arrays: Sequence[Floats]) -> tuple[int, int]:
+        """Return where the block of arrays that were given out starts and ends."""
+        start = arrays[0].ctypes.data - np.frombuffer(self._region or b"", np.uint8).ctypes.data
+        return start, start + bytes_of([array.shape for array in arrays])
+
+    def list_free(self) -> list[tuple[int, int]]:
+        """Return where the free blocks start and end."""
+        self._collect()
+        return list(self._free.items())
+
     def count_free(self) -> int:
         """Return the bytes that are not given out."""
         self._collect()

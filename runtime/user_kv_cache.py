@@ -65,6 +65,10 @@ class Counts:
     expirations: int = 0
 
 
+class EncodingFailedError(Exception):
+    """Whoever claimed a user could not encode it; told to those who wait for it."""
+
+
 @dataclass
 class _Entry:
     arrays: Arrays
@@ -153,7 +157,7 @@ class UserKVCache:
         """
         if not self.is_on:
             places = list(range(len(histories)))
-            return [Found(arrays, CacheResult.OFF) for arrays in encode(places, [None] * len(places))]
+            return [Found(arrays, CacheResult.OFF) for arrays in _encode_all(encode, places, [None] * len(places))]
         keys = [HistoryKey(self.release, history.tobytes()) for history in histories]
         claims: dict[int, _Flight] = {}
         try:
@@ -162,9 +166,9 @@ class UserKVCache:
                 # Hits first, so that a claim evicts nobody who is asked for here.
                 found = {place: self._hit(key) for place, key in enumerate(keys) if key in self._entries}
                 waiting = self._claim_missing(keys, histories, found, claims)
-            made = self._encode_claims(claims, encode)
-        except BaseException as error:
-            self._give_up(keys, claims, error)
+            made = _encode_all(encode, list(claims), [flight.space for flight in claims.values()])
+        except BaseException:
+            self._give_up(keys, claims)
             raise
         self._land(keys, claims, made)
         found |= {place: Found(arrays, CacheResult.MISS) for place, arrays in zip(claims, made, strict=True)}
@@ -196,7 +200,7 @@ class UserKVCache:
                 "entries": counts.kept != len(self._entries) + counts.evictions + counts.expirations,
                 "memory": self._memory.size - self._memory.count_free()
                 < sum(bytes_of([array.shape for array in entry.arrays]) for entry in self._entries.values()),
-                "waits": counts.waits > 0 and not counts.hits + counts.misses,
+                "waits": counts.waits > counts.hits,
             }
         wrong = [name for name, is_wrong in problems.items() if is_wrong]
         if wrong:
@@ -219,37 +223,67 @@ class UserKVCache:
             if place in found:
                 continue
             if key in self._flights:
-                self.counts.waits += 1
                 waiting[place] = self._flights[key]
             else:
-                claims[place] = self._flights[key] = self._claim(key, len(histories[place]))
+                own = {keys[found_place] for found_place in found}
+                claims[place] = self._flights[key] = self._claim(key, len(histories[place]), own)
                 self.counts.misses += 1
         return waiting
 
-    def _claim(self, key: HistoryKey, length: int) -> _Flight:
-        """Make room for a user's KV, unless it is too large or all room is being written or read."""
-        size = self._size(length, len(key.content))
-        while size <= self.budget_bytes:
-            space = self._memory.allocate(self._shapes(length)) if self._bytes + size <= self.budget_bytes else None
+    def _claim(self, key: HistoryKey, length: int, asked: set[HistoryKey]) -> _Flight:
+        """Make room for a user's KV: nobody who is asked for gives way, and nobody for one who is too large.
+
+        Where room does not come, because what was evicted is still being read, the user is encoded and not kept.
+        """
+        size, shapes = self._size(length, len(key.content)), self._shapes(length)
+        if size > self.budget_bytes:
+            return _Flight(0, None)
+        space = self._evict_oldest(size, shapes, asked)
+        if space is None and self._evict_neighbours(bytes_of(shapes), asked):
+            space = self._evict_oldest(size, shapes, asked)
+        if space is None:
+            return _Flight(0, None)
+        self._bytes += size
+        return _Flight(size, space)
+
+    def _evict_oldest(self, size: int, shapes: Sequence[tuple[int, ...]], asked: set[HistoryKey]) -> Arrays | None:
+        """Return room, after evicting the least recently used as far as their bytes are needed."""
+        evicted = 0
+        while True:
+            fits = self._bytes + size <= self.budget_bytes
+            space = self._memory.allocate(shapes) if fits else None
             if space is not None:
-                self._bytes += size
-                return _Flight(size, space)
-            if not self._entries:
-                break
-            self._drop(next(iter(self._entries)))
-            self.counts.evictions += 1
-        return _Flight(0, None)
+                return space
+            oldest = next((each for each in self._entries if each not in asked), None)
+            if oldest is None or (fits and evicted >= size):
+                return None  # enough bytes are free, but apart
+            evicted += self._entries[oldest].size
+            self._evict(oldest)
 
-    @staticmethod
-    def _encode_claims(claims: dict[int, _Flight], encode: Encode) -> list[Arrays]:
-        if not claims:
-            return []
-        made = encode(list(claims), [flight.space for flight in claims.values()])
-        if len(made) != len(claims):
-            raise RuntimeError(f"{len(claims)} histories were encoded into {len(made)} KV")
-        return made
+    def _evict_neighbours(self, length: int, asked: set[HistoryKey]) -> bool:
+        """Evict users who lie side by side over `length` bytes; of all such, those not used for longest."""
+        ages = {key: age for age, key in enumerate(self._entries)}  # 0: least recently used
+        blocks = [(*self._memory.locate(entry.arrays), key) for key, entry in self._entries.items() if key not in asked]
+        spans = sorted(
+            [*blocks, *((start, end, None) for start, end in self._memory.list_free())], key=lambda span: span[0]
+        )
+        best: tuple[int, list[HistoryKey]] | None = None
+        for first, (start, _, _) in enumerate(spans):
+            youngest, reached, keys = -1, start, []
+            for begin, end, key in spans[first:]:
+                if begin != reached or reached - start >= length:
+                    break
+                reached = end
+                if key is not None:
+                    keys.append(key)
+                    youngest = max(youngest, ages[key])
+            if reached - start >= length and (best is None or youngest < best[0]):
+                best = youngest, keys
+        for key in best[1] if best else []:
+            self._evict(key)
+        return best is not None
 
-    def _give_up(self, keys: list[HistoryKey], claims: dict[int, _Flight], error: BaseException) -> None:
+    def _give_up(self, keys: list[HistoryKey], claims: dict[int, _Flight]) -> None:
         """Keep nothing of a call that failed, and wake those who wait for it: they try themselves."""
         with self._lock:
             for place, flight in claims.items():
@@ -258,7 +292,8 @@ class UserKVCache:
                 flight.space = None
                 self.counts.failed += 1
         for flight in claims.values():
-            flight.future.set_exception(error)
+            # Not the error itself: it holds the frames that hold the claims, and memory would wait for the collector.
+            flight.future.set_exception(EncodingFailedError())
 
     def _land(self, keys: list[HistoryKey], claims: dict[int, _Flight], made: list[Arrays]) -> None:
         """Keep what was encoded into room of ours, and hand everything to those who wait."""
@@ -280,6 +315,7 @@ class UserKVCache:
         done = {place: flight.future for place, flight in waiting.items() if flight.future.exception() is None}
         with self._lock:
             self.counts.hits += len(done)
+            self.counts.waits += len(done)
         found = {place: Found(future.result(), CacheResult.HIT) for place, future in done.items()}
         again = [place for place in waiting if place not in done]
         if again:
@@ -299,7 +335,18 @@ class UserKVCache:
             self._drop(next(iter(self._ages)))
             self.counts.expirations += 1
 
+    def _evict(self, key: HistoryKey) -> None:
+        self._drop(key)
+        self.counts.evictions += 1
+
     def _drop(self, key: HistoryKey) -> None:
         """Forget one user. Its memory is free when the last reader of its arrays is done."""
         self._bytes -= self._entries.pop(key).size
         del self._ages[key]
+
+
+def _encode_all(encode: Encode, places: list[int], spaces: list[Arrays | None]) -> list[Arrays]:
+    made = encode(places, spaces) if places else []
+    if len(made) != len(places):
+        raise RuntimeError(f"{len(places)} histories were encoded into {len(made)} KV")
+    return made
