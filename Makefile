@@ -57,7 +57,7 @@ test: $(READY) ## every test, those against a real tritonserver included
 	@$(MAKE) --no-print-directory setup-perf || echo "make: the test that runs perf_analyzer will be skipped" >&2
 	$(BIN)/python -m pytest
 
-perf: $(READY) $(LIBB64) ## measure CONFIG side by side, with report and plots (QUICK=1: 3 minutes)
+perf: $(READY) $(LIBB64) ## measure CONFIG side by side, with report and plots (QUICK=1: 4 minutes)
 	@$(BIN)/kvcast perf run --config $(CONFIG) --repository $(REPOSITORY) $(PORTS) $(if $(QUICK),--quick --results build/perf) \
 		$(PERF_FLAGS)
 

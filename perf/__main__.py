@@ -6,12 +6,14 @@ import dataclasses
 import datetime
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 from kvcast.contract.config import ModelConfig, load_config
 from kvcast.contract.errors import KvcastError
@@ -45,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("--repository", type=Path, default=Path("model_repository"), metavar="DIR")
     run.add_argument("--results", type=Path, default=Path("perf/results"), metavar="DIR", help="where results go")
     run.add_argument("--name", help="name of the result files (the configuration's, with -quick for --quick)")
-    run.add_argument("--quick", action="store_true", help="a smaller run: 3 minutes for bench on 2 cores")
+    run.add_argument("--quick", action="store_true", help="a smaller run: 4 minutes for bench on 2 cores")
     run.add_argument("--experiments", help=f"({','.join(EXPERIMENTS)}; endurance, of ten minutes, not if quick)")
     run.add_argument("--counts", help="candidates in the table, e.g. 1,5,10 (1,5,10,50,100,1000)")
     run.add_argument(
@@ -90,6 +92,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(arguments: argparse.Namespace) -> None:
     """Measure everything that was asked for, and write result, report and plots."""
     find_analyzer()
+    signal.signal(signal.SIGTERM, _leave)  # the servers that it started end with it
     config = load_config(arguments.config)
     started, cores = time.monotonic(), len(os.sched_getaffinity(0))
     result: dict[str, Any] = {
@@ -245,6 +248,10 @@ def measure_kept(
     }
     for name in chosen:
         notes.take(name, todo[name])
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001 the signature of a signal handler
+    raise KeyboardInterrupt
 
 
 def save_raw(result: dict[str, Any], folder: Path) -> None:

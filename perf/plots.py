@@ -204,7 +204,8 @@ def draw_reuse(axes: Axes, result: dict[str, Any]) -> None:
         [place + 0.4 - width / 2 for place in range(len(rows))], [f"N = {row['candidates']}" for row in rows]
     )
     axes.set_ylabel("milliseconds a request")
-    axes.legend(frameon=False, fontsize=8)
+    axes.margins(y=0.22)
+    axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
 
 
 def draw_trace(axes: Axes, result: dict[str, Any]) -> None:

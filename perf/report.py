@@ -333,5 +333,5 @@ def write_endurance(result: dict[str, Any]) -> str:
     return (
         f"## Memory through {endurance['seconds'] / 60:.0f} minutes of changing users\n\n{make_table(header, rows)}\n\n"
         f"{endurance['requests']} requests with histories of 1 to {endurance['longest_history']} events, half to each "
-        "model. What is beyond is ONNX Runtime's memory for the largest run; the cache is one region that never grows."
+        "model. What is beyond is ONNX Runtime's memory for its largest runs; the cache is one region that never grows."
     )

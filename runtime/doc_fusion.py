@@ -27,7 +27,7 @@ from kvcast.contract.validation import (
     check_user_kv,
 )
 from kvcast.runtime.model import Request, ServedModel, Tensors, write_strings
-from kvcast.runtime.packing import plan_runs, stack_padded
+from kvcast.runtime.packing import plan_groups, plan_runs, stack_padded
 from kvcast.runtime.user_kv import UserKV, stack_user_kv
 
 Ids = npt.NDArray[np.int64]
@@ -64,9 +64,9 @@ class DocFusion(ServedModel[FusionJob]):
         return FusionJob(UserKV(keys, values), candidates, request.asks_for(REPORT_PARAMETER))
 
     def plan(self, jobs: Sequence[FusionJob]) -> list[list[int]]:
-        """The smallest first, packed where that pays."""
+        """Each in turn, packed where that pays."""
         sizes = [job.user_kv.users * self._measure(job) for job in jobs]
-        return plan_runs(sizes, self._slots_per_run)
+        return plan_groups(sizes, self._slots_per_run)
 
     def run(self, jobs: Sequence[FusionJob]) -> list[Tensors]:
         """Score all jobs."""

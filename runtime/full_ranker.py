@@ -45,8 +45,8 @@ class FullRanker(ServedModel[FullJob]):
         return FullJob([strip_padding(user) for user in history], candidates)
 
     def plan(self, jobs: Sequence[FullJob]) -> list[list[int]]:
-        """Each alone, the smallest first."""
-        return [[place] for place in sorted(range(len(jobs)), key=lambda place: jobs[place].candidates.size)]
+        """Each alone, in turn."""
+        return [[place] for place in range(len(jobs))]
 
     def run(self, jobs: Sequence[FullJob]) -> list[Tensors]:
         """Score every job, one user after the other."""

@@ -47,7 +47,9 @@ class KVMemory:
         """
         self.size = size // ALIGNMENT * ALIGNMENT
         try:
-            self._region = mmap.mmap(-1, self.size) if self.size else None
+            # Private: the default, shared, would be counted as /dev/shm is, and get no large pages.
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            self._region = mmap.mmap(-1, self.size, flags=flags) if self.size else None
         except (OSError, OverflowError) as error:
             raise ServerFaultError(f"user KV cache: cannot reserve {size / 1e6:.0f} MB of memory ({error})") from error
         if self._region is not None:

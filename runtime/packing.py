@@ -45,6 +45,11 @@ def plan_runs(lengths: Sequence[int], cells_per_run: int) -> list[list[int]]:
     return runs
 
 
+def plan_groups(lengths: Sequence[int], cells_per_run: int) -> list[list[int]]:
+    """Group waiting requests as `plan_runs` does, the group with the one that has waited longest first."""
+    return sorted(plan_runs(lengths, cells_per_run), key=min)
+
+
 def stack_padded(arrays: Sequence[Ids]) -> Ids:
     """Stack `[length, fields]` arrays into `[users, longest, fields]`, zeros after the shorter ones."""
     if len(arrays) == 1:

@@ -35,7 +35,7 @@ from kvcast.contract.validation import check_candidates, check_history, check_no
 from kvcast.runtime.artefact import Artefact, SessionOptions
 from kvcast.runtime.model import Request, ServedModel, Tensors, write_strings
 from kvcast.runtime.options import CACHE_OFF, CacheOptions
-from kvcast.runtime.packing import plan_runs, stack_padded, strip_padding
+from kvcast.runtime.packing import plan_groups, plan_runs, stack_padded, strip_padding
 from kvcast.runtime.user_kv import UserKV, stack_user_kv
 from kvcast.runtime.user_kv_cache import Arrays, UserKVCache
 
@@ -124,7 +124,7 @@ class ResidentRanker(ServedModel[ResidentJob]):
         return ResidentJob(users, request.asks_for(REPORT_PARAMETER))
 
     def plan(self, jobs: Sequence[ResidentJob]) -> list[list[int]]:
-        """Users who are kept first, then the others; the smallest first, packed where that pays."""
+        """Users who are kept first, then the others; each in turn, packed where that pays."""
         groups = []
         slow = {
             place
@@ -138,7 +138,7 @@ class ResidentRanker(ServedModel[ResidentJob]):
             sizes = [
                 sum(len(user.history) + self._count_item_rows(user) for user in jobs[place].users) for place in places
             ]
-            groups += [[places[index] for index in run] for run in plan_runs(sizes, self._limit(rows_per_run))]
+            groups += [[places[index] for index in run] for run in plan_groups(sizes, self._limit(rows_per_run))]
         return groups
 
     def run(self, jobs: Sequence[ResidentJob]) -> list[Tensors]:

@@ -25,7 +25,7 @@ from kvcast.contract.validation import check_history
 from kvcast.runtime.artefact import Artefact
 from kvcast.runtime.model import Request, ServedModel, Tensors, write_strings
 from kvcast.runtime.options import CACHE_OFF, CacheOptions
-from kvcast.runtime.packing import plan_runs, stack_padded, strip_padding
+from kvcast.runtime.packing import plan_groups, plan_runs, stack_padded, strip_padding
 from kvcast.runtime.user_kv import UserKV, stack_user_kv
 from kvcast.runtime.user_kv_cache import Arrays, UserKVCache
 
@@ -85,10 +85,10 @@ class UserEncoder(ServedModel[EncodeJob]):
         return EncodeJob([strip_padding(user) for user in ids], wanted, wants_report)
 
     def plan(self, jobs: Sequence[EncodeJob]) -> list[list[int]]:
-        """Users who are kept first, each request alone; then the others, by length, packed where that pays."""
+        """Users who are kept first, each request alone; then the others in turn, packed where that pays."""
         slow = [place for place, job in enumerate(jobs) if any(self._is_missing(job, user) for user in job.histories)]
         sizes = [sum(len(history) for history in jobs[place].histories) for place in slow]
-        runs = plan_runs(sizes, self._events_per_run)
+        runs = plan_groups(sizes, self._events_per_run)
         return [[place] for place in range(len(jobs)) if place not in slow] + [
             [slow[each] for each in run] for run in runs
         ]

@@ -354,7 +354,8 @@ def test_in_a_batch_only_the_user_at_fault_fails(models, artefact, monkeypatch, 
         expect_right(models, users[place], reply["scores"][0])
     ranker.cache.check()
     assert not ranker.cache.holds(bad.history)
-    assert ranker.cache.entries == {0: 0, 1: 1, 1000: 4}[entries]
+    # Room for one may have been made for the user who failed.
+    assert ranker.cache.entries in {0: {0}, 1: {0, 1}, 1000: {4}}[entries]
     expect_right(models, bad, ranker.rank([bad])[0].scores)
 
 

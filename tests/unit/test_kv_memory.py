@@ -85,7 +85,10 @@ class Reader:
     def check(self) -> None:
         for each in self.given:
             each.check()
-        self.find_gaps()
+            place = each.start - self.start
+            assert self.memory.locate(each.arrays) == (place, place + each.size)
+        gaps = [(start - self.start, start - self.start + size) for start, size in self.find_gaps()]
+        assert sorted(self.memory.list_free()) == gaps, "each gap once, and no two that touch"
         assert self.memory.count_free() + sum(each.size for each in self.given) == self.memory.size
 
 

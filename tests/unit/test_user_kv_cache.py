@@ -573,6 +573,34 @@ def test_kv_that_is_kept_lies_in_the_memory_of_the_cache_and_refused_kv_does_not
     setting.check_numbers([make_history(1)], [kept])
 
 
+def make_room_apart() -> Setting:
+    """Return a cache of nine users side by side, the even ones not used for longest, and a little free at the end."""
+    setting = Setting(9 * WIDE_SIZE, width=WIDE)
+    found = setting.fetch([make_history(user) for user in range(9)])
+    places = [each.arrays[0].__array_interface__["data"][0] for each in found]
+    assert places == sorted(places)
+    setting.ask(1, 3, 5, 7)
+    return setting
+
+
+def test_where_room_lies_apart_the_least_recently_used_side_by_side_give_way():
+    """0 and 2 are old enough, and not neighbours; 8 is next to free room, and older than any two neighbours."""
+    setting, large = make_room_apart(), make_history(20, 2 * LENGTH)
+    assert setting.fetch([large])[0].cache is MISS
+    assert setting.cache.holds(large)
+    assert setting.list_kept(range(9)) == [1, 3, 4, 5, 6, 7]
+    setting.cache.check()
+
+
+def test_who_is_asked_for_is_no_neighbour_to_give_way():
+    setting, large = make_room_apart(), make_history(20, 2 * LENGTH)
+    found = setting.fetch([large, make_history(8)])
+    assert [each.cache for each in found] == [MISS, HIT]
+    assert setting.cache.holds(large)
+    assert setting.list_kept(range(9)) == [3, 4, 5, 6, 7, 8], "1 lies between the places of 0 and 2"
+    setting.cache.check()
+
+
 # Single flight.
 
 
@@ -1146,7 +1174,7 @@ def test_a_thousand_users_in_a_second_are_all_answered_and_memory_is_whole_again
     assert setting.counts == Counts(misses=1, kept=1)
 
 
-# Known faults, to be mended; each test then passes and loses its mark.
+# Faults that were found by these tests, and mended.
 
 
 def test_memory_of_an_encoding_that_failed_is_free_at_once():
