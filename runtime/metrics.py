@@ -5,7 +5,6 @@ plain Python and are published before the reply that they belong to leaves, so a
 Only the thread that serves may publish: two threads that do so at once crash tritonserver 2.51.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,7 +60,7 @@ class Metrics:
 
     def start(self, cache: UserKVCache | None) -> None:
         """Write what should be there before anything has happened."""
-        self._find(WAITING).set(0)
+        self._set(WAITING, 0)
         if cache is not None:
             for description in CACHE_COUNTERS.values():
                 self._find(description).increment(0)
@@ -76,19 +75,18 @@ class Metrics:
             self._find(ERRORS, code=error.kind.grpc_status).increment(1)
         for stage, description in SECONDS.items():
             seconds: list[float] = getattr(stopwatch, stage)
-            for each in seconds:
-                self._find(description).observe(each)
-            seconds.clear()
+            while seconds:  # what fails is not written again, or it would be counted twice
+                self._find(description).observe(seconds.pop(0))
         if cache is not None:
             self._publish_cache(cache)
 
     def _publish_cache(self, cache: UserKVCache) -> None:
-        counts = dataclasses.replace(cache.counts)
         for name, description in CACHE_COUNTERS.items():
-            added = getattr(counts, name) - getattr(self._published, name)
+            value = getattr(cache.counts, name)
+            added = value - getattr(self._published, name)
             if added:
+                setattr(self._published, name, value)
                 self._find(description).increment(added)
-        self._published = counts
         for name, description in CACHE_GAUGES.items():
             self._set(description, getattr(cache, name))
 

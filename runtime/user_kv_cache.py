@@ -270,7 +270,7 @@ class UserKVCache:
         best: tuple[int, list[HistoryKey]] | None = None
         for first, (start, _, _) in enumerate(spans):
             youngest, reached, keys = -1, start, []
-            for begin, end, key in spans[first:]:
+            for begin, end, key in (spans[at] for at in range(first, len(spans))):
                 if begin != reached or reached - start >= length:
                     break
                 reached = end
