@@ -167,7 +167,7 @@ def read_request(pb_utils: Any, model: ServedModel[Any], request: Any) -> Reques
     """Read one of Triton's requests.
 
     Raises:
-        InvalidRequestError: it has a parameter with our prefix that is not ours.
+        InvalidRequestError: it has a parameter with our prefix that is not ours, or neither true nor false.
     """
     tensors = {
         spec.name: pb_utils.get_input_tensor_by_name(request, spec.name).as_numpy() for spec in model.spec.inputs
@@ -177,7 +177,10 @@ def read_request(pb_utils: Any, model: ServedModel[Any], request: Any) -> Reques
     unknown = [name for name in parameters if name.startswith(PARAMETER_PREFIX) and name not in PARAMETERS]
     if unknown:
         raise InvalidRequestError(f"parameter {unknown[0]}: expected one of {', '.join(PARAMETERS)}")
-    return Request(tensors, request.requested_output_names(), parameters)
+    read = Request(tensors, request.requested_output_names(), parameters)
+    for name in PARAMETERS:  # those too that this model has no use for: the caller means something by them
+        read.asks_for(name)
+    return read
 
 
 def make_triton_error(pb_utils: Any, message: str, kind: ErrorKind) -> Any:
