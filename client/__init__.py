@@ -4,12 +4,16 @@
         print(client.rank(history, candidates).top(10))
 
 Errors say whose move it is: `InvalidRequestError` (fix the request), `TryAgainError` (send it again, later),
-`ServerFaultError` (call the operator). No torch, no onnxruntime.
+`ServerFaultError` (call the operator). What can be sent again is, within the call's deadline (`RetryPolicy`). No torch,
+no onnxruntime.
 """
 
 from kvcast.client.clients import AsyncRankerClient, RankerClient
 from kvcast.client.ranking import RankedCandidate, Ranking
+from kvcast.client.retry import NO_RETRIES, RetryPolicy
+from kvcast.client.transport import TlsOptions
 from kvcast.contract.errors import (
+    BusyError,
     DeadlineExceededError,
     InvalidRequestError,
     KvcastError,
@@ -20,7 +24,9 @@ from kvcast.contract.report import CacheResult, Report
 from kvcast.contract.request import RankRequest
 
 __all__ = [
+    "NO_RETRIES",
     "AsyncRankerClient",
+    "BusyError",
     "CacheResult",
     "DeadlineExceededError",
     "InvalidRequestError",
@@ -30,6 +36,8 @@ __all__ = [
     "RankerClient",
     "Ranking",
     "Report",
+    "RetryPolicy",
     "ServerFaultError",
+    "TlsOptions",
     "TryAgainError",
 ]

@@ -7,12 +7,16 @@ from pathlib import Path
 
 from kvcast.client.clients import DEFAULT_ADDRESSES, DEFAULT_DEADLINE, RankerClient
 from kvcast.client.ranking import Ranking
+from kvcast.client.retry import RetryPolicy
+from kvcast.client.transport import TlsOptions
 from kvcast.contract.errors import InvalidRequestError, KvcastError, TryAgainError
 from kvcast.contract.manifest import Manifest
 from kvcast.contract.report import CacheResult, Report
 from kvcast.contract.request import RankRequest
 from kvcast.contract.tensors import RANKER
 
+# A person looks at the screen: long enough for a model to be replaced, short enough not to look stuck.
+RETRY_SECONDS = 3.0
 # Exit statuses, by whose move it is; 0 is a ranking and 1 is left to Python.
 WRONG_REQUEST, TRY_AGAIN, SERVER_FAULT = 2, 3, 4
 
@@ -46,8 +50,34 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--prefetch", action="store_true", help="rank nothing: encode the history and keep it, for a later request"
     )
-    parser.add_argument("--deadline", type=float, default=DEFAULT_DEADLINE, metavar="SECONDS")
+    parser.add_argument(
+        "--deadline", type=float, default=DEFAULT_DEADLINE, metavar="SECONDS", help="for everything (%(default)g)"
+    )
+    parser.add_argument(
+        "--retry",
+        type=float,
+        default=RETRY_SECONDS,
+        metavar="SECONDS",
+        help="how long to ask again a server that is away or busy (%(default)g; 0: ask once)",
+    )
+    add_tls_option(parser)
     return parser
+
+
+def add_tls_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--tls-ca`, which `make_tls` reads."""
+    parser.add_argument(
+        "--tls-ca", metavar="FILE", help="encrypt gRPC; PEM file of who may have signed the server's certificate"
+    )
+
+
+def make_tls(arguments: argparse.Namespace) -> TlsOptions | None:
+    """Return the TLS options of a command line, None for a connection in the clear.
+
+    Raises:
+        ValueError: the file is missing.
+    """
+    return TlsOptions(ca_file=arguments.tls_ca) if arguments.tls_ca else None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,7 +87,12 @@ def main(argv: list[str] | None = None) -> int:
         text = _read_text(arguments.request)
         address = arguments.address or DEFAULT_ADDRESSES[arguments.protocol]
         with RankerClient(
-            address, protocol=arguments.protocol, model=arguments.model, deadline=arguments.deadline
+            address,
+            protocol=arguments.protocol,
+            model=arguments.model,
+            deadline=arguments.deadline,
+            retry=RetryPolicy(seconds=arguments.retry),
+            tls=make_tls(arguments),
         ) as client:
             manifest = client.get_manifest()
             request = RankRequest.from_json(text, manifest.schema)
@@ -102,6 +137,7 @@ def to_json(ranking: Ranking, top: int, events: int, where: str, manifest: Manif
         "scores": [float(score) for score in ranking.scores],
         "top": [vars(candidate) for candidate in ranking.top(top)],
         "milliseconds": 1e3 * ranking.seconds,
+        "attempts": ranking.attempts,
         "events": events,
         "server": where,
         "config": manifest.config,

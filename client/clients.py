@@ -1,19 +1,21 @@
-"""`RankerClient` and `AsyncRankerClient`: check a request, send it, check the answer.
+"""`RankerClient` and `AsyncRankerClient`: check a request, send it (again, if need be), check the answer.
 
-What both do is written once, in `Conversation`; the two classes differ in how they wait. Neither knows how bytes
-travel (`transport`).
+What both do is written once: what is said in `Conversation`, in which order in `_Settings`, as steps that each class
+takes in its own way of waiting. Neither knows how bytes travel (`transport`) or when to try again (`retry`).
 """
 
+import asyncio
 import contextlib
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from kvcast.client.ranking import Ranking
+from kvcast.client.retry import Answer, Deadline, Pause, Retries, RetryPolicy, Send, Steps
 from kvcast.client.transport import (
     AsyncGrpcTransport,
     AsyncHttpTransport,
@@ -23,9 +25,10 @@ from kvcast.client.transport import (
     HttpTransport,
     Protocol,
     Tensors,
+    TlsOptions,
     Transport,
 )
-from kvcast.contract.errors import InvalidRequestError, ServerFaultError, TryAgainError
+from kvcast.contract.errors import InvalidRequestError, KvcastError, ServerFaultError, TryAgainError
 from kvcast.contract.manifest import Manifest, parse_manifest
 from kvcast.contract.report import Report
 from kvcast.contract.tensors import (
@@ -44,7 +47,10 @@ from kvcast.contract.tensors import (
 )
 from kvcast.contract.validation import check_candidates, check_history
 
+Result = TypeVar("Result")
+
 DEFAULT_DEADLINE = 30.0
+DEFAULT_RETRY = RetryPolicy()
 DEFAULT_ADDRESSES: dict[Protocol, str] = {"grpc": "127.0.0.1:8001", "http": "127.0.0.1:8000"}
 
 
@@ -100,18 +106,18 @@ class Conversation:
         return Call(self.model, inputs, [ENCODE_REPORT.name], parameters)
 
     @staticmethod
-    def conclude(call: Call, outputs: Tensors, seconds: float) -> Ranking:
+    def conclude(call: Call, answer: Answer) -> Ranking:
         """Return the ranking.
 
         Raises:
             ServerFaultError: the scores are not one finite number a candidate.
         """
-        candidates, scores = call.inputs[CANDIDATES.name][0], outputs[SCORES.name]
+        candidates, scores = call.inputs[CANDIDATES.name][0], answer.outputs[SCORES.name]
         if scores.shape != (1, len(candidates)) or not np.isfinite(scores).all():
             raise ServerFaultError(
                 f"{SCORES.name}: expected {len(candidates)} finite numbers, got shape {list(scores.shape)}"
             )
-        return Ranking(scores[0], candidates, seconds, read_report(outputs))
+        return Ranking(scores[0], candidates, answer.seconds, read_report(answer.outputs), answer.attempts)
 
     def _check_history(self, history: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Return `[1, L, history_fields]`."""
@@ -127,7 +133,7 @@ class Conversation:
 
 
 class _Settings:
-    """What both clients are told, and what they remember."""
+    """What both clients are told, what they remember, and their calls as steps."""
 
     def __init__(
         self,
@@ -136,6 +142,8 @@ class _Settings:
         protocol: Protocol = "grpc",
         model: str = RANKER.name,
         deadline: float = DEFAULT_DEADLINE,
+        retry: RetryPolicy = DEFAULT_RETRY,
+        tls: TlsOptions | None = None,
     ) -> None:
         """Prepare a client; nothing is sent before the first call.
 
@@ -143,16 +151,22 @@ class _Settings:
             address: `host:port`; by default this machine's usual port for the protocol.
             protocol: `grpc` or `http`.
             model: `ranker`, `ranker_resident`, or another model of the same wire.
-            deadline: seconds that an exchange with the server may take, unless a call brings its own. A first
-                call has two exchanges: it asks for the manifest too.
+            deadline: seconds that a whole call may take, unless it brings its own: all attempts, the pauses between
+                them, and asking for the manifest, which the first call does.
+            retry: when to send again what the server could not answer; `NO_RETRIES` is never.
+            tls: encrypt the connection (gRPC only).
 
         Raises:
-            ValueError: the protocol is another, or the deadline not a positive number.
+            ValueError: the protocol is another, or the deadline not a positive number, or TLS is asked of HTTP.
         """
         self._protocol = _check_protocol(protocol)
+        if tls is not None and protocol != "grpc":
+            raise ValueError(f"tls: expected protocol grpc, got {protocol}: put a proxy before HTTP")
         self._address = address or DEFAULT_ADDRESSES[protocol]
         self._model = model
         self._deadline = _check_deadline(deadline)
+        self._tls = tls
+        self._retries = Retries(retry, self._address)
         self._manifest: Manifest | None = None
         self._open()
 
@@ -160,19 +174,59 @@ class _Settings:
         """Make the transport."""
         raise NotImplementedError
 
-    def _resolve(self, deadline: float | None) -> float:
-        return self._deadline if deadline is None else _check_deadline(deadline)
+    def _start(self, deadline: float | None) -> Deadline:
+        return self._retries.start(self._deadline if deadline is None else _check_deadline(deadline))
+
+    def _rank(
+        self, history: npt.ArrayLike, candidates: npt.ArrayLike, deadline: float | None, *, report: bool
+    ) -> Steps[Ranking]:
+        whole = self._start(deadline)
+        call = yield from self._prepare(lambda talk: talk.ask_scores(history, candidates, report=report), whole)
+        answer = yield from self._retries.exchange(call, whole)
+        return Conversation.conclude(call, answer)
+
+    def _prefetch(self, history: npt.ArrayLike, deadline: float | None) -> Steps[Report]:
+        whole = self._start(deadline)
+        call = yield from self._prepare(lambda talk: talk.ask_prefetch(history), whole)
+        answer = yield from self._retries.exchange(call, whole)
+        return _expect_report(answer.outputs)
+
+    def _prepare(self, ask: Callable[[Conversation], Call], deadline: Deadline) -> Steps[Call]:
+        manifest = yield from self._know_manifest(deadline)
+        try:
+            return ask(Conversation(manifest, self._model))
+        except InvalidRequestError:
+            # The server may have moved on to a release with a larger vocabulary since it was asked. Once: a server
+            # that is away must not keep the caller of a wrong request waiting.
+            with contextlib.suppress(TryAgainError, ServerFaultError):
+                yield from self._ask_manifest(deadline, once=True)
+            current = yield from self._know_manifest(deadline)
+            if current == manifest:
+                raise
+            return ask(Conversation(current, self._model))
+
+    def _know_manifest(self, deadline: Deadline) -> Steps[Manifest]:
+        if self._manifest is not None:
+            return self._manifest
+        return (yield from self._ask_manifest(deadline))
+
+    def _ask_manifest(self, deadline: Deadline, *, once: bool = False) -> Steps[Manifest]:
+        answer = yield from self._retries.exchange(Conversation.ask_manifest(self._model), deadline, once=once)
+        self._manifest = _read_manifest(answer.outputs)
+        return self._manifest
+
+    def _get_manifest(self, deadline: float | None, *, refresh: bool) -> Steps[Manifest]:
+        whole = self._start(deadline)
+        return self._ask_manifest(whole) if refresh else self._know_manifest(whole)
 
 
 class RankerClient(_Settings):
     """Ranks candidates on one server; safe to use from several threads, and a context manager."""
 
     def _open(self) -> None:
-        transports: dict[Protocol, type[GrpcTransport | HttpTransport]] = {
-            "grpc": GrpcTransport,
-            "http": HttpTransport,
-        }
-        self._transport: Transport = transports[self._protocol](self._address)
+        self._transport: Transport = (
+            GrpcTransport(self._address, self._tls) if self._protocol == "grpc" else HttpTransport(self._address)
+        )
 
     def __enter__(self) -> Self:
         """Return the client."""
@@ -189,12 +243,12 @@ class RankerClient(_Settings):
         self._transport.close()
 
     def get_manifest(self, *, refresh: bool = False, deadline: float | None = None) -> Manifest:
-        """Return what the server serves: fields, vocabularies, limits, release. Asked once, unless `refresh`."""
-        known = self._manifest
-        if known is None or refresh:
-            outputs = self._transport.infer(Conversation.ask_manifest(self._model), self._resolve(deadline))
-            known = self._manifest = _read_manifest(outputs)
-        return known
+        """Return what the server serves: fields, vocabularies, limits, release. Asked once, unless `refresh`.
+
+        Raises:
+            TryAgainError, ServerFaultError: as `rank`.
+        """
+        return self._follow(self._get_manifest(deadline, refresh=refresh))
 
     def rank(
         self,
@@ -209,7 +263,7 @@ class RankerClient(_Settings):
         Args:
             history: integers `[L, history_fields]`, oldest event first; L = 0 is a new user.
             candidates: integers `[N, T]`, N at least 1.
-            deadline: seconds that an exchange with the server may take.
+            deadline: seconds that the whole call may take, with all its attempts.
             report: ask the server how it made the scores; the answer is the ranking's `report`.
 
         Returns:
@@ -217,21 +271,18 @@ class RankerClient(_Settings):
 
         Raises:
             InvalidRequestError: the request is wrong, said by this side or by the server.
-            TryAgainError: the server is away or busy, or the deadline has passed.
+            TryAgainError: the server is away or busy (`BusyError`), or the deadline has passed
+                (`DeadlineExceededError`), after the attempts that the retry policy allows.
             ServerFaultError: the server's answer cannot be used.
         """
-        seconds = self._resolve(deadline)
-        call = self._prepare(lambda talk: talk.ask_scores(history, candidates, report=report), seconds)
-        started = time.perf_counter()
-        outputs = self._transport.infer(call, seconds)
-        return Conversation.conclude(call, outputs, time.perf_counter() - started)
+        return self._follow(self._rank(history, candidates, deadline, report=report))
 
     def prefetch(self, history: npt.ArrayLike, *, deadline: float | None = None) -> Report:
         """Encode a user now and keep the KV on the server, while retrieval still runs: a later `rank` finds it.
 
         Args:
             history: integers `[L, history_fields]`, oldest event first, as `rank` will be given it.
-            deadline: seconds that an exchange with the server may take.
+            deadline: seconds that the whole call may take, with all its attempts.
 
         Returns:
             `cache` is `miss` if the user was encoded now, `hit` if the KV was there already, and `off` if the server
@@ -241,22 +292,27 @@ class RankerClient(_Settings):
             InvalidRequestError, TryAgainError, ServerFaultError: as `rank`.
             ValueError: this client's model keeps no users.
         """
-        seconds = self._resolve(deadline)
-        call = self._prepare(lambda talk: talk.ask_prefetch(history), seconds)
-        return _expect_report(self._transport.infer(call, seconds))
+        return self._follow(self._prefetch(history, deadline))
 
-    def _prepare(self, ask: Callable[[Conversation], Call], deadline: float) -> Call:
-        manifest = self.get_manifest(deadline=deadline)
+    def _follow(self, steps: Steps[Result]) -> Result:
+        """Take the steps of a call one after the other; return what they come to."""
         try:
-            return ask(Conversation(manifest, self._model))
-        except InvalidRequestError:
-            # The server may have moved on to a release with a larger vocabulary since it was asked.
-            with contextlib.suppress(TryAgainError, ServerFaultError):
-                self.get_manifest(refresh=True, deadline=deadline)
-            current = self.get_manifest(deadline=deadline)
-            if current == manifest:
-                raise
-            return ask(Conversation(current, self._model))
+            step = next(steps)
+            while True:
+                try:
+                    outputs = self._take(step)
+                except KvcastError as error:
+                    step = steps.throw(error)
+                else:
+                    step = steps.send(outputs)
+        except StopIteration as end:
+            return cast(Result, end.value)
+
+    def _take(self, step: Send | Pause) -> Tensors:
+        if isinstance(step, Send):
+            return self._transport.infer(step.call, step.deadline)
+        time.sleep(step.seconds)
+        return {}
 
 
 class AsyncRankerClient(_Settings):
@@ -266,11 +322,11 @@ class AsyncRankerClient(_Settings):
     """
 
     def _open(self) -> None:
-        transports: dict[Protocol, type[AsyncGrpcTransport | AsyncHttpTransport]] = {
-            "grpc": AsyncGrpcTransport,
-            "http": AsyncHttpTransport,
-        }
-        self._transport: AsyncTransport = transports[self._protocol](self._address)
+        self._transport: AsyncTransport = (
+            AsyncGrpcTransport(self._address, self._tls)
+            if self._protocol == "grpc"
+            else AsyncHttpTransport(self._address)
+        )
 
     async def __aenter__(self) -> Self:
         """Return the client."""
@@ -288,11 +344,7 @@ class AsyncRankerClient(_Settings):
 
     async def get_manifest(self, *, refresh: bool = False, deadline: float | None = None) -> Manifest:
         """Return what the server serves, as `RankerClient.get_manifest`."""
-        known = self._manifest
-        if known is None or refresh:
-            outputs = await self._transport.infer(Conversation.ask_manifest(self._model), self._resolve(deadline))
-            known = self._manifest = _read_manifest(outputs)
-        return known
+        return await self._follow(self._get_manifest(deadline, refresh=refresh))
 
     async def rank(
         self,
@@ -303,29 +355,31 @@ class AsyncRankerClient(_Settings):
         report: bool = False,
     ) -> Ranking:
         """Score a user's candidates, as `RankerClient.rank`."""
-        seconds = self._resolve(deadline)
-        call = await self._prepare(lambda talk: talk.ask_scores(history, candidates, report=report), seconds)
-        started = time.perf_counter()
-        outputs = await self._transport.infer(call, seconds)
-        return Conversation.conclude(call, outputs, time.perf_counter() - started)
+        return await self._follow(self._rank(history, candidates, deadline, report=report))
 
     async def prefetch(self, history: npt.ArrayLike, *, deadline: float | None = None) -> Report:
         """Encode a user now and keep the KV on the server, as `RankerClient.prefetch`."""
-        seconds = self._resolve(deadline)
-        call = await self._prepare(lambda talk: talk.ask_prefetch(history), seconds)
-        return _expect_report(await self._transport.infer(call, seconds))
+        return await self._follow(self._prefetch(history, deadline))
 
-    async def _prepare(self, ask: Callable[[Conversation], Call], deadline: float) -> Call:
-        manifest = await self.get_manifest(deadline=deadline)
+    async def _follow(self, steps: Steps[Result]) -> Result:
+        """Take the steps of a call one after the other; a cancellation ends them where they are."""
         try:
-            return ask(Conversation(manifest, self._model))
-        except InvalidRequestError:
-            with contextlib.suppress(TryAgainError, ServerFaultError):
-                await self.get_manifest(refresh=True, deadline=deadline)
-            current = await self.get_manifest(deadline=deadline)
-            if current == manifest:
-                raise
-            return ask(Conversation(current, self._model))
+            step = next(steps)
+            while True:
+                try:
+                    outputs = await self._take(step)
+                except KvcastError as error:
+                    step = steps.throw(error)
+                else:
+                    step = steps.send(outputs)
+        except StopIteration as end:
+            return cast(Result, end.value)
+
+    async def _take(self, step: Send | Pause) -> Tensors:
+        if isinstance(step, Send):
+            return await self._transport.infer(step.call, step.deadline)
+        await asyncio.sleep(step.seconds)
+        return {}
 
 
 def read_report(outputs: Tensors) -> Report | None:

@@ -21,14 +21,16 @@ class RankedCandidate:
 class Ranking:
     """Scores in the caller's order.
 
-    scores: FP32 `[N]`, higher is better; candidates: INT64 `[N, T]` as sent; seconds: from sending to having them.
-    report: how the server made them, if that was asked for.
+    scores: FP32 `[N]`, higher is better; candidates: INT64 `[N, T]` as sent; seconds: from sending to having them,
+    from the first sending if there were several. report: how the server made them, if that was asked for.
+    attempts: how many times they were asked for.
     """
 
     scores: npt.NDArray[np.float32]
     candidates: npt.NDArray[np.int64]
     seconds: float
     report: Report | None = None
+    attempts: int = 1
 
     def top(self, k: int) -> list[RankedCandidate]:
         """Return the `k` best (all, if there are fewer), best first; equal scores keep the caller's order."""

@@ -11,10 +11,12 @@ import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
 import aiohttp
+import gevent  # type: ignore[import-untyped]
 import numpy as np
 import numpy.typing as npt
 import tritonclient.grpc
@@ -24,6 +26,7 @@ import tritonclient.http.aio
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from kvcast.contract.errors import (
+    BusyError,
     DeadlineExceededError,
     InvalidRequestError,
     KvcastError,
@@ -37,6 +40,19 @@ Tensors = dict[str, npt.NDArray[Any]]
 # Connections of one asyncio HTTP client: as many requests as may be in flight at once.
 HTTP_CONNECTIONS = 64
 
+# The part of the caller's deadline that a request may not spend in the server's queue: the refusal has to be back
+# before the caller stops listening, who else hears nothing at all from a busy server.
+REFUSAL_SHARE = 0.1
+
+# gRPC's own pause before connecting again grows to two minutes; a server that was restarted is back in seconds.
+# These replace tritonclient's arguments, so they repeat its sizes: -1 is any.
+CHANNEL_ARGUMENTS = [
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+
 # How each protocol spells what went wrong. Everything that is not listed is the server's fault.
 ERRORS_BY_STATUS: dict[str, type[KvcastError]] = {
     **{f"StatusCode.{error.kind.grpc_status}": error for error in (InvalidRequestError, TryAgainError)},
@@ -45,9 +61,55 @@ ERRORS_BY_STATUS: dict[str, type[KvcastError]] = {
     "StatusCode.CANCELLED": TryAgainError,
     "StatusCode.DEADLINE_EXCEEDED": DeadlineExceededError,
     "413": InvalidRequestError,
-    "429": TryAgainError,
+    "429": BusyError,
     "499": DeadlineExceededError,
 }
+
+# What passes, although Triton 2.51 gives it the status of what does not (INTERNAL, NOT_FOUND): words of its messages,
+# and what they mean. A model that it was never told of "is not found".
+PASSING_WORDS = {
+    "is not healthy": "the model's process has died",  # Stub process 'ranker_resident_0_0' is not healthy.
+    "has no available versions": "it is being replaced, or was unloaded",  # …unknown model: 'ranker' has no available…
+    "is not at ready state": "it is being replaced",  # …unknown model: 'ranker' version 1 is not at ready state
+    "is not ready": "it is being replaced",
+    "Server is stopping": "it is about to end",
+}
+# What a model says that has too much to do (`kvcast.runtime.backlog`); an ensemble puts its own name before it.
+BUSY_WORDS = ("busy: ", "not computed: ")
+
+
+@dataclass(frozen=True)
+class TlsOptions:
+    """Encrypt gRPC. Paths of PEM files.
+
+    ca_file: who may have signed the server's certificate; None is whom gRPC trusts by itself.
+    certificate_file, key_file: the client's own certificate and its key, for a server that asks for one (mutual TLS).
+    """
+
+    ca_file: str | Path | None = None
+    certificate_file: str | Path | None = None
+    key_file: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work, before anything is sent.
+
+        Raises:
+            ValueError: a file is missing, or a certificate comes without its key.
+        """
+        if (self.certificate_file is None) != (self.key_file is None):
+            raise ValueError("tls: expected certificate_file and key_file together, got one of them")
+        for name, path in vars(self).items():
+            if path is not None and not Path(path).is_file():
+                raise ValueError(f"tls: expected {name} to be a file, got {str(path)!r}")
+
+    def to_arguments(self) -> dict[str, Any]:
+        """Return the arguments of tritonclient's gRPC clients."""
+        files = {
+            "root_certificates": self.ca_file,
+            "certificate_chain": self.certificate_file,
+            "private_key": self.key_file,
+        }
+        return {"ssl": True, **{name: str(path) for name, path in files.items() if path is not None}}
 
 
 @dataclass(frozen=True)
@@ -69,7 +131,7 @@ class Transport(abc.ABC):
 
         Args:
             call: what to ask for.
-            deadline: seconds within which the answer must be here; it travels to the server's queue too.
+            deadline: seconds within which the answer must be here; most of it travels to the server's queue too.
 
         Raises:
             InvalidRequestError, TryAgainError, ServerFaultError: by whose move it is.
@@ -95,9 +157,9 @@ class AsyncTransport(abc.ABC):
 class GrpcTransport(Transport):
     """gRPC: one channel, which multiplexes all threads."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, tls: TlsOptions | None = None) -> None:
         self._address = address
-        self._client = tritonclient.grpc.InferenceServerClient(address)
+        self._client = tritonclient.grpc.InferenceServerClient(address, **_make_channel(tls))
 
     def infer(self, call: Call, deadline: float) -> Tensors:
         """Run one inference."""
@@ -126,9 +188,15 @@ class HttpTransport(Transport):
     def infer(self, call: Call, deadline: float) -> Tensors:
         """Run one inference."""
         arguments = _make_arguments(tritonclient.http, call, deadline)
+        client = self._get_client()
         try:
-            reply = self._get_client(deadline).infer(call.model, **arguments)
+            # tritonclient fixes a timeout when it connects, and for each read of a socket. This one is the whole
+            # exchange's, and another one each time, on the same connection.
+            with gevent.Timeout(deadline, TimeoutError()):
+                reply = client.infer(call.model, **arguments)
         except Exception as error:
+            if not isinstance(error, InferenceServerException):
+                self._drop_client()  # an answer may still be on its way in: nobody else's
             raise translate(error, self._address, deadline) from error
         return _read_outputs(reply, call.outputs)
 
@@ -141,28 +209,33 @@ class HttpTransport(Transport):
             client.close()
         self._local = threading.local()
 
-    def _get_client(self, deadline: float) -> Any:
-        """Return this thread's client; its timeout is fixed when it is made, so another deadline makes another."""
-        if getattr(self._local, "deadline", None) != deadline:
+    def _get_client(self) -> Any:
+        """Return this thread's client."""
+        client: Any = getattr(self._local, "client", None)
+        if client is None:
             client = tritonclient.http.InferenceServerClient(
-                self._address, connection_timeout=deadline, network_timeout=deadline
+                self._address, connection_timeout=None, network_timeout=None
             )
             with self._lock:
-                previous: Any = getattr(self._local, "client", None)
-                if previous is not None and previous in self._clients:
-                    self._clients.discard(previous)
-                    previous.close()
                 self._clients.add(client)
-            self._local.client, self._local.deadline = client, deadline
-        return self._local.client
+            self._local.client = client
+        return client
+
+    def _drop_client(self) -> None:
+        """Close this thread's connection; its next call makes another."""
+        client: Any = self._local.__dict__.pop("client", None)
+        if client is not None:
+            with self._lock:
+                self._clients.discard(client)
+            client.close()
 
 
 class AsyncGrpcTransport(AsyncTransport):
     """gRPC for asyncio."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, tls: TlsOptions | None = None) -> None:
         self._address = address
-        self._client = tritonclient.grpc.aio.InferenceServerClient(address)
+        self._client = tritonclient.grpc.aio.InferenceServerClient(address, **_make_channel(tls))
 
     async def infer(self, call: Call, deadline: float) -> Tensors:
         """Run one inference."""
@@ -211,25 +284,49 @@ def translate(error: Exception, address: str, deadline: float) -> KvcastError:
     if isinstance(error, TimeoutError):
         return _miss_deadline(address, deadline)
     if isinstance(error, (OSError, aiohttp.ClientConnectionError, http.client.HTTPException)):
-        return TryAgainError(f"{address}: no connection ({error}): is the server up, and is this its port?")
+        return _miss_server(address, str(error))
     return ServerFaultError(f"{address}: unusable answer ({type(error).__name__}: {error})")
 
 
 def _translate_status(status: str, message: str, address: str, deadline: float) -> KvcastError:
-    if "unknown model" in message:
-        return ServerFaultError(f"{address}: {message}: is it among the server's MODELS?")
     kind = ERRORS_BY_STATUS.get(status, ServerFaultError)
     if kind is InvalidRequestError:
         return kind(message)
-    return _miss_deadline(address, deadline) if kind is DeadlineExceededError else kind(f"{address}: {message}")
+    if kind is DeadlineExceededError:
+        return _miss_deadline(address, deadline)
+    if kind is TryAgainError:
+        return _translate_absence(message, address)
+    for words, meaning in PASSING_WORDS.items():
+        if words in message:
+            return TryAgainError(f"{address}: {message}: {meaning}")
+    hint = ": is it among the server's MODELS?" if "unknown model" in message else ""
+    return kind(f"{address}: {message}{hint}")
+
+
+def _translate_absence(message: str, address: str) -> TryAgainError:
+    """Return what to make of a server that is busy or away."""
+    if any(words in message for words in BUSY_WORDS):
+        return BusyError(f"{address}: {message}")
+    # gRPC's words.
+    return _miss_server(address, message) if "failed to connect" in message else TryAgainError(f"{address}: {message}")
+
+
+def _miss_server(address: str, reason: str) -> TryAgainError:
+    return TryAgainError(f"{address}: no connection ({reason}): is the server up, and is this its port?")
 
 
 def _miss_deadline(address: str, deadline: float) -> DeadlineExceededError:
     return DeadlineExceededError(f"{address}: no answer within the deadline of {deadline:g} s")
 
 
+def _make_channel(tls: TlsOptions | None) -> dict[str, Any]:
+    """Return the arguments that both gRPC clients are made with."""
+    return {"channel_args": CHANNEL_ARGUMENTS, **(tls.to_arguments() if tls else {})}
+
+
 def _make_arguments(library: ModuleType, call: Call, deadline: float) -> dict[str, Any]:
     """Return the arguments of `infer` that all four clients share."""
+    waiting = (1 - REFUSAL_SHARE) * deadline
     tensors = []
     for name, array in call.inputs.items():
         tensor = library.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
@@ -239,7 +336,7 @@ def _make_arguments(library: ModuleType, call: Call, deadline: float) -> dict[st
         "inputs": tensors,
         "outputs": [library.InferRequestedOutput(name) for name in call.outputs],
         "parameters": dict(call.parameters) or None,
-        "timeout": max(1, int(deadline * 1e6)),  # microseconds in the server's queue
+        "timeout": max(1, int(waiting * 1e6)),  # microseconds in the server's queue
     }
 
 

@@ -39,6 +39,10 @@ class TryAgainError(KvcastError):
     kind = ErrorKind.UNAVAILABLE
 
 
+class BusyError(TryAgainError):
+    """The server is at work and has too much of it: it refused the request instead of letting it wait."""
+
+
 class DeadlineExceededError(TryAgainError):
     """No answer came within the caller's deadline."""
 

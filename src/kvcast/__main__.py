@@ -11,6 +11,7 @@ COMMANDS = {
     "export": ("kvcast.export.__main__", "export a network into a model repository, proved exact"),
     "serve": ("kvcast.server.__main__", "serve a model repository with tritonserver"),
     "rank": ("kvcast.client.__main__", "rank the candidates of a JSON request on a running server"),
+    "probe": ("kvcast.client.probe", "say whether a running server ranks, for health checks"),
     "clicklog": ("kvcast.clicklog.__main__", "print a synthetic ranking request"),
     "perf": ("kvcast.perf.__main__", "measure against the traditional scheme, with report and plots"),
     "demo": ("kvcast.demo", "serve, rank one example request, stop"),

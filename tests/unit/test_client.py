@@ -1,7 +1,9 @@
 """The client without a server: rankings, errors by whose move it is, the command line's exit statuses."""
 
 import asyncio
+import contextlib
 import json
+import re
 import socket
 import threading
 import time
@@ -12,16 +14,19 @@ from tritonclient.utils import InferenceServerException
 
 from kvcast.client import (
     AsyncRankerClient,
+    BusyError,
     DeadlineExceededError,
     InvalidRequestError,
     RankerClient,
     Ranking,
     ServerFaultError,
+    TlsOptions,
     TryAgainError,
 )
 from kvcast.client.__main__ import main
 from kvcast.client.clients import Conversation
-from kvcast.client.transport import Call, translate
+from kvcast.client.retry import Answer
+from kvcast.client.transport import Call, HttpTransport, translate
 from kvcast.contract.manifest import read_manifest
 from tests.support import find_free_ports
 
@@ -65,14 +70,44 @@ def test_other_failures_say_whose_move_it_is():
     assert "MODELS" in str(translate(unknown, "here:1", 2.0))
 
 
+@pytest.mark.parametrize(
+    ("message", "grpc", "http"),
+    [
+        ("Stub process 'ranker_resident_0_0' is not healthy.", "INTERNAL", "500"),
+        ("in ensemble 'ranker', Stub process 'user_encoder_0_0' is not healthy.", "INTERNAL", "500"),
+        ("Request for unknown model: 'ranker' has no available versions", "NOT_FOUND", "404"),
+        ("Request for unknown model: 'ranker' version 1 is not at ready state", "UNAVAILABLE", "503"),
+        ("Request for unknown model: 'ranker' version 1 is not at ready state", "NOT_FOUND", "404"),
+        ("Model 'ranker' is not ready", "INTERNAL", "500"),
+        ("Server is stopping, scheduler for model has stopped accepting new inference requests", "UNAVAILABLE", "503"),
+        ("failed to connect to all addresses; last error: refused", "UNAVAILABLE", "503"),
+    ],
+)
+def test_a_model_that_is_dead_or_being_replaced_is_try_again(message, grpc, http):
+    for status in (f"StatusCode.{grpc}", http):
+        error = translate(InferenceServerException(message, status), "here:1", 2.0)
+        assert type(error) is TryAgainError
+        assert message in str(error)
+
+
+@pytest.mark.parametrize(
+    "words", ["busy: 5 requests are waiting already", "not computed: the caller's deadline passed"]
+)
+@pytest.mark.parametrize("prefix", ["", "in ensemble 'ranker', "])
+def test_too_much_to_do_is_told_from_away(words, prefix):
+    for status in ("StatusCode.UNAVAILABLE", "503"):
+        assert type(translate(InferenceServerException(prefix + words, status), "here:1", 2.0)) is BusyError
+    assert type(translate(InferenceServerException(prefix + words, "500"), "here:1", 2.0)) is ServerFaultError
+
+
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
 def test_no_server_is_try_again(protocol):
     address = f"127.0.0.1:{find_free_ports(1)[0]}"
-    with RankerClient(address, protocol=protocol, deadline=2) as client, pytest.raises(TryAgainError, match=address):
+    with RankerClient(address, protocol=protocol, deadline=0.3) as client, pytest.raises(TryAgainError, match=address):
         client.get_manifest()
 
     async def ask() -> None:
-        async with AsyncRankerClient(address, protocol=protocol, deadline=2) as other:
+        async with AsyncRankerClient(address, protocol=protocol, deadline=0.3) as other:
             await other.get_manifest()
 
     with pytest.raises(TryAgainError, match=address):
@@ -116,6 +151,37 @@ def test_wrong_settings_are_refused_at_once(arguments, words):
         RankerClient(**arguments)
 
 
+def test_tls_options_are_checked_at_once(tmp_path):
+    file = tmp_path / "own.pem"
+    file.touch()
+    with pytest.raises(ValueError, match=r"expected ca_file to be a file, got '.*missing\.pem'"):
+        TlsOptions(ca_file=tmp_path / "missing.pem")
+    for one in ({"certificate_file": file}, {"key_file": file}):
+        with pytest.raises(ValueError, match="certificate_file and key_file together"):
+            TlsOptions(**one)
+    with pytest.raises(ValueError, match="tls: expected protocol grpc, got http"):
+        RankerClient(protocol="http", tls=TlsOptions())
+    assert TlsOptions().to_arguments() == {"ssl": True}
+    assert TlsOptions(file, file, str(file)).to_arguments() == {
+        "ssl": True,
+        "root_certificates": str(file),
+        "certificate_chain": str(file),
+        "private_key": str(file),
+    }
+
+
+def test_deadlines_of_http_need_no_new_connection(silent_address):
+    with contextlib.closing(HttpTransport(silent_address)) as transport:
+        client = transport._get_client()
+        assert transport._get_client() is client
+        for deadline in (0.2, 0.1):
+            started = time.monotonic()
+            with pytest.raises(DeadlineExceededError, match=f"{deadline} s"):
+                transport.infer(Conversation.ask_manifest("ranker"), deadline)
+            assert deadline <= time.monotonic() - started < deadline + 0.5
+        assert transport._get_client() is not client, "a late answer would be the next caller's"
+
+
 @pytest.fixture
 def conversation(tiny_repository):
     return Conversation(read_manifest(tiny_repository / "user_encoder" / "1"))
@@ -145,14 +211,14 @@ def test_wrong_requests_are_refused_before_sending(conversation, history, candid
 def test_scores_that_cannot_be_used_are_the_servers_fault(scores):
     call = Call("ranker", {"candidates": np.ones((1, 3, 4), np.int64)}, ["scores"])
     with pytest.raises(ServerFaultError, match="scores: expected 3 finite numbers"):
-        Conversation.conclude(call, {"scores": scores}, 0.1)
+        Conversation.conclude(call, Answer({"scores": scores}, 1, 0.1))
 
 
 def test_threads_of_one_http_client_have_connections_of_their_own():
     with RankerClient(f"127.0.0.1:{find_free_ports(1)[0]}", protocol="http") as client:
         transport = client._transport
         clients = []
-        threads = [threading.Thread(target=lambda: clients.append(transport._get_client(1.0))) for _ in range(4)]
+        threads = [threading.Thread(target=lambda: clients.append(transport._get_client())) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -164,9 +230,17 @@ def test_the_command_without_a_server(tmp_path, capsys):
     path = tmp_path / "request.json"
     path.write_text(json.dumps({"history": [], "candidates": []}))
     address = f"127.0.0.1:{find_free_ports(1)[0]}"
-    assert main([str(path), "--address", address, "--deadline", "2"]) == 3
-    assert "try again later" in capsys.readouterr().err
+    assert main([str(path), "--address", address, "--retry", "0"]) == 3
+    assert "attempts" not in capsys.readouterr().err
+    assert main([str(path), "--address", address, "--retry", "0.3"]) == 3
+    assert re.search(r"try again later: .*no connection .* \(\d+ attempts\)$", capsys.readouterr().err.strip())
     assert main([str(tmp_path / "missing.json"), "--address", address]) == 2
     assert "missing.json: cannot be read" in capsys.readouterr().err
-    assert main([str(path), "--deadline", "-1"]) == 2
-    assert "deadline" in capsys.readouterr().err
+    for arguments, words in (
+        (["--deadline", "-1"], "deadline"),
+        (["--retry", "-1"], "retry"),
+        (["--tls-ca", str(tmp_path / "missing.pem")], "missing.pem"),
+        (["--tls-ca", str(path), "--protocol", "http"], "tls: expected protocol grpc"),
+    ):
+        assert main([str(path), *arguments]) == 2
+        assert words in capsys.readouterr().err
