@@ -60,8 +60,8 @@ for Kubernetes, in the container of the server:
     failureThreshold: 120
 
 Starting the command takes about a second more than the deadline: timeoutSeconds is longer by that. The canary waits in
-the server's queue like any request, and is refused as busy after nine tenths of the deadline; silence for all of it is
-no sign of life. So let the deadline be more than ten times the model's slowest run, which nothing can interrupt.
+the server's queue like any request, and silence for the whole deadline is no sign of life: let the deadline of a
+liveness probe be longer than it takes to work off a full queue (max_waiting_requests in config.pbtxt).
 """
 
 
