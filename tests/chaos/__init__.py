@@ -1,0 +1,1 @@
+"""What hostile or unlucky callers do to a running server."""
