@@ -17,7 +17,9 @@ from pathlib import Path
 import torch
 
 from kvcast.contract.config import ModelConfig
-from kvcast.contract.manifest import MANIFEST_FILE, ONNX_FILE, Dims, Manifest, Parity, hash_file
+from kvcast.contract.errors import ConfigError
+from kvcast.contract.golden import GOLDEN_FILE, Golden
+from kvcast.contract.manifest import MANIFEST_FILE, ONNX_FILE, RELEASES_FILE, Dims, Manifest, Parity, hash_file
 from kvcast.contract.schema import KVLayout
 from kvcast.contract.tensors import EXPORTED_MODELS
 from kvcast.export.calls import OnnxCalls, TorchCalls
@@ -76,9 +78,14 @@ def export_release(
         The manifest (of the last model; they differ in `model` and `files` alone).
 
     Raises:
-        ConfigError: the weights do not fit the configuration.
+        ConfigError: the weights do not fit the configuration, or the repository holds published releases.
         ProofError: a property does not hold; nothing in the repository has changed then.
     """
+    if (repository / RELEASES_FILE).exists():
+        raise ConfigError(
+            f"{repository} holds published releases, which are never overwritten: "
+            "export into another folder, and `kvcast release publish` that"
+        )
     progress = Progress(say)
     with progress.step(f"build {config.name} ({config.network.family})"):
         network = build_network(config)
@@ -99,11 +106,14 @@ def export_release(
                 folder.mkdir()
                 export_graph(graph, release, folder / ONNX_FILE)
         with progress.step("prove the ONNX graphs: six properties"):
-            onnx_error = _prove_calls(OnnxCalls(staging), samples, network.kv_layout)
+            calls = OnnxCalls(staging)
+            onnx_error = _prove_calls(calls, samples, network.kv_layout)
+            golden = _record_golden(calls, samples[0])
         parity = Parity(torch_error, onnx_error, undirected_difference)
         with progress.step(f"write {repository}"):
             _furnish_repository(repository)
             for model in EXPORTED_MODELS:
+                (staging / model.name / GOLDEN_FILE).write_text(golden.to_json())
                 manifest = _describe(network, release, parity, model.name, staging / model.name)
                 (staging / model.name / MANIFEST_FILE).write_text(manifest.to_json())
                 _move_into_place(staging / model.name, repository / model.name / VERSION_FOLDER)
@@ -122,6 +132,10 @@ def _draw_samples(config: ModelConfig) -> list[Sample]:
 
 def _prove_calls(calls: Calls, samples: list[Sample], layout: KVLayout) -> float:
     return max(prove(calls, sample, layout) for sample in samples)
+
+
+def _record_golden(calls: Calls, sample: Sample) -> Golden:
+    return Golden(sample.history[0], sample.candidates[0], calls.rank(sample.history, sample.candidates)[0])
 
 
 def _prove_network(network: RankingNetwork, samples: list[Sample]) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from kvcast.server import TritonServer
 def read_model_memory(server: TritonServer) -> dict[str, int]:
     """Return resident bytes by model: the Python-backend process of each, without shared memory and file pages."""
     found: dict[str, int] = {}
-    group = server.process.pid if server.process else 0
+    group = server.pid if server.pid else 0
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, IndexError, ValueError):
             if int((folder / "stat").read_text().rpartition(")")[2].split()[2]) != group:

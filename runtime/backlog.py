@@ -92,9 +92,8 @@ class Backlog(Generic[Job, Ticket]):
     def step(self) -> Iterator[tuple[Ticket, Reply]]:
         """Answer those who are too late, then run the next group, and answer it."""
         now = self._clock()
-        window = self._waiting[:WINDOW]
-        late = [each for each in window if now >= each.deadline]
-        window = [each for each in window if now < each.deadline]
+        late = [each for each in self._waiting if now >= each.deadline]
+        window = [each for each in self._waiting if now < each.deadline][:WINDOW]
         group = self._choose(window) if window else []
         youngest = max((window.index(each) for each in group), default=0)
         for each in window[:youngest]:

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from kvcast.contract.errors import ErrorKind, InvalidRequestError, KvcastError
-from kvcast.contract.tensors import PARAMETER_PREFIX, PARAMETERS
+from kvcast.contract.golden import read_golden
+from kvcast.contract.tensors import CANDIDATES, HISTORY, PARAMETER_PREFIX, PARAMETERS, SCORES
 from kvcast.runtime.backlog import Backlog, Log, Reply, answer, hide_unexpected
 from kvcast.runtime.metrics import Metrics, Stopwatch
 from kvcast.runtime.model import Request, ServedModel
@@ -118,11 +119,13 @@ def start_model(pb_utils: Any, args: dict[str, str], kind: type[ServedModel[Any]
     Raises:
         TritonModelException: the artefact cannot be used; the message says why.
     """
-    folder = Path(args["model_repository"]) / args["model_version"]
+    # A served repository can be one of links; what is wrong is said of the files themselves.
+    folder = (Path(args["model_repository"]) / args["model_version"]).resolve()
     try:
         options = read_options(json.loads(args["model_config"]))
         model = kind.open(folder, options.session, options.cache)
         warm_up(model, pb_utils.Logger.log_error)
+        check_golden(model, folder, pb_utils.Logger.log_error)
     except KvcastError as error:
         raise pb_utils.TritonModelException(str(error)) from None
     manifest, artefact = model.artefact.manifest, model.artefact
@@ -149,6 +152,25 @@ def warm_up(model: ServedModel[Any], log_error: Log) -> None:
             raise reply
         if model.cache is not None:
             model.cache.forget()
+    model.stopwatch = Stopwatch()
+
+
+def check_golden(model: ServedModel[Any], folder: Path, log_error: Log) -> None:
+    """Ask a model that ranks by itself the golden request of its release; the parts of an ensemble are asked together.
+
+    Raises:
+        KvcastError: its scores are not those recorded at export; the model must not serve.
+    """
+    if [tensor.name for tensor in model.spec.inputs] != [HISTORY.name, CANDIDATES.name]:
+        return
+    golden = read_golden(folder)
+    tensors = {HISTORY.name: golden.history[None], CANDIDATES.name: golden.candidates[None]}
+    reply = answer(model, lambda: Request(tensors, [SCORES.name]), log_error)
+    if isinstance(reply, KvcastError):
+        raise reply
+    golden.check(reply[SCORES.name][0])
+    if model.cache is not None:
+        model.cache.forget()
     model.stopwatch = Stopwatch()
 
 

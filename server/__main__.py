@@ -3,17 +3,12 @@
 import argparse
 import signal
 import sys
-import time
 from pathlib import Path
 from types import FrameType
 
 from kvcast.server.installation import ServerError
 from kvcast.server.launcher import ServerSettings, TritonServer, write_line
 from kvcast.server.repository import read_config_name
-
-# A server that crashes more often than this within the window stays down: something is wrong that a start cannot mend.
-MAX_CRASHES = 5
-CRASH_WINDOW_SECONDS = 300
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -30,6 +25,36 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--http-port", type=int, default=8000, metavar="PORT")
     parser.add_argument("--grpc-port", type=int, default=8001, metavar="PORT")
     parser.add_argument("--metrics-port", type=int, default=8002, metavar="PORT")
+    parser.add_argument(
+        "--drain-seconds",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="how long requests that are there may take when the server is told to stop (%(default)s)",
+    )
+    parser.add_argument(
+        "--shadow",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="share of rankings that ranker_full scores again, off the caller's path",
+    )
+    parser.add_argument(
+        "--in-flight", type=int, default=16, metavar="N", help="requests to a model that Triton holds (%(default)s)"
+    )
+    parser.add_argument(
+        "--waiting",
+        type=int,
+        default=256,
+        metavar="N",
+        help="requests to a model that may wait; more are refused as UNAVAILABLE (%(default)s)",
+    )
+    parser.add_argument("--tls-certificate", type=Path, metavar="FILE.pem", help="serve gRPC and HTTP with TLS")
+    parser.add_argument("--tls-key", type=Path, metavar="FILE.pem")
+    parser.add_argument("--tls-client-ca", type=Path, metavar="FILE.pem", help="callers need a certificate of this CA")
+    parser.add_argument(
+        "--unguarded", action="store_true", help="open Triton's own ports: no checks of HTTP bodies, no gates, no TLS"
+    )
     parser.add_argument("extra_flags", nargs="*", metavar="-- FLAG", help="further flags for tritonserver, after --")
     return parser
 
@@ -49,6 +74,14 @@ def main(argv: list[str] | None = None) -> int:
             grpc_port=arguments.grpc_port,
             metrics_port=arguments.metrics_port,
             extra_flags=arguments.extra_flags,
+            is_guarded=not arguments.unguarded,
+            drain_seconds=arguments.drain_seconds,
+            shadow=arguments.shadow,
+            in_flight=arguments.in_flight,
+            waiting=arguments.waiting,
+            tls_certificate=arguments.tls_certificate,
+            tls_key=arguments.tls_key,
+            tls_client_ca=arguments.tls_client_ca,
         )
         serve(settings)
     except ServerError as error:
@@ -60,24 +93,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def serve(settings: ServerSettings) -> None:
-    """Serve; start again if the server is killed by a signal (a crash), but not for ever.
+    """Serve until told to stop.
 
     Raises:
         ServerError: it cannot start, ended by itself, or crashed too often.
     """
-    crashes: list[float] = []
-    while True:
-        with TritonServer(settings, log=write_line) as server:
-            print(describe(server), flush=True)
-            status = server.wait()
-        if status >= 0:
-            raise ServerError(f"tritonserver ended by itself with status {status}")
-        now = time.monotonic()
-        crashes = [each for each in crashes if now - each < CRASH_WINDOW_SECONDS] + [now]
-        name = signal.Signals(-status).name
-        if len(crashes) > MAX_CRASHES:
-            raise ServerError(f"tritonserver crashed ({name}) for the {len(crashes)}th time in a row; it stays down")
-        print(f"kvcast serve: tritonserver crashed ({name}); starting it again", file=sys.stderr, flush=True)
+    with TritonServer(settings, log=write_line) as server:
+        print(describe(server), flush=True)
+        server.wait()
 
 
 def describe(server: TritonServer) -> str:

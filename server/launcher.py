@@ -1,56 +1,77 @@
-"""One tritonserver process: started, watched until it is ready, stopped with everything that it started.
+"""One tritonserver with its guard: started, watched until it is ready, kept whole, stopped with all that it started.
 
+Callers reach the guard (`kvcast.guard`); Triton itself listens on ports of this machine alone that nobody is told.
 Binds to 127.0.0.1 unless told otherwise. Model control is explicit, and the APIs that change a server (repository,
 shared memory, logging, trace) ask for a key that is made anew at each start and lies in a file only its owner
 reads. Triton takes the key on its command line alone, so other users of the same machine can see it there.
 """
 
-import contextlib
-import http.client
-import json
-import os
-import re
 import secrets
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
-import threading
-import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from kvcast.server.installation import ServerError, find_installation
-from kvcast.server.repository import check_port, check_repository, count_shared_memory
+from kvcast.contract.errors import ArtefactError
+from kvcast.contract.tensors import RANKER_FULL
+from kvcast.server import shared_memory
+from kvcast.server.admin import Admin
+from kvcast.server.guard_process import GuardProcess
+from kvcast.server.installation import ServerError
+from kvcast.server.releases import ReleaseStore
+from kvcast.server.repository import check_port, check_repository, count_shared_memory, expand_models, find_free_ports
+from kvcast.server.supervisor import Supervisor
+from kvcast.server.triton_process import TritonProcess
+from kvcast.server.view import View, find_models
 
+LOOPBACK = "127.0.0.1"
 ADMIN_HEADER = "kvcast-admin-key"
+INFERENCE_HEADER = "kvcast-inference-key"
 RESTRICTED_APIS = "model-repository,shared-memory,logging,trace"
-# An idle keep-alive connection holds Triton's shutdown for this whole time.
+# When the guard has gone nobody is with Triton any more, but for requests whose model process died: it never lets go
+# of those, and would wait for them.
 EXIT_TIMEOUT_SECONDS = 2
 KILL_AFTER_SECONDS = EXIT_TIMEOUT_SECONDS + 2
-GONE_WITHIN_SECONDS = 2
 # Opening a model checks its files' hashes and runs it once: minutes for gigabytes on a slow disk.
 STUB_TIMEOUT_SECONDS = 600
 
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """What to serve and where. `config` is the name that the export must have, None for any."""
+    """What to serve and where.
+
+    config: the name that the export must have, None for any. is_guarded: False leaves Triton's own ports open, without
+    checks, gates, shadow or TLS. drain_seconds: how long requests may take that are there when the server is told to
+    stop. shadow: the share of rankings that `ranker_full` scores again. in_flight, waiting: requests to a model that
+    Triton holds, and that wait for it. tls_*: files in PEM; with a client CA, callers must have a certificate of it.
+    """
 
     repository: Path
     models: list[str] = field(default_factory=lambda: ["ranker"])
     config: str | None = None
-    host: str = "127.0.0.1"
+    host: str = LOOPBACK
     http_port: int = 8000
     grpc_port: int = 8001
     metrics_port: int = 8002
     start_timeout_seconds: float = 900
     extra_flags: list[str] = field(default_factory=list)
+    is_guarded: bool = True
+    drain_seconds: float = 30
+    shadow: float = 0.0
+    in_flight: int = 16
+    waiting: int = 256
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+
+    @property
+    def loaded_models(self) -> list[str]:
+        """The models that Triton loads: those asked for, and what the shadow needs."""
+        return list(dict.fromkeys([*self.models, *([RANKER_FULL.name] if self.shadow else [])]))
 
 
 class TritonServer:
@@ -67,13 +88,16 @@ class TritonServer:
             log: receives every line that the server writes.
         """
         self.settings = settings
-        self.process: subprocess.Popen[str] | None = None
+        self.supervisor: Supervisor | None = None
+        self._guard: GuardProcess | None = None
         self._log = log
-        self._tail: deque[str] = deque(maxlen=400)
-        self._reader: threading.Thread | None = None
+        self._triton: TritonProcess | None = None
         self._workspace: Path | None = None
         self._admin_key = secrets.token_hex(16)
+        self._inference_key = secrets.token_hex(16)
         self._instance = secrets.token_hex(4)
+        public = (settings.http_port, settings.grpc_port, settings.metrics_port)
+        self._ports = tuple(find_free_ports(3)) if settings.is_guarded else public
 
     def __enter__(self) -> Self:
         """Start, and wait until ready."""
@@ -117,177 +141,129 @@ class TritonServer:
         """The HTTP header that opens the restricted APIs (over gRPC: `triton-grpc-protocol-` before its name)."""
         return {ADMIN_HEADER: self._admin_key}
 
+    @property
+    def pid(self) -> int:
+        """The process id of tritonserver."""
+        return self._triton.pid if self._triton is not None else 0
+
     def start(self) -> None:
-        """Check what can be checked, start the process and wait until every model answers ready.
+        """Check what can be checked, start the processes and wait until every model answers as it was proved to.
 
         Raises:
             ServerError: something is missing, or the server stopped or did not become ready in time.
         """
-        settings = self.settings
-        manifest = check_repository(settings.repository, settings.models, settings.config)
+        settings, models = self.settings, self.settings.loaded_models
+        manifest = check_repository(settings.repository, models, settings.config)
         for port, purpose, variable in (
             (settings.http_port, "HTTP", "HTTP_PORT"),
             (settings.grpc_port, "gRPC", "GRPC_PORT"),
             (settings.metrics_port, "metrics", "METRICS_PORT"),
         ):
             check_port(settings.host, port, purpose, variable)
+        for instance in shared_memory.remove_leftovers():
+            self._log(f"kvcast: removed the shared memory of {instance}, a server that was killed")
+        region_bytes = count_shared_memory(manifest, models)
+        shared_memory.check_room(region_bytes * len(expand_models(models)))
         self._workspace = Path(tempfile.mkdtemp(prefix="kvcast-"))
-        installation = find_installation(self._workspace)
         self.admin_key_file.touch(mode=0o600)
         self.admin_key_file.write_text(self._admin_key + "\n")
-        command = [
-            str(installation.binary),
-            *installation.flags,
-            *self._make_flags(count_shared_memory(manifest, settings.models)),
-        ]
+        store = ReleaseStore(settings.repository)
+        release = store.find_served(expand_models(models))
+        admin = Admin(self._bind_host, self._ports[0], self.admin_headers | dict([self._inference_header]))
+        self._triton = TritonProcess(self._make_flags(region_bytes), models, self._instance, admin, self._log)
+        view = self._make_view(store, release)
+        self.supervisor = Supervisor(self._triton, admin, view, store, self._state_file, self._log)
+        if settings.is_guarded:  # at once, so that callers hear that the server is starting
+            self._guard = GuardProcess(settings, self._ports, self._state_file, self._inference_header, self._log)
+            self._guard.start()
+        self._triton.start(self._workspace, settings.start_timeout_seconds)
         try:
-            self.process = subprocess.Popen(
-                command,
-                env={**os.environ, **installation.environment},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                start_new_session=True,  # Ctrl-C reaches this launcher alone, which then stops the server
-            )
-        except OSError as error:
-            raise ServerError(f"cannot run {installation.binary}: {error.strerror}") from error
-        self._reader = threading.Thread(target=self._read_log, name="tritonserver-log", daemon=True)
-        self._reader.start()
-        self._wait_until_ready()
+            self.supervisor.start(release)
+        except ArtefactError as error:
+            raise ServerError(str(error)) from error
 
     def stop(self) -> None:
-        """Ask the server to end, then make it; remove its workspace and its shared memory."""
-        if self.process is not None:
-            if self.process.poll() is None:
-                self.process.send_signal(signal.SIGTERM)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self.process.wait(KILL_AFTER_SECONDS)
-            self._kill_group()
-            self.process.wait()
-            self._finish_log()
-            for region in Path("/dev/shm").glob(f"{self._shared_memory_prefix}*"):  # noqa: S108 ours by its prefix
-                region.unlink(missing_ok=True)
+        """Answer who is there, then end everything; remove the workspace and the shared memory.
+
+        It takes at most `drain_seconds` and some 6 s more.
+        """
+        if self.supervisor is not None:
+            self.supervisor.stop()
+        if self._guard is not None:
+            self._guard.stop()  # answers or refuses all whom it has let in
+            self._guard = None
+        if self._triton is not None:
+            # Unguarded, Triton has to wait for its callers itself.
+            patience = 0.0 if self.settings.is_guarded else self.settings.drain_seconds
+            self._triton.stop(patience + KILL_AFTER_SECONDS)
+            self._triton = None
         if self._workspace is not None:
             shutil.rmtree(self._workspace, ignore_errors=True)
             self._workspace = None
 
-    def wait(self) -> int:
-        """Wait until the process ends by itself; return its exit status."""
-        if self.process is None:
+    def wait(self) -> None:
+        """Wait as long as it is served.
+
+        Raises:
+            ServerError: tritonserver has ended by itself, or crashed too often.
+        """
+        if self.supervisor is None:
             raise ServerError("the server is not running: start it first")
-        return self.process.wait()
+        self.supervisor.wait()
 
     @property
-    def _shared_memory_prefix(self) -> str:
-        return f"kvcast_{self._instance}_"
+    def _state_file(self) -> Path:
+        return self.admin_key_file.with_name("state.json")
 
-    def _make_flags(self, shared_memory_bytes: int) -> list[str]:
+    @property
+    def _view_folder(self) -> Path:
+        return self.admin_key_file.with_name("repository")
+
+    @property
+    def _inference_header(self) -> tuple[str, str]:
+        return INFERENCE_HEADER, self._inference_key
+
+    def _make_view(self, store: ReleaseStore, release: int) -> View:
+        models = find_models(self.settings.loaded_models)
+        view = View(self.settings.repository, self._view_folder, models)
+        for model in models:
+            if model.steps:
+                view.pin(model.name, dict.fromkeys(model.steps, release))
+            else:
+                view.link(model.name, {release: store.find_folder(model.name, release)})
+        return view
+
+    @property
+    def _bind_host(self) -> str:
+        return LOOPBACK if self.settings.is_guarded else self.settings.host
+
+    def _make_flags(self, region_bytes: int) -> list[str]:
         settings, key = self.settings, f"{ADMIN_HEADER}={self._admin_key}"
+        http_port, grpc_port, metrics_port = self._ports
+        exit_timeout = EXIT_TIMEOUT_SECONDS if settings.is_guarded else int(settings.drain_seconds)
+        guarded = [f"--http-restricted-api=inference:{INFERENCE_HEADER}={self._inference_key}"]
         return [
-            f"--model-repository={settings.repository}",
+            f"--model-repository={self._view_folder}",
             "--model-control-mode=explicit",
-            *(f"--load-model={name}" for name in settings.models),
+            *(f"--load-model={name}" for name in settings.loaded_models),
             # Every config.pbtxt is complete; without this, each model.py would be imported twice.
             "--disable-auto-complete-config",
             "--exit-on-error=true",
-            f"--exit-timeout-secs={EXIT_TIMEOUT_SECONDS}",
-            f"--http-address={settings.host}",
-            f"--http-port={settings.http_port}",
-            f"--grpc-address={settings.host}",
-            f"--grpc-port={settings.grpc_port}",
-            f"--metrics-address={settings.host}",
-            f"--metrics-port={settings.metrics_port}",
+            f"--exit-timeout-secs={exit_timeout}",
+            f"--http-address={self._bind_host}",
+            f"--http-port={http_port}",
+            f"--grpc-address={self._bind_host}",
+            f"--grpc-port={grpc_port}",
+            f"--metrics-address={self._bind_host}",
+            f"--metrics-port={metrics_port}",
             f"--http-restricted-api={RESTRICTED_APIS}:{key}",
             f"--grpc-restricted-protocol={RESTRICTED_APIS}:{key}",
-            f"--backend-config=python,shm-default-byte-size={shared_memory_bytes}",
-            f"--backend-config=python,shm-region-prefix-name={self._shared_memory_prefix}",
+            *(guarded if settings.is_guarded else []),
+            f"--backend-config=python,shm-default-byte-size={region_bytes}",
+            f"--backend-config=python,shm-region-prefix-name={shared_memory.make_prefix(self._instance)}",
             f"--backend-config=python,stub-timeout-seconds={STUB_TIMEOUT_SECONDS}",
             *settings.extra_flags,
         ]
-
-    def _read_log(self) -> None:
-        if self.process is None or self.process.stdout is None:
-            return
-        with self.process.stdout as lines:
-            for line in lines:
-                self._tail.append(line.rstrip())
-                self._log(line.rstrip())
-
-    def _kill_group(self) -> None:
-        """End what is left of the server and the stubs of its models, and wait until they are gone."""
-        if self.process is None:
-            return
-        deadline = time.monotonic() + GONE_WITHIN_SECONDS
-        while has_members(self.process.pid) and time.monotonic() < deadline:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            time.sleep(0.01)
-
-    def _finish_log(self) -> None:
-        """Wait for the last lines of a process that has ended."""
-        if self._reader is not None:
-            self._reader.join(timeout=2)
-
-    def _wait_until_ready(self) -> None:
-        if self.process is None:
-            return
-        deadline = time.monotonic() + self.settings.start_timeout_seconds
-        while time.monotonic() < deadline:
-            if self.process.poll() is not None:
-                self._finish_log()
-                raise ServerError(f"tritonserver stopped at start-up: {explain(list(self._tail))}")
-            if self._ask("GET", "/v2/health/ready")[0] == 200:
-                self._check_models_are_ready()
-                return
-            time.sleep(0.1)
-        raise ServerError(f"tritonserver was not ready after {self.settings.start_timeout_seconds:.0f} s")
-
-    def _check_models_are_ready(self) -> None:
-        """Ready servers can lack a model, so look each one up."""
-        status, body = self._ask("POST", "/v2/repository/index")
-        states = {entry["name"]: entry.get("state") for entry in json.loads(body)} if status == 200 else {}
-        missing = [name for name in self.settings.models if states.get(name) != "READY"]
-        if missing:
-            raise ServerError(f"tritonserver is up without {', '.join(missing)}: {explain(list(self._tail))}")
-
-    def _ask(self, method: str, path: str) -> tuple[int, bytes]:
-        """Return status and body of one HTTP request; status 0 where there is no answer."""
-        connection = http.client.HTTPConnection(self.settings.host, self.settings.http_port, timeout=5)
-        try:
-            connection.request(method, path, headers=self.admin_headers)
-            response = connection.getresponse()
-            return response.status, response.read()
-        except (OSError, http.client.HTTPException):
-            return 0, b""
-        finally:
-            connection.close()
-
-
-def has_members(group: int) -> bool:
-    """Whether a process of this group is still running (one that has ended but was not collected is not)."""
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, _, own_group = path.read_text().rpartition(")")[2].split()[:3]
-            if int(own_group) == group and state != "Z":
-                return True
-    return False
-
-
-def explain(log: list[str]) -> str:
-    """Return the one sentence of a server's log that says why it stopped."""
-    for pattern in (
-        r"error while loading shared libraries: (.+)",
-        r"failed to load '.+?' version \d+: (?:\w+(?: \w+)?: )?(.+)",
-        r"^E\d{4} .*?\] \"?(?!CudaDriverHelper)(.+?)\"?$",  # that one is every CPU machine's
-        r"(?i)error: (.+)",
-    ):
-        for line in log:
-            found = re.search(pattern, line)
-            if found:
-                return found.group(1).strip().rstrip('"')
-    return log[-1] if log else "it wrote nothing"
 
 
 def write_line(line: str) -> None:

@@ -11,9 +11,11 @@ import tomllib
 from pathlib import Path
 
 from kvcast.contract.errors import ArtefactError
-from kvcast.contract.manifest import MANIFEST_FILE, Manifest, read_manifest
-from kvcast.contract.tensors import DOC_FUSION, MODELS, USER_ENCODER
+from kvcast.contract.manifest import Manifest, read_manifest
+from kvcast.contract.tensors import DOC_FUSION, USER_ENCODER
 from kvcast.server.installation import ServerError
+from kvcast.server.releases import ReleaseStore
+from kvcast.server.view import find_models
 
 
 def check_repository(repository: Path, models: list[str], config: str | None) -> Manifest:
@@ -25,7 +27,10 @@ def check_repository(repository: Path, models: list[str], config: str | None) ->
     Raises:
         ServerError: one is unknown, missing, or of another release or configuration.
     """
-    manifests = [read_served_manifest(repository, name, config) for name in expand_models(models)]
+    store = ReleaseStore(repository)
+    names = expand_models(models)
+    number = store.find_served(names)
+    manifests = [read_served_manifest(store.find_folder(name, number)) for name in names]
     releases = {manifest.release for manifest in manifests}
     if len(releases) > 1:
         of_each = ", ".join(f"{manifest.model} {manifest.release[:12]}" for manifest in manifests)
@@ -70,25 +75,17 @@ def expand_models(models: list[str]) -> list[str]:
     Raises:
         ServerError: there is no such model, or none was named.
     """
-    known = {model.name: model for model in MODELS}
-    unknown = [name for name in models if name not in known]
-    if unknown or not models:
-        raise ServerError(f"models: expected some of {', '.join(known)}, got {' '.join(unknown) or 'none'}")
-    return list(dict.fromkeys(step for name in models for step in (known[name].steps or (name,))))
+    return [model.name for model in find_models(models) if not model.steps]
 
 
-def read_served_manifest(repository: Path, model: str, config: str | None) -> Manifest:
-    """Read the manifest of the newest version of a model.
+def read_served_manifest(folder: Path) -> Manifest:
+    """Read the manifest of a model that is to be served.
 
     Raises:
-        ServerError: the model has not been exported into this repository.
+        ServerError: there is none that can be used.
     """
-    folders = [path.parent for path in repository.glob(f"{model}/[0-9]*/{MANIFEST_FILE}")]
-    if not folders:
-        wanted = f" CONFIG={config}" if config else ""
-        raise ServerError(f"{repository} has no exported {model}: run `make export{wanted}` first")
     try:
-        return read_manifest(max(folders, key=lambda folder: int(folder.name)))
+        return read_manifest(folder)
     except ArtefactError as error:
         raise ServerError(f"{error} (run `make export`)") from error
 

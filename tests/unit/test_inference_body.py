@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcast.contract.errors import InvalidRequestError
-from kvcast.server.inference_body import ELEMENT_BYTES, InferenceBody, check_body, read_header_length
+from kvcast.guard.inference_body import ELEMENT_BYTES, InferenceBody, check_body, read_header_length
 
 NUMPY = {
     "BOOL": np.bool_,

@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "export": {"contract", "network"},
     "runtime": {"contract"},
     "model_repository": {"runtime"},
-    "server": {"contract"},
+    "guard": {"contract"},
+    "server": {"contract", "guard"},
     "client": {"contract"},
     "perf": {"client", "clicklog", "contract", "network", "runtime", "server"},
 }
@@ -32,6 +33,7 @@ MAY_USE = {
     "export": {"torch", "onnx", "onnxruntime"},
     "runtime": {"onnxruntime"},
     "model_repository": {"triton_python_backend_utils"},
+    "guard": {"tritonclient"},
     "server": set(),
     "client": {"tritonclient"},
 }

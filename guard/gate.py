@@ -1,0 +1,252 @@
+"""Who may go to Triton now, who waits, who is refused: one gate before all models, for both protocols.
+
+The queue that callers see is here, before the first model: bounded, first come first served, and honest about
+deadlines. Behind it Triton holds few requests, so that user KV between the steps of an ensemble cannot pile up. While
+a model's process is dead the gate keeps requests back, and sends those again that were with it: rankings change
+nothing, so sending one twice is safe. It knows requests as things to be awaited; it knows no protocol.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from kvcast.contract.errors import DeadlineExceededError, TryAgainError
+
+Reply = TypeVar("Reply")
+
+# How often one request is sent, if model processes die under it.
+SENT_AT_MOST = 3
+# How long a request waits for a dead model process to be replaced if its caller names no deadline.
+REPLACED_WITHIN_SECONDS = 30.0
+# Weight of the newest gap between two answers in the estimate of how long an answer takes.
+NEWEST = 0.1
+# What does not fit the estimate with this much to spare is refused: a late answer is work for nobody.
+MARGIN = 1.25
+# A model process is said to be dead by Triton before the launcher says so by at most this.
+NOTICED_WITHIN_SECONDS = 2.0
+GIVEN_UP = "the server has stopped before this request was answered: send it again"
+
+
+class ModelDiedError(TryAgainError):
+    """The process of a model died while it had the request."""
+
+
+@dataclass(frozen=True)
+class GateLimits:
+    """How many requests Triton holds at once, and how many more may wait for it."""
+
+    in_flight: int = 16
+    waiting: int = 256
+
+
+@dataclass
+class GateCounts:
+    """What happened, since the start."""
+
+    answered: int = 0
+    refused: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys(("full", "deadline", "stopping", "broken"), 0)
+    )
+    sent_again: int = 0
+
+
+class Gate:
+    """Lets requests through. For one event loop."""
+
+    def __init__(self, limits: GateLimits, clock: Callable[[], float] = time.monotonic) -> None:
+        """Open the gate.
+
+        Args:
+            limits: how many are let through at once, and how many may wait.
+            clock: seconds from any start.
+        """
+        self.limits, self.counts = limits, GateCounts()
+        self.in_flight = 0
+        self.is_draining = False
+        self._clock = clock
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._seconds_an_answer = 0.0
+        self._busy_since = 0.0
+        self._broken: frozenset[str] = frozenset()
+        self._incidents = 0
+        self._changed = asyncio.Event()
+        self._sending: set[asyncio.Future[Any]] = set()
+        self._has_given_up = False
+
+    @property
+    def waiting(self) -> int:
+        """How many wait to be let through."""
+        return len(self._waiting)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody is inside or waits."""
+        return not self.in_flight and not self._waiting
+
+    def set_broken(self, models: Collection[str], incidents: int) -> None:
+        """Say which models have a dead process now, and how many have died so far."""
+        if (frozenset(models), incidents) != (self._broken, self._incidents):
+            self._broken, self._incidents = frozenset(models), incidents
+            self._changed.set()
+            self._changed = asyncio.Event()
+
+    def give_up(self) -> None:
+        """Refuse those who wait, and those whom Triton still has."""
+        self.is_draining = self._has_given_up = True
+        for turn in self._waiting:
+            if not turn.done():
+                turn.set_exception(TryAgainError(GIVEN_UP))
+                turn.exception()  # it may be that nobody looks
+        self._waiting.clear()
+        for sending in self._sending:
+            sending.cancel()
+        self._changed.set()
+
+    async def ask(self, model: str, seconds: float, send: Callable[[float], Awaitable[Reply]]) -> Reply:
+        """Send a request as soon as there is room, and return its answer.
+
+        Args:
+            model: which model it is for.
+            seconds: how long its caller waits; infinite if that is not known.
+            send: sends it; takes the seconds that are left, returns the answer or raises.
+
+        Raises:
+            DeadlineExceededError: it could not be answered in time, and was not computed.
+            TryAgainError: too many wait, the server is stopping, or model processes died under it.
+        """
+        deadline = self._clock() + seconds
+        await self._enter(deadline)
+        try:
+            reply = await self._send(model, deadline, send)
+        finally:
+            self._leave()
+        self.counts.answered += 1
+        return reply
+
+    async def _enter(self, deadline: float) -> None:
+        if self.is_draining:
+            self._refuse("stopping", TryAgainError("the server is stopping: try again, elsewhere if you can"))
+        if self.in_flight < self.limits.in_flight and not self._waiting:
+            self._start()
+            return
+        if len(self._waiting) >= self.limits.waiting:
+            self._refuse("full", TryAgainError(f"busy: {len(self._waiting)} requests are waiting already"))
+        self._check_time(deadline, len(self._waiting))
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        try:
+            async with asyncio.timeout(None if deadline == float("inf") else deadline - self._clock()):
+                await turn  # whoever leaves has counted this request in
+        except TimeoutError:
+            self._leave_queue(turn)
+            self._refuse_late()
+        except asyncio.CancelledError:
+            self._leave_queue(turn)
+            raise
+        try:
+            self._check_time(deadline, -1)
+        except DeadlineExceededError:
+            self._leave(answered=False)
+            raise
+
+    def _leave_queue(self, turn: asyncio.Future[None]) -> None:
+        if turn in self._waiting:
+            self._waiting.remove(turn)
+        elif turn.done() and not turn.cancelled():
+            self._leave(answered=False)  # its turn came at the same moment
+
+    def _start(self) -> None:
+        if not self.in_flight:
+            self._busy_since = self._clock()
+        self.in_flight += 1
+
+    def _leave(self, *, answered: bool = True) -> None:
+        """Count one out, and the next in."""
+        now = self._clock()
+        if answered:
+            gap = now - self._busy_since
+            self._seconds_an_answer += NEWEST * (gap - self._seconds_an_answer)
+            self._busy_since = now
+        self.in_flight -= 1
+        while self._waiting and self.in_flight < self.limits.in_flight:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                self._start()
+                turn.set_result(None)
+
+    def _check_time(self, deadline: float, waiting: int) -> None:
+        """Refuse what cannot be answered in time behind those inside and those that wait."""
+        expected = MARGIN * self._seconds_an_answer * (self.in_flight + waiting + 1)
+        left = deadline - self._clock()
+        # One alone is let in all the same: the estimate may be an old one.
+        if expected > left and self.in_flight > 1:
+            message = f"busy: expected to take {expected:.2f} s, and the caller's deadline is in {max(left, 0):.2f} s"
+            self._refuse("deadline", DeadlineExceededError(message))
+
+    def _refuse_late(self) -> None:
+        message = "not computed: the caller's deadline passed while the request waited"
+        self._refuse("deadline", DeadlineExceededError(message))
+
+    def _refuse(self, why: str, error: TryAgainError) -> None:
+        self.counts.refused[why] += 1
+        raise error
+
+    async def _send(self, model: str, deadline: float, send: Callable[[float], Awaitable[Reply]]) -> Reply:
+        """Send a request, and again if the model's process dies under it."""
+        for attempt in range(SENT_AT_MOST):
+            await self._wait_until_whole(model, deadline)
+            incidents = self._incidents
+            self.counts.sent_again += attempt > 0
+            sending = asyncio.ensure_future(send(deadline - self._clock()))
+            self._sending.add(sending)
+            try:
+                await self._watch(model, sending, incidents)
+                if sending.cancelled() and self._has_given_up:
+                    self._refuse("stopping", TryAgainError(GIVEN_UP))
+                return sending.result()
+            except ModelDiedError:
+                await self._wait_until_noticed(incidents)
+            finally:
+                self._sending.discard(sending)
+                sending.cancel()
+        self._refuse("broken", TryAgainError(f"the process of {model} died {SENT_AT_MOST} times under this request"))
+        raise AssertionError  # never reached
+
+    async def _watch(self, model: str, sending: asyncio.Future[Reply], incidents: int) -> None:
+        """Wait until an answer is there.
+
+        Raises:
+            ModelDiedError: the model's process has died meanwhile; Triton would never answer.
+        """
+        while not sending.done():
+            changed = asyncio.ensure_future(self._changed.wait())
+            try:
+                await asyncio.wait((sending, changed), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                changed.cancel()
+            if not sending.done() and model in self._broken and self._incidents != incidents:
+                raise ModelDiedError(f"the process of {model} died")
+
+    async def _wait_until_whole(self, model: str, deadline: float) -> None:
+        """Wait while the model is broken."""
+        until = min(deadline, self._clock() + REPLACED_WITHIN_SECONDS)
+        while model in self._broken:
+            if self._has_given_up:
+                self._refuse("stopping", TryAgainError(GIVEN_UP))
+            try:
+                async with asyncio.timeout(until - self._clock()):
+                    await self._changed.wait()
+            except TimeoutError:
+                self._refuse("broken", TryAgainError(f"{model} is being replaced: its process died"))
+
+    async def _wait_until_noticed(self, incidents: int) -> None:
+        """Triton has said that a process is dead: wait until the launcher, who replaces it, has said so too."""
+        if self._incidents == incidents:
+            try:
+                async with asyncio.timeout(NOTICED_WITHIN_SECONDS):
+                    await self._changed.wait()
+            except TimeoutError:
+                return

@@ -1,0 +1,244 @@
+"""The guard's gRPC side: passes messages on to Triton as they are, inference through the gate.
+
+A message is parsed to see what it asks for and how long its caller waits; what is not a message never reaches Triton.
+"""
+
+import contextlib
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError, Message
+from tritonclient.grpc import service_pb2
+
+from kvcast.contract.errors import InvalidRequestError, KvcastError
+from kvcast.guard.gate import ModelDiedError
+from kvcast.guard.passage import DEAD_PROCESS, LOST_CONNECTION, NO_SHARED_MEMORY, Passage, hide_internals
+
+SERVICE = "/inference.GRPCInferenceService/"
+# What is passed on, and the message that each takes. Streaming and client shared memory are not offered.
+MESSAGES: dict[str, type[Message]] = {
+    name: getattr(service_pb2, f"{name}Request")
+    for name in (
+        "ServerLive",
+        "ServerReady",
+        "ModelReady",
+        "ServerMetadata",
+        "ModelMetadata",
+        "ModelConfig",
+        "ModelStatistics",
+        "RepositoryIndex",
+        "RepositoryModelLoad",
+        "RepositoryModelUnload",
+        "SystemSharedMemoryStatus",
+        "CudaSharedMemoryStatus",
+        "TraceSetting",
+        "LogSettings",
+        "ModelInfer",
+    )
+}
+# Triton copies a message into shared memory, which never shrinks, before a model can refuse it.
+MAX_MESSAGE_BYTES = 64 << 20
+# An error repeats names, in metadata, whose size gRPC limits.
+MAX_TEXT = 1024
+MAX_SEQUENCE_ID = 128
+MICROSECONDS = 1e6
+SERVER_OPTIONS = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.max_send_message_length", -1)]
+CHANNEL_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+# gRPC's own pauses between attempts grow to minutes; Triton is back within seconds.
+RECONNECTING = [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 250)]
+# What one caller sends in a shared-memory region, another could read; and Triton has no bounds for it.
+SHARED_MEMORY = "shared_memory_"
+LARGEST_AXIS = 2**31
+
+Rpc = Any  # grpc.aio.ServicerContext; grpc has no types
+Handler = Callable[[bytes, Rpc], Awaitable[bytes]]
+
+
+class GrpcProxy(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
+    """Handles the methods of KServe's service."""
+
+    def __init__(self, upstream: str, passage: Passage) -> None:
+        """Connect.
+
+        Args:
+            upstream: Triton's own gRPC address.
+            passage: what both protocols share: gates and state.
+        """
+        self._passage = passage
+        self._channel = grpc.aio.insecure_channel(upstream, [*CHANNEL_OPTIONS, *RECONNECTING])
+        self._calls = {name: self._channel.unary_unary(SERVICE + name) for name in MESSAGES}
+
+    def service(self, details: grpc.HandlerCallDetails) -> Any:
+        """Return the handler of a method, None for one that is not offered."""
+        name = details.method.removeprefix(SERVICE)
+        if details.method != SERVICE + name or name not in MESSAGES:
+            return None
+        return grpc.unary_unary_rpc_method_handler(self._make_handler(name))
+
+    async def close(self) -> None:
+        """Disconnect."""
+        await self._channel.close()
+
+    async def send_infer(self, message: bytes, seconds: float) -> bytes:
+        """Send an inference around the gates: for the shadow, who has a queue of its own."""
+        reply: bytes = await self._calls["ModelInfer"](message, timeout=seconds)
+        return reply
+
+    def _make_handler(self, name: str) -> Handler:
+        async def handle(body: bytes, rpc: Rpc) -> bytes:
+            try:
+                message = MESSAGES[name].FromString(body)
+            except DecodeError:
+                await rpc.abort(grpc.StatusCode.INVALID_ARGUMENT, f"expected a {name}Request, got other bytes")
+            try:
+                if name == "ModelInfer":
+                    return await self._infer(message, rpc)
+                check_name(message)
+                return await self._pass(name, message, body, rpc)
+            except grpc.aio.AioRpcError as error:
+                await rpc.abort(*self._translate(error))
+            except KvcastError as error:
+                await rpc.abort(grpc.StatusCode[error.kind.grpc_status], str(error))
+            raise AssertionError  # `abort` raises
+
+        return handle
+
+    async def _pass(self, name: str, message: Any, body: bytes, rpc: Rpc) -> bytes:
+        """Ask Triton; that it is ready, only if it is."""
+        reply: bytes = await self._calls[name](body, timeout=rpc.time_remaining(), metadata=read_metadata(rpc))
+        if name == "ServerReady" and self._passage.explain_unready():
+            reply = service_pb2.ServerReadyResponse(ready=False).SerializeToString()
+        if name == "ModelReady" and message.name in self._passage.broken:
+            reply = service_pb2.ModelReadyResponse(ready=False).SerializeToString()
+        return reply
+
+    async def _infer(self, message: Any, rpc: Rpc) -> bytes:
+        check_infer(message)
+        metadata = read_metadata(rpc)
+
+        async def send(seconds: float) -> bytes:
+            timeout = None
+            if seconds != float("inf"):
+                timeout = max(seconds, 0.0)
+                message.parameters["timeout"].int64_param = max(1, int(timeout * MICROSECONDS))
+            try:
+                reply: bytes = await self._calls["ModelInfer"](
+                    message.SerializeToString(), timeout=timeout, metadata=metadata
+                )
+            except grpc.aio.AioRpcError as error:
+                text = error.details() or ""
+                is_lost = error.code() == grpc.StatusCode.UNAVAILABLE and LOST_CONNECTION.search(text)
+                if is_lost or DEAD_PROCESS.search(text):
+                    raise ModelDiedError(str(error.details())) from error
+                raise
+            return reply
+
+        reply = await self._passage.ask(message.model_name, read_seconds(message, rpc), send)
+        if self._passage.shadow is not None:
+            self._passage.shadow.consider(message, reply)
+        return reply
+
+    def _translate(self, error: grpc.aio.AioRpcError) -> tuple[grpc.StatusCode, str]:
+        """Return status and message fit for a caller."""
+        code, text = error.code(), error.details() or ""
+        if NO_SHARED_MEMORY in text:
+            return grpc.StatusCode.UNAVAILABLE, "busy: the server's shared memory is full; try again"
+        if code == grpc.StatusCode.UNAVAILABLE and LOST_CONNECTION.search(text):
+            text = "the server is starting or stopping: try again"
+        if code in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL):
+            text = hide_internals(text)
+        return code, text
+
+
+def read_metadata(rpc: Rpc) -> list[tuple[str, str | bytes]]:
+    """Return the caller's metadata, but for what belongs to the connection."""
+    metadata = rpc.invocation_metadata() or ()
+    return [(key, value) for key, value in metadata if not key.startswith(("grpc-", ":")) and key != "user-agent"]
+
+
+def read_seconds(message: Any, rpc: Rpc) -> float:
+    """Return how long the caller waits: the connection's deadline, or the request's parameter, whichever is sooner."""
+    remaining = rpc.time_remaining()
+    seconds = float("inf") if remaining is None else remaining
+    parameter = message.parameters.get("timeout")
+    if parameter is not None and parameter.int64_param > 0:
+        seconds = min(seconds, parameter.int64_param / MICROSECONDS)
+    return seconds
+
+
+def check_infer(message: Any) -> None:
+    """Check what Triton would stumble over.
+
+    Raises:
+        InvalidRequestError: a shape or a name is impossible, or a tensor lies in shared memory.
+    """
+    check_parameters(message)
+    check_texts(message)
+    for tensor in (*message.inputs, *message.outputs):
+        named = [name for name in tensor.parameters if name.startswith(SHARED_MEMORY)]
+        if named:
+            raise InvalidRequestError(f"{tensor.name}: parameter {named[0]}: client shared memory is not offered")
+    for tensor in message.inputs:
+        if not all(0 <= axis < LARGEST_AXIS for axis in tensor.shape):
+            raise InvalidRequestError(f"{tensor.name}: expected axes of 0 to 2^31 - 1, got {list(tensor.shape)[:16]}")
+
+
+def check_parameters(message: Any) -> None:
+    """Check the parameters that Triton itself reads.
+
+    Raises:
+        InvalidRequestError: one is not of its kind.
+    """
+    if "timeout" in message.parameters:
+        timeout = message.parameters["timeout"]
+        if timeout.WhichOneof("parameter_choice") != "int64_param" or timeout.int64_param < 0:
+            raise InvalidRequestError("parameter timeout: expected whole microseconds")
+    if "sequence_id" in message.parameters:
+        length = len(message.parameters["sequence_id"].string_param.encode())
+        if length > MAX_SEQUENCE_ID:
+            raise InvalidRequestError(
+                f"parameter sequence_id: expected at most {MAX_SEQUENCE_ID} characters, got {length}"
+            )
+
+
+def check_texts(message: Any) -> None:
+    """Check the lengths of names.
+
+    Raises:
+        InvalidRequestError: one is too long.
+    """
+    tensors = (*message.inputs, *message.outputs)
+    texts = [message.model_name, message.model_version, message.id, *message.parameters]
+    texts += [text for tensor in tensors for text in (tensor.name, *tensor.parameters)]
+    longest = max(map(len, texts))
+    if longest > MAX_TEXT:
+        raise InvalidRequestError(f"names and ids: expected at most {MAX_TEXT} characters, got {longest}")
+
+
+def check_name(message: Any) -> None:
+    """Check the name of what another request is about.
+
+    Raises:
+        InvalidRequestError: it is too long.
+    """
+    for field in ("name", "model_name", "version"):
+        if len(getattr(message, field, "")) > MAX_TEXT:
+            raise InvalidRequestError(f"{field}: expected at most {MAX_TEXT} characters")
+
+
+async def open_server(proxy: GrpcProxy, address: str, credentials: grpc.ServerCredentials | None) -> grpc.aio.Server:
+    """Listen.
+
+    Raises:
+        OSError: the address cannot be bound.
+    """
+    server = grpc.aio.server(options=[*SERVER_OPTIONS, ("grpc.so_reuseport", 0)])
+    server.add_generic_rpc_handlers((proxy,))
+    with contextlib.suppress(RuntimeError):
+        port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
+        if port:
+            await server.start()
+            return server
+    raise OSError(f"cannot listen on {address} (gRPC)")

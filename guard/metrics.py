@@ -1,0 +1,100 @@
+"""The guard's own metrics, and Triton's, at one address for Prometheus."""
+
+from collections.abc import Iterable
+
+import aiohttp
+from aiohttp import web
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from kvcast.guard.passage import Passage
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+ASK_SECONDS = 5
+
+
+class GuardMetrics(Collector):
+    """Reads the gates, the shadow and the state when Prometheus asks."""
+
+    def __init__(self, passage: Passage) -> None:
+        """Take note of what to read."""
+        self._passage = passage
+
+    def collect(self) -> Iterable[Metric]:
+        """Return what they say now."""
+        yield from self._collect_gates()
+        yield from self._collect_shadow()
+        state = self._passage.state
+        yield GaugeMetricFamily(
+            "kvcast_ready", "1 if the server is ready", value=float(not self._passage.explain_unready())
+        )
+        yield GaugeMetricFamily("kvcast_active_release", "Number of the release that is served", value=state.release)
+        yield GaugeMetricFamily(
+            "kvcast_refused_release", "Number of a release that failed its checks, else 0", value=state.refused_release
+        )
+        yield CounterMetricFamily(
+            "kvcast_repairs", "Times that dead model processes were replaced", value=state.repairs
+        )
+        yield CounterMetricFamily("kvcast_restarts", "Times that tritonserver itself had crashed", value=state.restarts)
+        deaths = CounterMetricFamily("kvcast_process_deaths", "Model processes that died or hung", labels=["model"])
+        for model, count in state.deaths.items():
+            deaths.add_metric([model], count)
+        yield deaths
+
+    def _collect_gates(self) -> Iterable[Metric]:
+        answered = CounterMetricFamily("kvcast_guard_answered", "Requests that Triton answered", labels=["model"])
+        refused = CounterMetricFamily("kvcast_guard_refused", "Requests not let in, by reason", labels=["model", "why"])
+        again = CounterMetricFamily("kvcast_guard_sent_again", "Requests sent again after a death", labels=["model"])
+        inside = GaugeMetricFamily("kvcast_guard_in_flight", "Requests that Triton has", labels=["model"])
+        waiting = GaugeMetricFamily("kvcast_guard_waiting", "Requests that wait for Triton", labels=["model"])
+        for model, gate in self._passage.gates.items():
+            answered.add_metric([model], gate.counts.answered)
+            again.add_metric([model], gate.counts.sent_again)
+            inside.add_metric([model], gate.in_flight)
+            waiting.add_metric([model], gate.waiting)
+            for why, count in gate.counts.refused.items():
+                refused.add_metric([model, why], count)
+        return answered, refused, again, inside, waiting
+
+    def _collect_shadow(self) -> Iterable[Metric]:
+        shadow = self._passage.shadow
+        if shadow is None:
+            return ()
+        outcomes = CounterMetricFamily(
+            "kvcast_shadow_requests", "Rankings scored again, by outcome", labels=["outcome"]
+        )
+        for outcome in ("scored", "skipped", "failed"):
+            outcomes.add_metric([outcome], getattr(shadow, outcome))
+        largest = GaugeMetricFamily(
+            "kvcast_shadow_largest_difference",
+            "Largest difference of a score from the traditional scheme's since the start; alert above 1e-5",
+            value=shadow.largest_difference,
+        )
+        return outcomes, largest
+
+
+class MetricsPage:
+    """Answers Prometheus."""
+
+    def __init__(self, passage: Passage, session: aiohttp.ClientSession, upstream: str) -> None:
+        """Take note of Triton's metrics address, `http://host:port/metrics`."""
+        self._registry = CollectorRegistry()
+        self._registry.register(GuardMetrics(passage))
+        self._session, self._upstream = session, upstream
+
+    async def answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Return both pages; ours alone where Triton's is not there."""
+        if request.path != "/metrics":
+            return web.Response(status=404, text="there is /metrics here\n")
+        return web.Response(
+            body=await self._read_upstream() + generate_latest(self._registry), headers={"Content-Type": CONTENT_TYPE}
+        )
+
+    async def _read_upstream(self) -> bytes:
+        try:
+            timeout = aiohttp.ClientTimeout(total=ASK_SECONDS)
+            async with self._session.get(self._upstream, timeout=timeout) as reply:
+                return await reply.read() if reply.status == 200 else b""
+        except (aiohttp.ClientError, TimeoutError):
+            return b""

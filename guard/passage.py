@@ -1,0 +1,90 @@
+"""What the guard's two protocols share: the launcher's word on what is broken, a gate for each model, the shadow."""
+
+import re
+import sys
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from kvcast.contract.errors import TryAgainError
+from kvcast.contract.tensors import MODELS
+from kvcast.guard.gate import Gate, GateLimits
+from kvcast.guard.shadow import Shadow
+from kvcast.guard.state import State
+
+Reply = TypeVar("Reply")
+
+# What Triton says of a request whose model process has died.
+DEAD_PROCESS = re.compile(r"Stub process '.*' is not healthy|Stub process is unhealthy|the stub process .* is not")
+# What Triton says when /dev/shm has no room for a request.
+NO_SHARED_MEMORY = "shared memory pool size"
+# What the gRPC library says of a connection to Triton that broke off, or cannot be made.
+LOST_CONNECTION = re.compile(
+    r"(?i)failed to connect|socket closed|connection (reset|refused|closed)|stream removed|goaway"
+)
+# What must not reach callers: tracebacks and paths of the server.
+INTERNALS = re.compile(r'Traceback|File "|(?:/[\w.+-]+){2,}|\.py\b')
+
+
+class Passage:
+    """Gates by model, and the state that the launcher last wrote."""
+
+    def __init__(self, limits: GateLimits) -> None:
+        """Open a gate before each model."""
+        self.gates = {model.name: Gate(limits) for model in MODELS}
+        self.shadow: Shadow | None = None
+        self.state = State()
+        self._steps = {model.name: model.steps or (model.name,) for model in MODELS}
+
+    @property
+    def broken(self) -> set[str]:
+        """The models that cannot answer: those with a dead process, and the ensembles that they are part of."""
+        return {name for name, steps in self._steps.items() if set(steps) & set(self.state.broken)}
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is inside or waits."""
+        return all(gate.is_idle for gate in self.gates.values())
+
+    def follow(self, state: State) -> None:
+        """Take in what the launcher says."""
+        self.state = state
+        for name, gate in self.gates.items():
+            gate.is_draining = gate.is_draining or state.is_draining
+            gate.set_broken({name} & self.broken, sum(state.deaths.get(step, 0) for step in self._steps[name]))
+
+    def drain(self) -> None:
+        """Let nobody in any more."""
+        for gate in self.gates.values():
+            gate.is_draining = True
+
+    def give_up(self) -> None:
+        """Refuse those who are still there."""
+        for gate in self.gates.values():
+            gate.give_up()
+
+    def explain_unready(self) -> str:
+        """Return why the server is not ready, empty if it is."""
+        if any(gate.is_draining for gate in self.gates.values()):
+            return "the server is stopping"
+        return "" if self.state.is_ready else self.state.reason or "the server is starting"
+
+    async def ask(self, model: str, seconds: float, send: Callable[[float], Awaitable[Reply]]) -> Reply:
+        """Send a request through its model's gate; one to a model that is not ours, at once: Triton will refuse it.
+
+        Raises:
+            TryAgainError: there is no server yet; or as `Gate.ask`.
+        """
+        if not self.state.release:
+            raise TryAgainError("the server is starting: try again")
+        gate = self.gates.get(model)
+        return await (gate.ask(model, seconds, send) if gate is not None else send(seconds))
+
+
+def hide_internals(text: str) -> str:
+    """Return the text, or a reference to the guard's log if it would show a caller the server's inside."""
+    if not INTERNALS.search(text):
+        return text
+    reference = uuid.uuid4().hex[:12]
+    print(f"kvcast guard: unexpected error {reference}: {text}", file=sys.stderr, flush=True)
+    return f"unexpected error on the server; its log has the details under {reference}"

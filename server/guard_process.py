@@ -1,0 +1,120 @@
+"""The guard as a process: started before Triton can answer, started again if it dies, stopped after its last answer."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvcast.server.installation import ServerError
+
+if TYPE_CHECKING:
+    from kvcast.server.launcher import ServerSettings
+
+LISTENS_WITHIN_SECONDS = 30
+KILL_AFTER_SECONDS = 2
+HEADER_VARIABLE = "KVCAST_GUARD_HEADER"
+LISTENING = "kvcast guard: listening"
+PAUSE_SECONDS = 0.2
+
+
+class GuardProcess:
+    """Keeps one guard running before one tritonserver."""
+
+    def __init__(
+        self,
+        settings: "ServerSettings",
+        ports: Sequence[int],
+        state_file: Path,
+        header: tuple[str, str],
+        log: Callable[[str], None],
+    ) -> None:
+        """Take note of what to guard.
+
+        Args:
+            settings: the public addresses, the limits, TLS.
+            ports: Triton's own ports on this machine: HTTP, gRPC, metrics.
+            state_file: what the supervisor says.
+            header: opens Triton's HTTP inference.
+            log: receives the guard's lines.
+        """
+        self._command = make_command(settings, ports, state_file)
+        self._environment = {**os.environ, HEADER_VARIABLE: "=".join(header)}
+        self._drain_seconds, self._log = settings.drain_seconds, log
+        self._process: subprocess.Popen[str] | None = None
+        self._listens, self._stopping = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="guard", daemon=True)
+
+    def start(self) -> None:
+        """Start it, and wait until it listens.
+
+        Raises:
+            ServerError: it does not.
+        """
+        self._thread.start()
+        if not self._listens.wait(LISTENS_WITHIN_SECONDS):
+            raise ServerError("the guard did not start: its lines in the log say why")
+
+    def stop(self) -> None:
+        """Have it answer who is there, and end."""
+        self._stopping.set()
+        process = self._process
+        if process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(self._drain_seconds + KILL_AFTER_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        self._thread.join(timeout=KILL_AFTER_SECONDS)
+
+    def _keep(self) -> None:
+        while not self._stopping.is_set():
+            self._process = subprocess.Popen(
+                self._command,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+            )
+            if self._stopping.is_set():  # told to stop while it was being started
+                self._process.terminate()
+            if self._process.stdout is not None:
+                with self._process.stdout as lines:
+                    for line in lines:
+                        self._log(line.rstrip())
+                        if line.startswith(LISTENING):
+                            self._listens.set()
+            self._process.wait()
+            if not self._stopping.is_set():
+                self._log("kvcast: the guard has ended; starting it again")
+                time.sleep(PAUSE_SECONDS)
+
+
+def make_command(settings: "ServerSettings", ports: Sequence[int], state_file: Path) -> list[str]:
+    """Return the guard's command line."""
+    http_port, grpc_port, metrics_port = ports
+    command = [sys.executable, "-m", "kvcast.guard"]
+    command += ["--http", f"{settings.host}:{settings.http_port}", "--upstream-http", f"127.0.0.1:{http_port}"]
+    command += ["--grpc", f"{settings.host}:{settings.grpc_port}", "--upstream-grpc", f"127.0.0.1:{grpc_port}"]
+    command += ["--metrics", f"{settings.host}:{settings.metrics_port}"]
+    command += ["--upstream-metrics", f"127.0.0.1:{metrics_port}", "--state", str(state_file)]
+    command += ["--drain-seconds", str(settings.drain_seconds), "--shadow", str(settings.shadow)]
+    command += ["--in-flight", str(settings.in_flight), "--waiting", str(settings.waiting)]
+    for flag, file in (
+        ("--tls-certificate", settings.tls_certificate),
+        ("--tls-key", settings.tls_key),
+        ("--tls-client-ca", settings.tls_client_ca),
+    ):
+        command += [flag, str(file)] if file is not None else []
+    return command

@@ -1,0 +1,191 @@
+"""The tritonserver process: its command line, its log, its start and end, and its next start if it crashes."""
+
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from kvcast.server import shared_memory
+from kvcast.server.admin import Admin
+from kvcast.server.installation import ServerError, find_installation
+
+GONE_WITHIN_SECONDS = 2
+SET_PARENT_DEATH_SIGNAL = 1  # of prctl(2)
+LIBC = ctypes.CDLL(None)
+
+
+class TritonProcess:
+    """One tritonserver, and the stubs that it starts: all of them in one process group."""
+
+    def __init__(
+        self, flags: Sequence[str], models: Sequence[str], instance: str, admin: Admin, log: Callable[[str], None]
+    ) -> None:
+        """Take note of what to run.
+
+        Args:
+            flags: of the command line, but for where its backends are.
+            models: those that must be ready.
+            instance: names this server's shared memory.
+            admin: asks it.
+            log: receives every line that it writes.
+        """
+        self._flags, self._models, self._instance = list(flags), list(models), instance
+        self._admin, self._log = admin, log
+        self._process: subprocess.Popen[str] | None = None
+        self._tail: deque[str] = deque(maxlen=400)
+        self._reader: threading.Thread | None = None
+        self._claim: int | None = None
+        self._command: list[str] = []
+        self._environment: dict[str, str] = {}
+
+    @property
+    def pid(self) -> int:
+        """The process id; 0 before the start."""
+        return self._process.pid if self._process is not None else 0
+
+    @property
+    def command(self) -> list[str]:
+        """The command line."""
+        return self._command
+
+    @property
+    def status(self) -> int | None:
+        """The exit status, None while it runs."""
+        return self._process.poll() if self._process is not None else None
+
+    def start(self, workspace: Path, timeout_seconds: float) -> None:
+        """Start it, and wait until every model is loaded.
+
+        Args:
+            workspace: a private folder, for links to the backends.
+            timeout_seconds: within which it has to be ready.
+
+        Raises:
+            ServerError: it cannot be run, stopped, or is not ready in time.
+        """
+        installation = find_installation(workspace)
+        self._command = [str(installation.binary), *installation.flags, *self._flags]
+        # The stubs must not leave compiled files in a repository that is only read.
+        self._environment = {**os.environ, **installation.environment, "PYTHONDONTWRITEBYTECODE": "1"}
+        self._claim = shared_memory.claim(self._instance)
+        self._run(timeout_seconds)
+
+    def restart(self, timeout_seconds: float) -> None:
+        """Start it again after it has crashed.
+
+        Raises:
+            ServerError: as `start`.
+        """
+        self._end_group()
+        shared_memory.remove_regions(self._instance)
+        self._tail.clear()
+        self._run(timeout_seconds)
+
+    def stop(self, seconds: float) -> None:
+        """Ask it to end within so many seconds, then make it; remove its shared memory."""
+        if self._process is not None:
+            if self._process.poll() is None:
+                self._process.send_signal(signal.SIGTERM)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(seconds)
+            self._end_group()
+        if self._claim is not None:
+            shared_memory.release(self._instance)
+            os.close(self._claim)
+            self._claim = None
+
+    def _run(self, timeout_seconds: float) -> None:
+        try:
+            self._process = subprocess.Popen(
+                self._command,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                pass_fds=() if self._claim is None else (self._claim,),
+                start_new_session=True,  # Ctrl-C reaches the launcher alone, which then stops the server
+                preexec_fn=end_with_parent,  # noqa: PLW1509 one system call, nothing is imported or allocated
+            )
+        except OSError as error:
+            raise ServerError(f"cannot run {self._command[0]}: {error.strerror}") from error
+        self._reader = threading.Thread(target=self._read_log, name="tritonserver-log", daemon=True)
+        self._reader.start()
+        self._wait_until_ready(self._process, timeout_seconds)
+
+    def _wait_until_ready(self, process: subprocess.Popen[str], seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                self._finish_log()
+                raise ServerError(f"tritonserver stopped at start-up: {explain(list(self._tail))}")
+            if self._admin.is_ready():
+                missing = self._admin.find_missing(self._models)
+                if missing:  # ready servers can lack a model
+                    raise ServerError(f"tritonserver is up without {', '.join(missing)}: {explain(list(self._tail))}")
+                return
+            time.sleep(0.1)
+        raise ServerError(f"tritonserver was not ready after {seconds:.0f} s")
+
+    def _read_log(self) -> None:
+        if self._process is None or self._process.stdout is None:
+            return
+        with self._process.stdout as lines:
+            for line in lines:
+                self._tail.append(line.rstrip())
+                self._log(line.rstrip())
+
+    def _end_group(self) -> None:
+        """End what is left of the server and the stubs of its models, and wait until they are gone."""
+        if self._process is None:
+            return
+        deadline = time.monotonic() + GONE_WITHIN_SECONDS
+        while has_members(self._process.pid) and time.monotonic() < deadline:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            time.sleep(0.01)
+        self._process.wait()
+        self._finish_log()
+
+    def _finish_log(self) -> None:
+        """Wait for the last lines of a process that has ended."""
+        if self._reader is not None:
+            self._reader.join(timeout=2)
+
+
+def end_with_parent() -> None:
+    """Have the kernel end this process with the one that started it, even if that one is killed."""
+    LIBC.prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+
+
+def has_members(group: int) -> bool:
+    """Whether a process of this group is still running (one that has ended but was not collected is not)."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, own_group = path.read_text().rpartition(")")[2].split()[:3]
+            if int(own_group) == group and state != "Z":
+                return True
+    return False
+
+
+def explain(log: list[str]) -> str:
+    """Return the one sentence of a server's log that says why it stopped."""
+    for pattern in (
+        r"error while loading shared libraries: (.+)",
+        r"failed to load '.+?' version \d+: (?:\w+(?: \w+)?: )?(.+)",
+        r"^E\d{4} .*?\] \"?(?!CudaDriverHelper)(.+?)\"?$",  # that one is every CPU machine's
+        r"(?i)error: (.+)",
+    ):
+        for line in log:
+            found = re.search(pattern, line)
+            if found:
+                return found.group(1).strip().rstrip('"')
+    return log[-1] if log else "it wrote nothing"

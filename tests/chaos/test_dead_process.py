@@ -1,0 +1,126 @@
+"""Model processes that are killed or stopped under load: replaced in seconds, and no caller sees it."""
+
+import dataclasses
+import json
+import os
+import signal
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from kvcast.client import NO_RETRIES
+from kvcast.client.probe import main as probe
+from kvcast.server import TritonServer
+from kvcast.server.stubs import list_stubs
+from tests.chaos.load import Load, draw_requests, expect, record_answers
+from tests.conftest import make_settings
+
+REPAIRED_WITHIN_SECONDS = 10
+NOTICED_WITHIN_SECONDS = 2
+
+
+@pytest.fixture(scope="module")
+def guarded(tiny_repository):
+    """A server of this module's own, since its processes are killed."""
+    with TritonServer(dataclasses.replace(make_settings(tiny_repository), models=["ranker", "ranker_resident"])) as own:
+        yield own
+
+
+@pytest.fixture(scope="module")
+def requests():
+    return draw_requests()
+
+
+def read_state(server: TritonServer) -> dict:
+    with urllib.request.urlopen(f"http://{server.http_address}/kvcast/state", timeout=5) as reply:
+        return json.load(reply)
+
+
+def wait_until(condition, seconds: float) -> float:
+    """Return how long it took."""
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < seconds, "it did not happen in time"
+        time.sleep(0.02)
+    return time.monotonic() - started
+
+
+def hit(server: TritonServer, model: str, number: signal.Signals) -> None:
+    assert server.pid
+    stub = next(each for each in list_stubs(server.pid).values() if each.model == model)
+    os.kill(stub.pid, number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda each: each.name)
+@pytest.mark.parametrize(
+    ("victim", "asked"),
+    [("user_encoder", "ranker"), ("doc_fusion", "ranker"), ("ranker_resident", "ranker_resident")],
+)
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_a_process_that_dies_under_load_is_replaced_and_nobody_sees_it(
+    guarded, requests, victim, asked, number, protocol
+):
+    expected = expect(requests, record_answers(guarded.grpc_address, requests, asked))
+    address = guarded.grpc_address if protocol == "grpc" else guarded.http_address
+    before = read_state(guarded)
+    with Load(address, expected, asked, protocol, retry=NO_RETRIES) as load:
+        load.wait_for(100)
+        hit(guarded, victim, number)
+        wait_until(lambda: read_state(guarded)["deaths"] != before["deaths"], NOTICED_WITHIN_SECONDS)
+        assert read_state(guarded)["repairs"] > before["repairs"] or not read_state(guarded)["is_ready"]
+        wait_until(lambda: read_state(guarded)["repairs"] > before["repairs"], REPAIRED_WITHIN_SECONDS)
+        load.wait_for(100)
+    assert set(load.count()) == {"right"}, [each for each in load.outcomes if each.what != "right"][:5]
+    assert max(each.seconds for each in load.outcomes) < REPAIRED_WITHIN_SECONDS
+    assert read_state(guarded)["is_ready"]
+
+
+def test_health_tells_the_truth_while_a_process_is_dead(guarded, own_repository, capsys):
+    """An artefact that cannot be loaded again keeps the model down: that is said, until the cause is gone."""
+    settings = dataclasses.replace(make_settings(own_repository), models=["ranker"])
+    with TritonServer(settings) as server:
+        arguments = ["--address", server.grpc_address]
+        assert probe(arguments) == 0
+        graph = own_repository / "doc_fusion" / "1" / "model.onnx"
+        whole = graph.read_bytes()
+        graph.write_bytes(whole[:-100])
+        hit(server, "doc_fusion", signal.SIGKILL)
+        wait_until(lambda: "SHA-256" in read_state(server)["reason"], 10)
+        assert probe(arguments) != 0
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            urllib.request.urlopen(f"http://{server.http_address}/v2/health/ready", timeout=5)
+        graph.write_bytes(whole)
+        wait_until(lambda: read_state(server)["is_ready"], 15)
+        assert probe([*arguments, "--wait", "5"]) == 0
+    capsys.readouterr()
+
+
+def test_two_instances_of_each_model(own_repository, requests):
+    for config in own_repository.glob("*/config.pbtxt"):
+        config.write_text(config.read_text().replace("count: 1", "count: 2"))
+    with TritonServer(dataclasses.replace(make_settings(own_repository), models=["ranker"])) as server:
+        expected = expect(requests, record_answers(server.grpc_address, requests))
+        with Load(server.grpc_address, expected) as load:
+            load.wait_for(50)
+            hit(server, "user_encoder", signal.SIGKILL)
+            wait_until(lambda: read_state(server)["repairs"] == 1, REPAIRED_WITHIN_SECONDS)
+            load.wait_for(50)
+    assert set(load.count()) == {"right"}, load.count()
+
+
+def test_the_guard_itself_is_started_again(guarded, requests):
+    expected = expect(requests, record_answers(guarded.grpc_address, requests))
+    from kvcast.client import RetryPolicy  # noqa: PLC0415
+
+    with Load(guarded.grpc_address, expected, retry=RetryPolicy()) as load:
+        load.wait_for(50)
+        (guard,) = [
+            int(path.parent.name)
+            for path in Path("/proc").glob("[0-9]*/cmdline")
+            if b"kvcast.guard" in path.read_bytes() and guarded.grpc_address.encode() in path.read_bytes()
+        ]
+        os.kill(guard, signal.SIGKILL)
+        load.wait_for(50)
+    assert set(load.count()) == {"right"}, load.count()
