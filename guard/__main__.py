@@ -129,7 +129,10 @@ async def follow(path: Path, passage: Passage) -> None:
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # what cannot be read now is read next
             status = path.stat()
             if seen != (status.st_mtime_ns, status.st_ino):
+                was_ready = passage.state.is_ready
                 passage.follow(State.read(path))
+                if passage.state.is_ready and not was_ready:
+                    print("kvcast guard: ready", flush=True)
                 seen = (status.st_mtime_ns, status.st_ino)
         await asyncio.sleep(LOOK_SECONDS)
 

@@ -20,6 +20,7 @@ LISTENS_WITHIN_SECONDS = 30
 KILL_AFTER_SECONDS = 2
 HEADER_VARIABLE = "KVCAST_GUARD_HEADER"
 LISTENING = "kvcast guard: listening"
+READY = "kvcast guard: ready"
 PAUSE_SECONDS = 0.2
 
 
@@ -47,7 +48,7 @@ class GuardProcess:
         self._environment = {**os.environ, HEADER_VARIABLE: "=".join(header)}
         self._drain_seconds, self._log = settings.drain_seconds, log
         self._process: subprocess.Popen[str] | None = None
-        self._listens, self._stopping = threading.Event(), threading.Event()
+        self._listens, self._is_ready, self._stopping = threading.Event(), threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._keep, name="guard", daemon=True)
 
     def start(self) -> None:
@@ -59,6 +60,15 @@ class GuardProcess:
         self._thread.start()
         if not self._listens.wait(LISTENS_WITHIN_SECONDS):
             raise ServerError("the guard did not start: its lines in the log say why")
+
+    def wait_until_ready(self) -> None:
+        """Wait until it has heard that the server is ready.
+
+        Raises:
+            ServerError: it has not.
+        """
+        if not self._is_ready.wait(LISTENS_WITHIN_SECONDS):
+            raise ServerError("the guard did not become ready: its lines in the log say why")
 
     def stop(self) -> None:
         """Have it answer who is there, and end."""
@@ -95,6 +105,8 @@ class GuardProcess:
                         self._log(line.rstrip())
                         if line.startswith(LISTENING):
                             self._listens.set()
+                        elif line.startswith(READY):
+                            self._is_ready.set()
             self._process.wait()
             if not self._stopping.is_set():
                 self._log("kvcast: the guard has ended; starting it again")

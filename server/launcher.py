@@ -181,6 +181,8 @@ class TritonServer:
             self.supervisor.start(release)
         except ArtefactError as error:
             raise ServerError(str(error)) from error
+        if self._guard is not None:
+            self._guard.wait_until_ready()
 
     def stop(self) -> None:
         """Answer who is there, then end everything; remove the workspace and the shared memory.

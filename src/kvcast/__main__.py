@@ -10,6 +10,7 @@ from kvcast.server import ServerError
 COMMANDS = {
     "export": ("kvcast.export.__main__", "export a network into a model repository, proved exact"),
     "serve": ("kvcast.server.__main__", "serve a model repository with tritonserver"),
+    "release": ("kvcast.server.release", "publish releases, choose which one is served, go back"),
     "rank": ("kvcast.client.__main__", "rank the candidates of a JSON request on a running server"),
     "probe": ("kvcast.client.probe", "say whether a running server ranks, for health checks"),
     "clicklog": ("kvcast.clicklog.__main__", "print a synthetic ranking request"),

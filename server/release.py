@@ -1,0 +1,157 @@
+"""`kvcast release`: publish exports as immutable releases, and choose which of them is served, without a restart."""
+
+import argparse
+import json
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from kvcast.server.installation import ServerError
+from kvcast.server.releases import Record, ReleaseStore
+
+LOOK_SECONDS = 0.2
+DEFAULT_SERVER = "127.0.0.1:8000"
+
+EXAMPLE = """\
+example:
+  kvcast export --config bench --weights new.safetensors --repository build/new
+  kvcast release publish build/new
+  kvcast release activate 2        # servers that run load it beside the old one, try it, and move over
+  kvcast release rollback          # back to the one before
+
+exit status: 0 done, 1 refused; what was served before is served still
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="kvcast release",
+        description="Publish exports as immutable, checksummed releases, and choose which one is served. A release is "
+        "tried with its golden request before traffic moves to it.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="publish | list | activate | rollback")
+    publish = commands.add_parser("publish", help="copy an export into the repository as its next release")
+    publish.add_argument("source", type=Path, metavar="EXPORT", help="folder that `kvcast export` has written")
+    listing = commands.add_parser("list", help="print the releases")
+    activate = commands.add_parser("activate", help="have a release served")
+    activate.add_argument("release", metavar="RELEASE", help="its number, or the beginning of its fingerprint")
+    rollback = commands.add_parser("rollback", help="have the release served that was active before")
+    for command in (publish, listing, activate, rollback):
+        command.add_argument("--repository", type=Path, default=Path("model_repository"), metavar="DIR")
+    listing.add_argument("--json", action="store_true", help="print the record as JSON")
+    for command in (activate, rollback):
+        command.add_argument(
+            "--server", action="append", metavar="HOST:PORT",
+            help=f"HTTP address of a running server to wait for; may be repeated ({DEFAULT_SERVER}, if one is there)",
+        )  # fmt: skip
+        command.add_argument("--wait", type=float, default=900.0, metavar="SECONDS", help="for servers (%(default)s)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Do what is asked; return the exit status."""
+    arguments = make_parser().parse_args(argv)
+    store = ReleaseStore(arguments.repository)
+    try:
+        if arguments.command == "publish":
+            release = store.publish(arguments.source)
+            print(f"release {release.number} ({release.fingerprint[:12]}, {release.config}) is published")
+        elif arguments.command == "list":
+            show = to_json if arguments.json else to_table
+            print(show(store.read()))
+        else:
+            move(store, choose(store.read(), arguments), arguments.server, arguments.wait)
+    except (ServerError, OSError) as error:
+        print(f"kvcast release {arguments.command}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def choose(record: Record, arguments: argparse.Namespace) -> int:
+    """Return the number of the release that is asked for.
+
+    Raises:
+        ServerError: there is none.
+    """
+    if arguments.command == "activate":
+        return record.find(arguments.release).number
+    if record.previous is None:
+        raise ServerError("no release was active before the one that is: `kvcast release list` shows what there is")
+    return record.previous
+
+
+def move(store: ReleaseStore, number: int, servers: list[str] | None, seconds: float) -> None:
+    """Have a release served, and wait until the servers do; if one refuses it, have the old one served again.
+
+    Raises:
+        ServerError: its files are not as published, or a server refuses it, or is not done in time.
+    """
+    named = servers or [server for server in [DEFAULT_SERVER] if read_state(server) is not None]
+    for server in servers or []:
+        if read_state(server) is None:
+            raise ServerError(f"{server}: no answer: is a kvcast server there, and is this its HTTP port?")
+    before = store.activate(number)
+    try:
+        for server in named:
+            wait_for(server, number, time.monotonic() + seconds)
+            print(f"{server} serves release {number}")
+    except (ServerError, KeyboardInterrupt):
+        store.restore(before)
+        raise
+    if not named:
+        print(
+            f"release {number} is active: servers of {store.repository} follow within a second or at their next start"
+        )
+
+
+def wait_for(server: str, number: int, deadline: float) -> None:
+    """Wait until a server serves a release.
+
+    Raises:
+        ServerError: it refuses, or the time is over.
+    """
+    while time.monotonic() < deadline:
+        state = read_state(server) or {}
+        if state.get("release") == number:
+            return
+        if state.get("refused_release") == number:
+            raise ServerError(f"{server} refuses release {number}: {state.get('refused_reason')}")
+        time.sleep(LOOK_SECONDS)
+    raise ServerError(f"{server} does not serve release {number} yet: is {number} published in its own repository?")
+
+
+def read_state(server: str) -> dict[str, Any] | None:
+    """Return what a server says of itself, None if there is none."""
+    try:
+        with urllib.request.urlopen(f"http://{server}/kvcast/state", timeout=5) as reply:
+            state: dict[str, Any] = json.load(reply)
+            return state
+    except (urllib.error.URLError, OSError, ValueError):
+        return None
+
+
+def to_table(record: Record) -> str:
+    """Return the releases for people, newest last."""
+    if not record.releases:
+        return "nothing is published yet: `kvcast release publish EXPORT`"
+    lines = [f"{'':6}  {'number':>6}  {'release':12}  {'config':8}  published"]
+    for each in record.releases:
+        mark = {record.active: "active", record.previous: "before"}.get(each.number, "")
+        lines.append(f"{mark:6}  {each.number:>6}  {each.fingerprint[:12]}  {each.config:8}  {each.published}")
+    return "\n".join(lines)
+
+
+def to_json(record: Record) -> str:
+    """Return the releases for machines."""
+    releases = [{key: value for key, value in vars(each).items() if key != "files"} for each in record.releases]
+    return json.dumps({"active": record.active, "previous": record.previous, "releases": releases})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

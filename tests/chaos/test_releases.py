@@ -1,0 +1,232 @@
+"""Releases: published whole or not at all, tried before traffic moves, switched under load without one wrong score."""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import stat
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvcast.contract.config import load_config
+from kvcast.contract.errors import ConfigError
+from kvcast.contract.tensors import EXPORTED_MODELS
+from kvcast.export.pipeline import WeightsSource, export_release
+from kvcast.server import ServerError, ServerSettings, TritonServer
+from kvcast.server.release import main as release
+from kvcast.server.releases import ReleaseStore
+from tests.chaos.load import Load, draw_requests, expect, record_answers
+from tests.conftest import make_settings
+
+SWITCHES = 20
+
+
+@pytest.fixture(scope="module")
+def other_export(tmp_path_factory):
+    """An export with other weights: other scores."""
+    folder = tmp_path_factory.mktemp("other") / "export"
+    export_release(load_config("tiny"), WeightsSource(seed=1), folder, say=lambda _: None)
+    return folder
+
+
+@pytest.fixture
+def repository(tiny_repository, other_export, tmp_path):
+    """A repository with two releases, of which the first is active."""
+    store = ReleaseStore(tmp_path / "repository")
+    for export in (tiny_repository, other_export):
+        store.publish(export)
+    store.activate(1)
+    return store.repository
+
+
+def serve(repository: Path, **changes) -> TritonServer:
+    models = ["ranker", "ranker_resident"]
+    return TritonServer(dataclasses.replace(make_settings(repository), **{"models": models, **changes}))
+
+
+def read_state(server: TritonServer) -> dict:
+    with urllib.request.urlopen(f"http://{server.http_address}/kvcast/state", timeout=5) as reply:
+        return json.load(reply)
+
+
+def run(server: TritonServer, *arguments: str) -> int:
+    return release([*arguments, "--repository", str(server.settings.repository), "--server", server.http_address])
+
+
+def test_twenty_switches_under_load_fail_nobody_and_mix_nothing(repository, capsys):
+    requests = draw_requests()
+    with serve(repository) as server:
+        answers = {}
+        for number in (2, 1):
+            assert run(server, "activate", str(number)) == 0
+            for model in ("ranker", "ranker_resident"):
+                answers[number, model] = record_answers(server.grpc_address, requests, model)
+        with contextlib.ExitStack() as stack:
+            loads = [
+                stack.enter_context(
+                    Load(address, expect(requests, answers[1, model], answers[2, model]), model, protocol, threads=2)
+                )
+                for model in ("ranker", "ranker_resident")
+                for protocol, address in (("grpc", server.grpc_address), ("http", server.http_address))
+            ]
+            for switch in range(SWITCHES):
+                switch_to(server, 1 if switch % 2 else 2, answers, requests)
+        for load in loads:
+            assert set(load.count()) == {"right"}, (load.model, load.protocol, load.count())
+            assert load.count()["right"] > SWITCHES
+    capsys.readouterr()
+
+
+def switch_to(server, number, answers, requests):
+    """Switch, and see that callers who come from now on get that release's scores."""
+    assert run(server, *(("rollback",) if number == 1 else ("activate", "2"))) == 0
+    assert read_state(server)["release"] == number
+    for model in ("ranker", "ranker_resident"):
+        for scores, right in zip(
+            record_answers(server.grpc_address, requests[:3], model), answers[number, model], strict=False
+        ):
+            np.testing.assert_allclose(scores, right, rtol=0, atol=1e-5)
+
+
+def test_a_release_that_computes_something_else_is_refused_and_the_old_one_stays(repository, capsys):
+    """Golden scores that are not this release's: what other hardware or another library would look like."""
+    store = ReleaseStore(repository)
+    for model in EXPORTED_MODELS:
+        damage(store, model.name, 2)
+    requests = draw_requests(4)
+    with serve(repository, models=["ranker"]) as server:
+        before = record_answers(server.grpc_address, requests)
+        assert run(server, "activate", "2") == 1
+        assert "golden request" in capsys.readouterr().err
+        assert store.read().active == 1
+        assert read_state(server)["release"] == 1
+        assert read_state(server)["is_ready"]
+        for scores, right in zip(record_answers(server.grpc_address, requests), before, strict=True):
+            np.testing.assert_array_equal(scores, right)
+        with urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=5) as reply:
+            assert b"kvcast_active_release 1.0" in reply.read()
+
+
+def damage(store: ReleaseStore, model: str, number: int) -> None:
+    """Write other golden scores, with the checksums of a release that was published so."""
+    folder = store.find_folder(model, number)
+    folder.chmod(0o755)
+    golden, manifest = (folder / name for name in ("golden.json", "manifest.json"))
+    for path in (golden, manifest):
+        path.chmod(0o644)
+    table = json.loads(golden.read_text())
+    table["scores"][0] += 0.001
+    golden.write_text(json.dumps(table))
+    from kvcast.contract.manifest import hash_file  # noqa: PLC0415
+
+    described = json.loads(manifest.read_text())
+    described["files"]["golden.json"] = hash_file(golden)
+    manifest.write_text(json.dumps(described))
+    record_path = store.repository / "releases.json"
+    record = json.loads(record_path.read_text())
+    entry = next(each for each in record["releases"] if each["number"] == number)
+    for path in (golden, manifest):
+        entry["files"][f"{model}/{path.name}"] = hash_file(path)
+    record_path.write_text(json.dumps(record))
+
+
+def test_an_altered_file_is_refused_before_anything_is_loaded(repository, capsys):
+    path = repository / "doc_fusion" / "2" / "model.onnx"
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes() + b"x")
+    assert release(["activate", "2", "--repository", str(repository)]) == 1
+    error = capsys.readouterr().err
+    assert "doc_fusion/2/model.onnx" in error
+    assert "SHA-256" in error
+    assert ReleaseStore(repository).read().active == 1
+
+
+def test_a_reader_never_sees_half_a_release(tiny_repository, other_export, tmp_path):
+    store = ReleaseStore(tmp_path / "repository")
+    store.publish(tiny_repository)
+    problems: list[str] = []
+    stopping = threading.Event()
+
+    def read() -> None:
+        while not stopping.is_set():
+            for each in store.read().releases:
+                try:
+                    store.check(each)
+                except ServerError as error:
+                    problems.append(str(error))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        store.publish(other_export)
+        time.sleep(0.3)
+    finally:
+        stopping.set()
+        reader.join()
+    assert not problems
+    assert [each.number for each in store.read().releases] == [1, 2]
+    assert not [path for path in store.repository.iterdir() if path.name.startswith(".")]
+
+
+def test_a_publication_that_fails_leaves_nothing(tiny_repository, other_export, tmp_path):
+    store = ReleaseStore(tmp_path / "repository")
+    store.publish(tiny_repository)
+    broken = Path(shutil.copytree(other_export, tmp_path / "broken"))
+    graph = broken / "ranker_full" / "1" / "model.onnx"
+    graph.write_bytes(graph.read_bytes()[:-1])
+    before = sorted(store.repository.rglob("*"))
+    with pytest.raises(ServerError, match=r"ranker_full/1/model.onnx: not the file that its manifest describes"):
+        store.publish(broken)
+    assert sorted(store.repository.rglob("*")) == before
+
+
+def test_releases_cannot_be_changed_and_are_published_once(repository, tiny_repository, capsys):
+    for path in repository.glob("*/[12]/*"):
+        assert not stat.S_IMODE(path.stat().st_mode) & 0o222, path
+    assert release(["publish", str(tiny_repository), "--repository", str(repository)]) == 1
+    assert "was published before, as 1" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="never overwritten"):
+        export_release(load_config("tiny"), WeightsSource(seed=2), repository, say=lambda _: None)
+
+
+def test_an_export_that_was_served_becomes_the_first_release(own_repository, other_export, capsys):
+    assert release(["publish", str(other_export), "--repository", str(own_repository)]) == 0
+    record = ReleaseStore(own_repository).read()
+    assert (record.active, [each.number for each in record.releases]) == (1, [1, 2])
+    assert release(["list", "--repository", str(own_repository)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("active       1") for line in lines), lines
+
+
+def test_what_cannot_be_done_is_one_sentence(tmp_path, repository, capsys):
+    for arguments, words in (
+        (["publish", str(tmp_path / "nothing")], "has no exported"),
+        (["activate", "7"], "expected one of those published: 1 ("),
+        (["rollback"], "no release was active before"),
+        (["activate", "2", "--server", "127.0.0.1:9"], "127.0.0.1:9: no answer"),
+    ):
+        assert release([*arguments, "--repository", str(repository)]) == 1
+        assert words in capsys.readouterr().err
+    assert ReleaseStore(repository).read().active == 1
+    with pytest.raises(ServerError, match="no release is active"), serve(make_inactive(repository)):
+        pytest.fail("it started")
+
+
+def make_inactive(repository: Path) -> Path:
+    path = repository / "releases.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"active": None}))
+    return repository
+
+
+def test_without_a_server_the_next_start_serves_what_was_activated(repository, capsys):
+    assert release(["activate", "2", "--repository", str(repository)]) == 0
+    settings = dataclasses.replace(make_settings(repository), models=["ranker"])
+    assert isinstance(settings, ServerSettings)
+    with TritonServer(settings) as server:
+        assert read_state(server)["release"] == 2
+    capsys.readouterr()
