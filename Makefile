@@ -61,10 +61,11 @@ perf: $(READY) $(LIBB64) ## measure CONFIG side by side, with report and plots (
 	@$(BIN)/kvcast perf run --config $(CONFIG) --repository $(REPOSITORY) $(PORTS) $(if $(QUICK),--quick --results build/perf) \
 		$(PERF_FLAGS)
 
-check: $(READY) ## formatting, lint, types
+check: $(READY) ## formatting, lint, types, and known vulnerabilities of what is installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python -m tests.audit
 
 format: $(READY) ## rewrite the code in the project's format
 	$(BIN)/ruff format .
