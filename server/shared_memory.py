@@ -31,7 +31,7 @@ def claim(instance: str) -> int:
     path = FOLDER / f"{PREFIX}{instance}{OWNER}"
     while True:
         try:
-            descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+            descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
         except OSError as error:
             raise ServerError(f"{path}: cannot be made ({error.strerror}): Triton needs it for its regions") from error
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -57,11 +57,13 @@ def remove_leftovers() -> list[str]:
     """Remove the regions of servers that were killed before they could; return whose."""
     removed = []
     for path in FOLDER.glob(f"{PREFIX}*{OWNER}"):
+        instance = path.name.removeprefix(PREFIX).removesuffix(OWNER)
+        if not instance.isalnum():  # anybody can put a file there, and `*` would be everybody's regions
+            continue
         with contextlib.suppress(OSError):  # another user's, or somebody was quicker
-            descriptor = os.open(path, os.O_RDWR)
+            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                instance = path.name.removeprefix(PREFIX).removesuffix(OWNER)
                 release(instance)
                 removed.append(instance)
             finally:

@@ -66,6 +66,7 @@ def list_tools(installed: Versions, pins: Versions) -> set[str]:
         normalise(found[0])
         for each in importlib.metadata.distributions()
         for requirement in each.requires or []
+        if each.metadata["Name"] == "kvcast" or "extra ==" not in requirement  # nobody has asked for others' extras
         if (found := re.match(r"[A-Za-z0-9._-]+", requirement))
     }
     return installed.keys() - pins.keys() - asked_for - NOT_PINNED

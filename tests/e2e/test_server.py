@@ -1,5 +1,6 @@
 """The launcher: what it restricts, what it says when it cannot start, how fast and how cleanly it ends."""
 
+import contextlib
 import dataclasses
 import http.client
 import json
@@ -10,20 +11,25 @@ import stat
 import subprocess
 import sys
 import time
+import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tritonclient.grpc
 from tritonclient.utils import InferenceServerException
 
-from kvcast.client import RankerClient
+from kvcast.client import NO_RETRIES, RankerClient, RetryPolicy
 from kvcast.contract.tensors import MODELS
-from kvcast.server import ServerError, ServerSettings, TritonServer
+from kvcast.server import ServerError, ServerSettings, TritonServer, shared_memory
 from kvcast.server.installation import find_installation
+from tests.chaos.load import Load, draw_requests, expect, record_answers
 from tests.conftest import make_settings
 from tests.support import find_free_ports
 
 STOP_BOUND_SECONDS = 5
+RESTARTED_WITHIN_SECONDS = 30
+ORPHANS_END_WITHIN_SECONDS = 10
 
 
 def run_serve(repository: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -63,6 +69,18 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def read_state(server: TritonServer) -> dict:
+    with urllib.request.urlopen(f"http://{server.http_address}/kvcast/state", timeout=5) as reply:
+        return json.load(reply)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -122,15 +140,28 @@ def test_the_two_apis_without_inference_stay_open(server):
     assert ask(server, "GET", "/v2/models/ranker/config", {}) == 200
 
 
-def test_it_binds_to_this_machine_only(server):
-    entries = [
-        entry.split() for table in ("tcp", "tcp6") for entry in Path("/proc/net", table).read_text().splitlines()[1:]
-    ]
-    listening = [address.split(":") for _, address, _, state, *_ in entries if state == "0A"]
-    for port in (server.settings.http_port, server.settings.grpc_port, server.settings.metrics_port):
-        hosts = [host for host, listening_port in listening if int(listening_port, 16) == port]
-        assert hosts
-        assert all(host.endswith("0100007F") for host in hosts), "127.0.0.1, possibly mapped into IPv6"
+def test_every_port_of_guard_and_triton_is_bound_to_this_machine_only(server):
+    listening = list_listening({server.pid, *find_children(os.getpid())})
+    own = {server.settings.http_port, server.settings.grpc_port, server.settings.metrics_port}
+    assert own < {port for _, port in listening}
+    assert len(list_listening({server.pid})) >= 3, "Triton's own"
+    assert {host for host, _ in listening} <= {"0100007F", "0000000000000000FFFF00000100007F"}, "127.0.0.1, also mapped"
+
+
+def list_listening(pids: set[int]) -> set[tuple[str, int]]:
+    """Return host (hex, as the kernel writes it) and port of each TCP socket that one of these processes listens on."""
+    inodes = set()
+    for pid in pids:
+        for link in Path(f"/proc/{pid}/fd").glob("*"):
+            with contextlib.suppress(OSError):
+                inodes.add(link.readlink().name.removeprefix("socket:[").removesuffix("]"))
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for _, address, _, state, *rest in map(str.split, Path("/proc/net", table).read_text().splitlines()[1:]):
+            if state == "0A" and rest[5] in inodes:
+                host, _, port = address.rpartition(":")
+                found.add((host, int(port, 16)))
+    return found
 
 
 def ask(server: TritonServer, method: str, path: str, headers: dict[str, str]) -> int:
@@ -212,26 +243,84 @@ def test_a_real_tritonserver_on_path_serves_too(tiny_repository, tmp_path, monke
     binary.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with TritonServer(make_settings(tiny_repository)) as server:
-        assert server.process is not None
-        assert server.process.args[0] == str(binary)
+        assert Path(f"/proc/{server.pid}/cmdline").read_bytes().split(b"\0")[0] == str(real.binary).encode()
         assert ask(server, "GET", "/v2/models/ranker/ready", {}) == 200
 
 
-def test_a_crash_is_followed_by_a_new_start(tiny_repository):
-    """An absurd shape in a JSON body crashes Triton 2.51 itself; the next valid request is answered again."""
-    process = run_serve(tiny_repository)
-    address = read_until(process, "  HTTP").split("//")[1].strip()
-    read_until(process, "Ctrl-C")
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT], ids=lambda each: each.name)
+def test_a_crash_is_followed_by_a_new_start_and_nobody_sees_it(tiny_repository, number):
+    """The guard keeps the ports and the requests, for clients that try again and for those that do not."""
+    requests = draw_requests()
+    with TritonServer(dataclasses.replace(make_settings(tiny_repository), models=["ranker"])) as server:
+        expected = expect(requests, record_answers(server.grpc_address, requests))
+        with (
+            Load(server.grpc_address, expected, threads=2, retry=RetryPolicy()) as retrying,
+            Load(server.grpc_address, expected, threads=2, retry=NO_RETRIES) as once,
+            Load(server.http_address, expected, protocol="http", threads=2, retry=NO_RETRIES) as once_http,
+        ):
+            loads = (retrying, once, once_http)
+            for load in loads:
+                load.wait_for(10)
+            crashed = server.pid
+            os.kill(crashed, number)
+            wait_until(lambda: server.pid != crashed and read_state(server)["restarts"] == 1, RESTARTED_WITHIN_SECONDS)
+            for load in loads:
+                load.wait_for(10)
+        for load in loads:
+            assert set(load.count()) == {"right"}, [each for each in load.outcomes if each.what != "right"][:5]
+        assert not is_running(crashed)
+        assert read_state(server)["is_ready"]
+
+
+def test_an_absurd_shape_in_a_json_body_is_refused_and_crashes_nothing(server):
+    """It crashes Triton 2.51 itself, which therefore never sees it."""
+    before = server.pid
     absurd = {"name": "history", "shape": [1, 2**40, 2], "datatype": "INT64", "data": [1]}
-    connection = http.client.HTTPConnection(address)
+    connection = http.client.HTTPConnection(server.http_address)
     connection.request("POST", "/v2/models/ranker/infer", json.dumps({"inputs": [absurd]}))
-    with pytest.raises(http.client.RemoteDisconnected):
-        connection.getresponse()
+    response = connection.getresponse()
+    error = json.load(response)["error"]
     connection.close()
-    assert "SIGABRT" in read_until(process, "starting it again")
+    assert response.status == 400
+    assert str(2**40) in error
+    assert server.pid == before
+    assert is_running(before)
+
+
+def test_a_server_whose_launcher_is_killed_ends_by_itself_and_its_memory_is_removed_at_the_next_start(tiny_repository):
+    regions = list_shared_memory()
+    process = run_serve(tiny_repository)
     read_until(process, "Ctrl-C")
-    with RankerClient(address, protocol="http") as client:
-        assert len(client.rank([[1, 2]], [[1, 1, 1, 1]]).scores) == 1
-    process.send_signal(signal.SIGTERM)
+    started = find_children(process.pid)
+    names = b"".join(Path(f"/proc/{pid}/cmdline").read_bytes() for pid in started)
+    assert names.count(b"triton_python_backend_stub") == 2
+    assert b"kvcast.guard" in names
+    own = list_shared_memory() - regions
+    (owner,) = (path for path in own if path.name.endswith(shared_memory.OWNER))
+    assert len(own) >= 3, "two stubs' and the owner's"
+    process.kill()
     process.communicate(timeout=20)
-    assert process.returncode == 0
+    wait_until(lambda: not [pid for pid in started if is_running(pid)], ORPHANS_END_WITHIN_SECONDS)
+    foreign = Path("/dev/shm", f"kvcast_{os.getpid()}_of_nobody_that_we_know")  # noqa: S108
+    foreign.touch()
+    log: list[str] = []
+    try:
+        with TritonServer(make_settings(tiny_repository), log=log.append) as server:
+            assert not own & list_shared_memory()
+            assert foreign.exists()
+            with RankerClient(server.grpc_address) as client:
+                assert len(client.rank([[1, 2]], [[1, 1, 1, 1]]).scores) == 1
+    finally:
+        foreign.unlink()
+    instance = owner.name.removeprefix(shared_memory.PREFIX).removesuffix(shared_memory.OWNER)
+    assert f"kvcast: removed the shared memory of {instance}, a server that was killed" in log
+
+
+def test_the_next_start_leaves_the_memory_of_a_living_server_alone(server, tiny_repository):
+    living = list_shared_memory()
+    assert shared_memory.remove_leftovers() == []
+    with TritonServer(dataclasses.replace(make_settings(tiny_repository), models=["ranker_resident"])):
+        assert living <= list_shared_memory()
+    assert living <= list_shared_memory()
+    with RankerClient(server.grpc_address) as client:
+        assert len(client.rank([[1, 2]], [[1, 1, 1, 1]]).scores) == 1

@@ -1,6 +1,8 @@
 """The launcher without a server: what it finds, what it misses, and how it reads a log."""
 
 import importlib.util
+import os
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -8,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from kvcast.contract.manifest import read_manifest
-from kvcast.server import ServerError
+from kvcast.server import ServerError, shared_memory
 from kvcast.server.installation import find_installation
-from kvcast.server.launcher import explain
 from kvcast.server.repository import check_port, count_shared_memory, ensure_exported, expand_models, read_config_name
+from kvcast.server.triton_process import explain
 
 
 @pytest.fixture
@@ -136,3 +138,76 @@ def test_an_export_that_is_there_is_not_made_again(tiny_repository, capsys):
 def test_an_export_that_fails_is_one_sentence(tmp_path):
     with pytest.raises(ServerError, match="nonsense could not be exported"):
         ensure_exported(tmp_path, ["ranker"], "nonsense")
+
+
+@pytest.fixture
+def regions(tmp_path, monkeypatch):
+    """A folder in place of /dev/shm."""
+    monkeypatch.setattr(shared_memory, "FOLDER", tmp_path)
+    return tmp_path
+
+
+def test_regions_of_a_server_that_lives_are_not_touched(regions):
+    claim = shared_memory.claim("aa")
+    (regions / "kvcast_aa_1").touch()
+    assert shared_memory.remove_leftovers() == []
+    assert (regions / "kvcast_aa_1").exists()
+    os.close(claim)
+
+
+def test_regions_of_a_server_that_is_gone_are_removed_and_its_claim_with_them(regions):
+    os.close(shared_memory.claim("aa"))
+    for name in ("kvcast_aa_1", "kvcast_aa_2", "kvcast_aab_1", "kvcast_bb_1", "triton_python_backend_shm_1", "other"):
+        (regions / name).touch()
+    assert shared_memory.remove_leftovers() == ["aa"]
+    left = {path.name for path in regions.iterdir()}
+    assert left == {"kvcast_aab_1", "kvcast_bb_1", "triton_python_backend_shm_1", "other"}, "none of these had an owner"
+
+
+def test_a_claim_is_held_as_long_as_any_process_has_it(regions):
+    claim = shared_memory.claim("aa")
+    child = subprocess.Popen(["sleep", "60"], pass_fds=(claim,))
+    os.close(claim)
+    assert shared_memory.remove_leftovers() == []
+    child.kill()
+    child.wait()
+    assert shared_memory.remove_leftovers() == ["aa"]
+    assert not list(regions.iterdir())
+
+
+def test_a_server_that_stops_removes_its_regions_and_its_claim(regions):
+    claim = shared_memory.claim("aa")
+    (regions / "kvcast_aa_1").touch()
+    shared_memory.remove_regions("aa")
+    assert [path.name for path in regions.iterdir()] == ["kvcast_aa_owner"]
+    shared_memory.release("aa")
+    os.close(claim)
+    assert not list(regions.iterdir())
+
+
+def test_a_link_in_place_of_an_owners_file_is_not_followed(regions, tmp_path_factory):
+    """Everybody may write to /dev/shm."""
+    victim = tmp_path_factory.mktemp("elsewhere") / "file"
+    victim.write_text("precious")
+    (regions / "kvcast_aa_owner").symlink_to(victim)
+    (regions / "kvcast_aa_1").touch()
+    assert shared_memory.remove_leftovers() == []
+    with pytest.raises(ServerError, match="cannot be made"):
+        shared_memory.claim("aa")
+    assert (regions / "kvcast_aa_1").exists()
+    assert victim.read_text() == "precious"
+
+
+def test_a_shared_memory_that_is_too_small_is_one_sentence(regions):
+    shared_memory.check_room(1)
+    with pytest.raises(ServerError, match=r"expected 1000000000 MB free .* got \d+ MB: make it larger \(docker run"):
+        shared_memory.check_room(10**15)
+
+
+def test_a_name_that_would_match_everybodys_regions_is_not_an_owners(regions):
+    claim = shared_memory.claim("aa")
+    for name in ("kvcast_*_owner", "kvcast_[a]a_owner", "kvcast_a?_owner", "kvcast__owner", "kvcast_aa_1"):
+        (regions / name).touch()
+    assert shared_memory.remove_leftovers() == []
+    assert (regions / "kvcast_aa_1").exists()
+    os.close(claim)
