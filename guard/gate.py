@@ -7,6 +7,7 @@ nothing, so sending one twice is safe. It knows requests as things to be awaited
 """
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection
@@ -73,7 +74,6 @@ class Gate:
         self._broken: frozenset[str] = frozenset()
         self._incidents = 0
         self._changed = asyncio.Event()
-        self._sending: set[asyncio.Future[Any]] = set()
         self._has_given_up = False
 
     @property
@@ -98,11 +98,9 @@ class Gate:
         self.is_draining = self._has_given_up = True
         for turn in self._waiting:
             if not turn.done():
-                turn.set_exception(TryAgainError(GIVEN_UP))
+                turn.set_exception(self._count("stopping", TryAgainError(GIVEN_UP)))
                 turn.exception()  # it may be that nobody looks
         self._waiting.clear()
-        for sending in self._sending:
-            sending.cancel()
         self._changed.set()
 
     async def ask(self, model: str, seconds: float, send: Callable[[float], Awaitable[Reply]]) -> Reply:
@@ -127,36 +125,34 @@ class Gate:
         return reply
 
     async def _enter(self, deadline: float) -> None:
+        """Wait for a turn; whoever returns from here has been counted in."""
         if self.is_draining:
-            self._refuse("stopping", TryAgainError("the server is stopping: try again, elsewhere if you can"))
+            raise self._count("stopping", TryAgainError("the server is stopping: try again, elsewhere if you can"))
         if self.in_flight < self.limits.in_flight and not self._waiting:
             self._start()
             return
         if len(self._waiting) >= self.limits.waiting:
-            self._refuse("full", TryAgainError(f"busy: {len(self._waiting)} requests are waiting already"))
-        self._check_time(deadline, len(self._waiting))
+            raise self._count("full", TryAgainError(f"busy: {len(self._waiting)} requests are waiting already"))
+        self._check_time(deadline, self.in_flight + len(self._waiting))
         turn = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         try:
             async with asyncio.timeout(None if deadline == float("inf") else deadline - self._clock()):
                 await turn  # whoever leaves has counted this request in
+            self._check_time(deadline, self.in_flight - 1)
         except TimeoutError:
             self._leave_queue(turn)
-            self._refuse_late()
-        except asyncio.CancelledError:
+            raise self._miss() from None
+        except BaseException:
             self._leave_queue(turn)
-            raise
-        try:
-            self._check_time(deadline, -1)
-        except DeadlineExceededError:
-            self._leave(answered=False)
             raise
 
     def _leave_queue(self, turn: asyncio.Future[None]) -> None:
+        """Take one out of the queue, or out again if its turn has come."""
         if turn in self._waiting:
             self._waiting.remove(turn)
-        elif turn.done() and not turn.cancelled():
-            self._leave(answered=False)  # its turn came at the same moment
+        elif turn.done() and not turn.cancelled() and turn.exception() is None:
+            self._leave(answered=False)
 
     def _start(self) -> None:
         if not self.in_flight:
@@ -165,88 +161,99 @@ class Gate:
 
     def _leave(self, *, answered: bool = True) -> None:
         """Count one out, and the next in."""
-        now = self._clock()
         if answered:
-            gap = now - self._busy_since
-            self._seconds_an_answer += NEWEST * (gap - self._seconds_an_answer)
+            now = self._clock()
+            self._seconds_an_answer += NEWEST * (now - self._busy_since - self._seconds_an_answer)
             self._busy_since = now
         self.in_flight -= 1
         while self._waiting and self.in_flight < self.limits.in_flight:
             turn = self._waiting.popleft()
-            if not turn.done():
+            if not turn.done():  # else its caller has gone, and is about to notice
                 self._start()
                 turn.set_result(None)
 
-    def _check_time(self, deadline: float, waiting: int) -> None:
-        """Refuse what cannot be answered in time behind those inside and those that wait."""
-        expected = MARGIN * self._seconds_an_answer * (self.in_flight + waiting + 1)
+    def _check_time(self, deadline: float, ahead: int) -> None:
+        """Refuse what cannot be answered in time after the others; one alone goes in, since the estimate may be old."""
+        expected = MARGIN * self._seconds_an_answer * (ahead + 1)
         left = deadline - self._clock()
-        # One alone is let in all the same: the estimate may be an old one.
-        if expected > left and self.in_flight > 1:
+        if ahead and expected > left:
             message = f"busy: expected to take {expected:.2f} s, and the caller's deadline is in {max(left, 0):.2f} s"
-            self._refuse("deadline", DeadlineExceededError(message))
+            raise self._count("deadline", DeadlineExceededError(message))
 
-    def _refuse_late(self) -> None:
+    def _miss(self) -> TryAgainError:
         message = "not computed: the caller's deadline passed while the request waited"
-        self._refuse("deadline", DeadlineExceededError(message))
+        return self._count("deadline", DeadlineExceededError(message))
 
-    def _refuse(self, why: str, error: TryAgainError) -> None:
+    def _count(self, why: str, error: TryAgainError) -> TryAgainError:
         self.counts.refused[why] += 1
-        raise error
+        return error
 
     async def _send(self, model: str, deadline: float, send: Callable[[float], Awaitable[Reply]]) -> Reply:
         """Send a request, and again if the model's process dies under it."""
         for attempt in range(SENT_AT_MOST):
             await self._wait_until_whole(model, deadline)
+            self._check_goes_on()
+            left = deadline - self._clock()
+            if left <= 0:
+                raise self._miss()
             incidents = self._incidents
             self.counts.sent_again += attempt > 0
-            sending = asyncio.ensure_future(send(deadline - self._clock()))
-            self._sending.add(sending)
+            sending = asyncio.ensure_future(send(left))
+            sending.add_done_callback(_look_at)
             try:
-                await self._watch(model, sending, incidents)
-                if sending.cancelled() and self._has_given_up:
-                    self._refuse("stopping", TryAgainError(GIVEN_UP))
-                return sending.result()
+                return await self._watch(sending, incidents)
             except ModelDiedError:
-                await self._wait_until_noticed(incidents)
+                if attempt + 1 < SENT_AT_MOST:
+                    await self._wait_until_noticed(incidents)
             finally:
-                self._sending.discard(sending)
                 sending.cancel()
-        self._refuse("broken", TryAgainError(f"the process of {model} died {SENT_AT_MOST} times under this request"))
-        raise AssertionError  # never reached
+        raise self._count("broken", TryAgainError(f"the process of {model} died {SENT_AT_MOST} times under a request"))
 
-    async def _watch(self, model: str, sending: asyncio.Future[Reply], incidents: int) -> None:
-        """Wait until an answer is there.
+    async def _watch(self, sending: asyncio.Future[Reply], incidents: int) -> Reply:
+        """Return the answer.
 
         Raises:
             ModelDiedError: the model's process has died meanwhile; Triton would never answer.
+            TryAgainError: the server stops before the answer is there.
         """
         while not sending.done():
+            # Nothing is awaited between the look at what has changed and this, so that no change is missed.
             changed = asyncio.ensure_future(self._changed.wait())
             try:
                 await asyncio.wait((sending, changed), return_when=asyncio.FIRST_COMPLETED)
             finally:
                 changed.cancel()
-            if not sending.done() and model in self._broken and self._incidents != incidents:
-                raise ModelDiedError(f"the process of {model} died")
+            if not sending.done():
+                self._check_goes_on()
+                # It need not be broken any more: a short while can be missed.
+                if self._incidents != incidents:
+                    raise ModelDiedError("its process died")
+        return sending.result()
+
+    def _check_goes_on(self) -> None:
+        if self._has_given_up:
+            raise self._count("stopping", TryAgainError(GIVEN_UP))
 
     async def _wait_until_whole(self, model: str, deadline: float) -> None:
         """Wait while the model is broken."""
         until = min(deadline, self._clock() + REPLACED_WITHIN_SECONDS)
-        while model in self._broken:
-            if self._has_given_up:
-                self._refuse("stopping", TryAgainError(GIVEN_UP))
+        while model in self._broken and not self._has_given_up:
             try:
                 async with asyncio.timeout(until - self._clock()):
                     await self._changed.wait()
             except TimeoutError:
-                self._refuse("broken", TryAgainError(f"{model} is being replaced: its process died"))
+                kind = DeadlineExceededError if until == deadline else TryAgainError
+                raise self._count("broken", kind(f"{model} is being replaced: its process died")) from None
 
     async def _wait_until_noticed(self, incidents: int) -> None:
         """Triton has said that a process is dead: wait until the launcher, who replaces it, has said so too."""
-        if self._incidents == incidents:
-            try:
-                async with asyncio.timeout(NOTICED_WITHIN_SECONDS):
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(NOTICED_WITHIN_SECONDS):
+                while self._incidents == incidents and not self._has_given_up:
                     await self._changed.wait()
-            except TimeoutError:
-                return
+
+
+def _look_at(sending: asyncio.Future[Any]) -> None:
+    """Have asyncio know that somebody has seen how it ended, also where nobody waits for it any more."""
+    if not sending.cancelled():
+        sending.exception()

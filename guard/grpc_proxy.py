@@ -4,6 +4,7 @@ A message is parsed to see what it asks for and how long its caller waits; what 
 """
 
 import contextlib
+import traceback
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -14,7 +15,15 @@ from tritonclient.grpc import service_pb2
 
 from kvcast.contract.errors import InvalidRequestError, KvcastError
 from kvcast.guard.gate import ModelDiedError
-from kvcast.guard.passage import DEAD_PROCESS, LOST_CONNECTION, NO_SHARED_MEMORY, Passage, hide_internals
+from kvcast.guard.passage import (
+    DEAD_PROCESS,
+    LONGEST_SECONDS,
+    LOST_CONNECTION,
+    NO_SHARED_MEMORY,
+    UNREACHABLE,
+    Passage,
+    hide_internals,
+)
 
 SERVICE = "/inference.GRPCInferenceService/"
 # What is passed on, and the message that each takes. Streaming and client shared memory are not offered.
@@ -89,21 +98,27 @@ class GrpcProxy(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no ty
     def _make_handler(self, name: str) -> Handler:
         async def handle(body: bytes, rpc: Rpc) -> bytes:
             try:
-                message = MESSAGES[name].FromString(body)
-            except DecodeError:
-                await rpc.abort(grpc.StatusCode.INVALID_ARGUMENT, f"expected a {name}Request, got other bytes")
-            try:
-                if name == "ModelInfer":
-                    return await self._infer(message, rpc)
-                check_name(message)
-                return await self._pass(name, message, body, rpc)
+                return await self._answer(name, body, rpc)
             except grpc.aio.AioRpcError as error:
-                await rpc.abort(*self._translate(error))
+                code, text = self._translate(error)
             except KvcastError as error:
-                await rpc.abort(grpc.StatusCode[error.kind.grpc_status], str(error))
+                code, text = grpc.StatusCode[error.kind.grpc_status], str(error)
+            except Exception:  # noqa: BLE001 a caller gets a status whatever happens
+                code, text = grpc.StatusCode.INTERNAL, hide_internals(traceback.format_exc())
+            await rpc.abort(code, text)
             raise AssertionError  # `abort` raises
 
         return handle
+
+    async def _answer(self, name: str, body: bytes, rpc: Rpc) -> bytes:
+        try:
+            message = MESSAGES[name].FromString(body)
+        except DecodeError:
+            raise InvalidRequestError(f"expected a {name}Request, got other bytes") from None
+        if name == "ModelInfer":
+            return await self._infer(message, rpc)
+        check_name(message)
+        return await self._pass(name, message, body, rpc)
 
     async def _pass(self, name: str, message: Any, body: bytes, rpc: Rpc) -> bytes:
         """Ask Triton; that it is ready, only if it is."""
@@ -121,7 +136,7 @@ class GrpcProxy(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no ty
         async def send(seconds: float) -> bytes:
             timeout = None
             if seconds != float("inf"):
-                timeout = max(seconds, 0.0)
+                timeout = min(seconds, LONGEST_SECONDS)
                 message.parameters["timeout"].int64_param = max(1, int(timeout * MICROSECONDS))
             try:
                 reply: bytes = await self._calls["ModelInfer"](
@@ -131,13 +146,15 @@ class GrpcProxy(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no ty
                 text = error.details() or ""
                 is_lost = error.code() == grpc.StatusCode.UNAVAILABLE and LOST_CONNECTION.search(text)
                 if is_lost or DEAD_PROCESS.search(text):
-                    raise ModelDiedError(str(error.details())) from error
+                    raise ModelDiedError(UNREACHABLE) from error
                 raise
             return reply
 
+        release = self._passage.state.fingerprint
         reply = await self._passage.ask(message.model_name, read_seconds(message, rpc), send)
-        if self._passage.shadow is not None:
-            self._passage.shadow.consider(message, reply)
+        shadow = self._passage.shadow
+        if shadow is not None and shadow.chooses(message.model_name):
+            shadow.score_again(message, release, reply)
         return reply
 
     def _translate(self, error: grpc.aio.AioRpcError) -> tuple[grpc.StatusCode, str]:
@@ -146,10 +163,8 @@ class GrpcProxy(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no ty
         if NO_SHARED_MEMORY in text:
             return grpc.StatusCode.UNAVAILABLE, "busy: the server's shared memory is full; try again"
         if code == grpc.StatusCode.UNAVAILABLE and LOST_CONNECTION.search(text):
-            text = "the server is starting or stopping: try again"
-        if code in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL):
-            text = hide_internals(text)
-        return code, text
+            return code, UNREACHABLE
+        return code, hide_internals(text)
 
 
 def read_metadata(rpc: Rpc) -> list[tuple[str, str | bytes]]:

@@ -26,19 +26,16 @@ from aiohttp.web_protocol import RequestHandler
 from kvcast.contract.errors import InvalidRequestError, KvcastError
 from kvcast.guard.gate import ModelDiedError
 from kvcast.guard.inference_body import check_body, parse_json_object, read_header_length
-from kvcast.guard.passage import DEAD_PROCESS, NO_SHARED_MEMORY, Passage
+from kvcast.guard.passage import DEAD_PROCESS, LONGEST_SECONDS, NO_SHARED_MEMORY, UNREACHABLE, Passage
 from kvcast.guard.shadow import make_request
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 DEFAULT_MAX_BODY_BYTES = 64 << 20
 BODY_SECONDS = 30
-# A body that is still coming when the guard is told to stop.
-LAST_BODY_SECONDS = 5
 # Also the time in which the headers of a request have to arrive.
 KEEP_ALIVE_SECONDS = 75
 CONNECT_SECONDS = 5
 MICROSECONDS = 1e6
-UNREACHABLE = "the server is starting or stopping: try again"
 # Replies up to this size are sent in one piece, larger ones as they come.
 WHOLE_REPLY_BYTES = 1 << 20
 
@@ -178,8 +175,7 @@ class Connection(RequestHandler):
         Raises:
             ConnectionError: an answer has been begun, so there cannot be another.
         """
-        writer: Any = request.writer
-        if writer.output_size > 0:
+        if is_begun(request):
             raise ConnectionError("an answer has been begun already")
         if status >= 500:
             answer = make_error(status, hide("the guard failed", exc))
@@ -286,20 +282,28 @@ class HttpProxy:
         seconds = timeout / MICROSECONDS if timeout else float("inf")
 
         async def send(left: float) -> web.StreamResponse:
+            if is_begun(request):  # and the model has died since: what has been sent cannot be taken back
+                raise ConnectionResetError("an answer has been begun already")
             if left != float("inf"):
-                checked.header["parameters"]["timeout"] = max(1, int(left * MICROSECONDS))
+                checked.header["parameters"]["timeout"] = max(1, int(min(left, LONGEST_SECONDS) * MICROSECONDS))
             data, header_length = checked.encode()
             own = {HEADER_LENGTH: str(header_length), "Content-Type": "application/octet-stream"}
             return await self._forward(request, path, {**headers, **own}, data)
 
         found = MODEL_NAME.match(path)
         model = found[1] if found else ""
+        release = self._passage.state.fingerprint
         response = await self._passage.ask(model, seconds, send)
-        if self._passage.shadow is not None and response.status == 200:
-            self._passage.shadow.consider(make_request(model, checked.header, checked.tensors))
+        shadow = self._passage.shadow
+        if shadow is not None and response.status == 200 and shadow.chooses(model):
+            shadow.score_again(make_request(model, checked.header, checked.tensors), release)
         return response
 
     async def _pass_read(self, request: web.BaseRequest, path: str) -> web.StreamResponse:
+        """Ask Triton; that a model is ready, only if its process lives."""
+        found = MODEL_NAME.match(path)
+        if path.endswith("/ready") and found and found[1] in self._passage.broken:
+            raise RefusedError(503, f"{found[1]} is being replaced: its process died")
         return await self._forward(request, path, {}, None)
 
     async def _pass_admin(self, request: web.BaseRequest, path: str) -> web.StreamResponse:
@@ -354,6 +358,12 @@ class HttpProxy:
             # The status has been sent already: a connection that breaks off is all that can be said.
             raise ConnectionResetError("the upstream broke off") from None
         return stream
+
+
+def is_begun(request: web.BaseRequest) -> bool:
+    """Whether part of an answer has been sent."""
+    writer: Any = request.writer
+    return bool(writer.output_size > 0)
 
 
 def compress(request: web.BaseRequest, response: Response) -> Response:

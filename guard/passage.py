@@ -22,6 +22,9 @@ NO_SHARED_MEMORY = "shared memory pool size"
 LOST_CONNECTION = re.compile(
     r"(?i)failed to connect|socket closed|connection (reset|refused|closed)|stream removed|goaway"
 )
+UNREACHABLE = "the server is starting or stopping: try again"
+# Longer deadlines are none: as microseconds they would not fit where Triton reads them.
+LONGEST_SECONDS = 1e9
 # What must not reach callers: tracebacks and paths of the server.
 INTERNALS = re.compile(r'Traceback|File "|(?:/[\w.+-]+){2,}|\.py\b')
 
