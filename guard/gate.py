@@ -201,7 +201,7 @@ class Gate:
             sending = asyncio.ensure_future(send(left))
             sending.add_done_callback(_look_at)
             try:
-                return await self._watch(sending, incidents)
+                return await self._watch(sending, incidents, deadline)
             except ModelDiedError:
                 if attempt + 1 < SENT_AT_MOST:
                     await self._wait_until_noticed(incidents)
@@ -209,10 +209,11 @@ class Gate:
                 sending.cancel()
         raise self._count("broken", TryAgainError(f"the process of {model} died {SENT_AT_MOST} times under a request"))
 
-    async def _watch(self, sending: asyncio.Future[Reply], incidents: int) -> Reply:
+    async def _watch(self, sending: asyncio.Future[Reply], incidents: int, deadline: float) -> Reply:
         """Return the answer.
 
         Raises:
+            DeadlineExceededError: it is not there in time.
             ModelDiedError: the model's process has died meanwhile; Triton would never answer.
             TryAgainError: the server stops before the answer is there.
         """
@@ -220,11 +221,16 @@ class Gate:
             # Nothing is awaited between the look at what has changed and this, so that no change is missed.
             changed = asyncio.ensure_future(self._changed.wait())
             try:
-                await asyncio.wait((sending, changed), return_when=asyncio.FIRST_COMPLETED)
+                left = None if deadline == float("inf") else max(0.0, deadline - self._clock())
+                await asyncio.wait((sending, changed), timeout=left, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 changed.cancel()
             if not sending.done():
                 self._check_goes_on()
+                if self._clock() >= deadline:
+                    raise self._count(
+                        "deadline", DeadlineExceededError("busy: not answered within the caller's deadline")
+                    )
                 # It need not be broken any more: a short while can be missed.
                 if self._incidents != incidents:
                     raise ModelDiedError("its process died")

@@ -53,6 +53,7 @@ MAX_MESSAGE_BYTES = 64 << 20
 MAX_TEXT = 1024
 MAX_SEQUENCE_ID = 128
 MICROSECONDS = 1e6
+CANCELLED_WITHIN_SECONDS = 1.0
 SERVER_OPTIONS = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.max_send_message_length", -1)]
 CHANNEL_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 # gRPC's own pauses between attempts grow to minutes; Triton is back within seconds.
@@ -136,8 +137,10 @@ class GrpcProxy(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no ty
         async def send(seconds: float) -> bytes:
             timeout = None
             if seconds != float("inf"):
-                timeout = min(seconds, LONGEST_SECONDS)
-                message.parameters["timeout"].int64_param = max(1, int(timeout * MICROSECONDS))
+                seconds = min(seconds, LONGEST_SECONDS)
+                message.parameters["timeout"].int64_param = max(1, int(seconds * MICROSECONDS))
+                # The gate ends the wait; were Triton to do so at the same moment, its own word would get out.
+                timeout = seconds + CANCELLED_WITHIN_SECONDS
             try:
                 reply: bytes = await self._calls["ModelInfer"](
                     message.SerializeToString(), timeout=timeout, metadata=metadata
@@ -256,4 +259,5 @@ async def open_server(proxy: GrpcProxy, address: str, credentials: grpc.ServerCr
         if port:
             await server.start()
             return server
+    await server.stop(None)
     raise OSError(f"cannot listen on {address} (gRPC)")
