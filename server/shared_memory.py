@@ -47,6 +47,16 @@ def remove_regions(instance: str) -> None:
             region.unlink(missing_ok=True)
 
 
+def hide_regions(instance: str) -> None:
+    """Let nobody but their owner read a server's regions: requests lie there, and Triton lets everybody read them.
+
+    To be called whenever models have been loaded; a region keeps its mode as long as its process lives.
+    """
+    for region in FOLDER.glob(f"{make_prefix(instance)}*"):
+        with contextlib.suppress(FileNotFoundError):  # its process has ended
+            region.chmod(0o600)
+
+
 def release(instance: str) -> None:
     """Remove a server's regions, and then its claim."""
     remove_regions(instance)

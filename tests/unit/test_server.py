@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import stat
 import subprocess
 import sys
 import sysconfig
@@ -211,3 +212,10 @@ def test_a_name_that_would_match_everybodys_regions_is_not_an_owners(regions):
     assert shared_memory.remove_leftovers() == []
     assert (regions / "kvcast_aa_1").exists()
     os.close(claim)
+
+
+def test_regions_can_be_hidden_from_other_users(regions):
+    for name in ("kvcast_aa_1", "kvcast_bb_1"):
+        (regions / name).touch(mode=0o644)
+    shared_memory.hide_regions("aa")
+    assert [stat.S_IMODE((regions / name).stat().st_mode) for name in ("kvcast_aa_1", "kvcast_bb_1")] == [0o600, 0o644]
