@@ -16,7 +16,7 @@ LIBB64 := build/perf-libraries/.ready
 PORTS = --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-perf export serve demo test perf check format clean
+.PHONY: help setup setup-perf export serve demo test test-chaos perf check format clean
 
 help: ## this list
 	@echo "make TARGET [CONFIG=bench|tiny|seed|path.toml] [MODELS=\"ranker ranker_full\"] [REPOSITORY=DIR]"
@@ -56,6 +56,9 @@ demo: $(READY) ## export if need be, serve, rank the example request, stop
 test: $(READY) ## every test, those against a real tritonserver included
 	@$(MAKE) --no-print-directory setup-perf || echo "make: the test that runs perf_analyzer will be skipped" >&2
 	$(BIN)/python -m pytest
+
+test-chaos: $(READY) ## tens of thousands of hostile requests, and faults for longer than `test` takes
+	KVCAST_FUZZ_REQUESTS=20000 KVCAST_CHAOS=1 $(BIN)/python -m pytest tests/chaos
 
 perf: $(READY) $(LIBB64) ## measure CONFIG side by side, with report and plots (QUICK=1: 4 minutes)
 	@$(BIN)/kvcast perf run --config $(CONFIG) --repository $(REPOSITORY) $(PORTS) $(if $(QUICK),--quick --results build/perf) \

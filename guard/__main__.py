@@ -88,6 +88,9 @@ async def serve(arguments: argparse.Namespace) -> None:
         grpc_server = await open_server(grpc_proxy, join_address(arguments.grpc), read_credentials(arguments))
         runner = web.ServerRunner(GuardServer(http_proxy.answer, handler_cancellation=True), shutdown_timeout=1)
         metrics_runner = web.ServerRunner(GuardServer(metrics.answer), shutdown_timeout=1)
+        stack.push_async_callback(metrics_runner.cleanup)
+        stack.push_async_callback(runner.cleanup)
+        stack.push_async_callback(grpc_server.stop, grace=0.5)
         await listen(runner, arguments.http, read_ssl(arguments))
         await listen(metrics_runner, arguments.metrics, None)
         following = asyncio.create_task(follow(arguments.state, passage))
@@ -98,9 +101,6 @@ async def serve(arguments: argparse.Namespace) -> None:
         http_proxy.bodies.hurry(LAST_BODY_SECONDS)
         await wait_until_idle(passage, http_proxy, arguments.drain_seconds)
         following.cancel()
-        await grpc_server.stop(grace=0.5)
-        await runner.cleanup()
-        await metrics_runner.cleanup()
 
 
 def open_session() -> aiohttp.ClientSession:

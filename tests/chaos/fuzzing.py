@@ -30,7 +30,6 @@ SOCKET_SECONDS = 0.2
 # Texts of this kind in a reply show the inside of the server.
 REVEALING = re.compile(rb"Traceback|File \"|/work|/tmp/|/home|\.py\b|site-packages|/dev/shm")
 ALLOWED_GRPC = {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "UNAVAILABLE", "ALREADY_EXISTS", "RESOURCE_EXHAUSTED"}
-UNREADABLE = ("grpc random bytes", "grpc damaged message")
 OVERLOADS = re.compile(
     r"(?i)too many|exceeds maximum queue size|timeout expired|try again|waiting|deadline|restricted|shared memory pool"
 )
@@ -131,14 +130,12 @@ def is_allowed_over_http(outcome: Outcome) -> bool:
 
 def is_allowed_over_grpc(outcome: Outcome) -> bool:
     """Whether a caller may get this: what is wrong with the request, or that the server is busy or away."""
-    if outcome.status == "INTERNAL":
-        # Said by the gRPC library, before Triton knows of the request.
-        return outcome.message == b"Unable to parse request" and outcome.kind in UNREADABLE
-    if outcome.status == "UNIMPLEMENTED":
-        # Of a known method Triton says so of one thing that a request can hold.
-        return not outcome.known_method or outcome.message.startswith(b"string correlation ID cannot be longer")
+    if not outcome.known_method:
+        return outcome.status == "UNIMPLEMENTED"
     if outcome.status in ("CANCELLED", "DEADLINE_EXCEEDED"):
         return outcome.kind == "grpc hasty caller"
+    if outcome.status == "UNAVAILABLE":
+        return bool(OVERLOADS.search(outcome.message.decode(errors="replace")))
     return outcome.status in ALLOWED_GRPC
 
 
@@ -506,11 +503,11 @@ class GrpcCase:
     method: str
     message: bytes
     timeout: float = REPLY_SECONDS
-    known_method: bool = True
     described: str = ""
 
     def send(self, channel: grpc.Channel) -> Outcome:
         """Send it; replies to inference are looked at too, those of other methods only if they are errors."""
+        known = self.method.removeprefix(SERVICE) in OFFERED
         described = self.described or f"{self.method} {self.message[:300]!r}"
         try:
             if self.method.endswith("ModelStreamInfer"):
@@ -522,7 +519,7 @@ class GrpcCase:
         except grpc.RpcError as error:
             details: Any = error
             status, message = details.code().name, (details.details() or "").encode()
-        return Outcome(self.kind, status, message, described, self.known_method)
+        return Outcome(self.kind, status, message, described, known)
 
 
 OTHER_METHODS = {
@@ -545,6 +542,8 @@ OTHER_METHODS = {
     "TraceSetting": service_pb2.TraceSettingRequest,
     "LogSettings": service_pb2.LogSettingsRequest,
 }
+NOT_OFFERED = {f"{kind}SharedMemory{what}" for kind in ("System", "Cuda") for what in ("Register", "Unregister")}
+OFFERED = {"ModelInfer", *OTHER_METHODS} - NOT_OFFERED
 CONTENTS = ["bool", "int", "int64", "uint", "uint64", "fp32", "fp64", "bytes"]
 
 
@@ -732,7 +731,7 @@ class GrpcFuzzer:
     def _unknown_method(self) -> GrpcCase:
         draw = self._draw
         method = draw.choice([SERVICE + "Nothing", "/x/y", "/inference.GRPCInferenceService/", "/" + "x" * 500])
-        return GrpcCase("grpc unknown method", method, draw.randbytes(20), known_method=False)
+        return GrpcCase("grpc unknown method", method, draw.randbytes(20))
 
     def _hasty(self) -> GrpcCase:
         """A caller who gives up before the answer."""

@@ -1,17 +1,21 @@
-"""The guard before a real tritonserver: the same answers, refusals instead of crashes, a quick and clean end."""
+"""The guard's HTTP side: the same answers as before, refusals instead of crashes, a quick and clean end.
 
+Most of it asks the session's server, which has its guard; some put a guard before an upstream that answers as told.
+"""
+
+import contextlib
+import dataclasses
 import gzip
 import http.client
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,8 +26,8 @@ import tritonclient.http
 from kvcast.clicklog import ClickLog
 from kvcast.contract.config import load_config
 from kvcast.server import TritonServer
-from tests.guard_process import is_running, list_running_descendants, run_guard
-from tests.support import TOLERANCE, find_free_ports
+from tests.guard_process import READY, is_running, list_running_descendants, make_addresses, run_guard
+from tests.support import TOLERANCE
 
 REQUEST = ClickLog(load_config("tiny").schema, seed=5).draw_request(30, 6)
 TENSORS = {"history": REQUEST.history[None], "candidates": REQUEST.candidates[None]}
@@ -33,20 +37,19 @@ Reply = tuple[int, dict[str, str], Any]
 
 
 @pytest.fixture(scope="module")
-def guarded(server: TritonServer) -> Iterator[str]:
-    """The address of a guard before the session's server."""
-    with run_guard(server.http_address) as (_, address):
-        yield address
+def guarded(server: TritonServer) -> str:
+    """The guard's address."""
+    return server.http_address
 
 
 @pytest.fixture(scope="module")
 def expected(server: TritonServer) -> np.ndarray:
-    """Scores, over gRPC, where no guard is."""
+    """Scores, over gRPC and by the traditional scheme."""
     client = tritonclient.grpc.InferenceServerClient(server.grpc_address)
     inputs = [tritonclient.grpc.InferInput(name, list(array.shape), "INT64") for name, array in TENSORS.items()]
     for entry, array in zip(inputs, TENSORS.values(), strict=True):
         entry.set_data_from_numpy(array)
-    scores: np.ndarray = client.infer("ranker", inputs).as_numpy("scores")
+    scores: np.ndarray = client.infer("ranker_full", inputs).as_numpy("scores")
     client.close()
     return scores
 
@@ -136,20 +139,25 @@ def test_large_replies_stream_through(server, guarded):
     """User KV as JSON is larger than what is sent in one piece."""
     history = np.ones((8, 96, 2), np.int64)
     entry = {"name": "history", "shape": [8, 96, 2], "datatype": "INT64", "data": history.ravel().tolist()}
-    body = json.dumps({"inputs": [entry]}).encode()
-    through = ask(guarded, "/v2/models/user_encoder/infer", body)
-    direct = ask(server.http_address, "/v2/models/user_encoder/infer", body)
-    assert int(through[1]["content-length"]) > 1 << 20
-    assert through[2] == direct[2]
+    reply = ask(guarded, "/v2/models/user_encoder/infer", json.dumps({"inputs": [entry]}).encode())
+    assert int(reply[1]["content-length"]) > 1 << 20
+    client = tritonclient.grpc.InferenceServerClient(server.grpc_address)
+    tensor = tritonclient.grpc.InferInput("history", [8, 96, 2], "INT64").set_data_from_numpy(history)
+    over_grpc = client.infer("user_encoder", [tensor])
+    client.close()
+    for output in reply[2]["outputs"]:
+        if output["name"] in ("user_keys", "user_values"):
+            other = over_grpc.as_numpy(output["name"])
+            np.testing.assert_allclose(np.array(output["data"], np.float32), other.ravel(), rtol=0, atol=TOLERANCE)
 
 
 def test_an_absurd_shape_is_refused_and_the_server_lives(server, guarded, expected):
-    running = list_running_descendants(server.process.pid)
+    running = list_running_descendants(server.pid)
     entry = {"name": "history", "shape": [1, 1 << 40, 2], "datatype": "INT64", "data": [1]}
     status, _, table = ask(guarded, INFER, json.dumps({"inputs": [entry]}).encode())
     assert status == 400
     assert "1099511627776" in table["error"]
-    assert list_running_descendants(server.process.pid) == running
+    assert list_running_descendants(server.pid) == running
     np.testing.assert_allclose(read_scores(ask(guarded, INFER, write_json())), expected, rtol=0, atol=TOLERANCE)
 
 
@@ -167,13 +175,11 @@ def test_a_wrong_header_length_is_the_callers_mistake(guarded, length):
     assert ask(guarded, INFER, body, {"Inference-Header-Content-Length": length})[0] == 400
 
 
-def test_a_body_over_the_limit_is_refused_compressed_or_not(server):
-    with run_guard(server.http_address, "--max-body-bytes", "100000") as (_, address):
-        bomb = gzip.compress(bytes(50 << 20))
-        assert len(bomb) < 100_000
-        assert ask(address, INFER, bomb, {"Content-Encoding": "gzip"})[0] == 413
-        assert ask(address, INFER, bytes(100_001))[0] == 413
-        assert ask(address, INFER, write_json())[0] == 200
+def test_a_body_over_the_limit_is_refused_compressed_or_not(guarded):
+    bomb = gzip.compress(bytes((64 << 20) + 1), compresslevel=1)
+    assert ask(guarded, INFER, bomb, {"Content-Encoding": "gzip"})[0] == 413
+    assert ask(guarded, INFER, b"x", {"Content-Length": str((64 << 20) + 1)})[0] == 413
+    assert ask(guarded, INFER, write_json())[0] == 200
 
 
 def test_other_paths_and_methods(guarded):
@@ -192,56 +198,61 @@ def test_the_admin_key_is_still_asked_for(server, guarded):
     assert "ranker" in [model["name"] for model in models]
 
 
-def test_readiness_is_the_servers_and_the_state_files(server, tmp_path):
-    state = tmp_path / "state.json"
-    with run_guard(server.http_address, "--state", str(state)) as (_, address):
-        assert ask(address, "/v2/health/ready")[0] == 200
-        write_state(state, ready=False, reason="ranker has been replaced 3 times")
-        status, _, table = ask(address, "/v2/health/ready")
+def test_readiness_is_what_the_launcher_says(tmp_path):
+    upstream = Upstream(reply_with("200 x", b"{}"))
+    with run_guard(http=upstream.address) as guard:
+        assert ask(guard.http, "/v2/health/ready")[0] == 200
+        assert ask(guard.http, "/v2/models/ranker/ready")[0] == 200
+        reason = "ranker has been replaced 3 times"
+        guard.tell(dataclasses.replace(READY, is_ready=False, reason=reason, broken=("doc_fusion",)))
+        status, _, table = ask(guard.http, "/v2/health/ready")
+        assert (status, table) == (503, {"error": reason})
+        assert ask(guard.http, "/v2/models/ranker/ready")[0] == 503, "doc_fusion is a step of it"
+        assert ask(guard.http, "/v2/models/ranker_resident/ready")[0] == 200
+        assert ask(guard.http, "/kvcast/state")[2]["is_ready"] is False
+        assert ask(guard.http, INFER.replace("ranker", "ranker_resident"), write_json())[0] == 200
+        guard.state_file.write_text("{")
+        time.sleep(0.1)
+        assert ask(guard.http, "/v2/health/ready")[0] == 503, "half a file changes nothing"
+        guard.tell(READY)
+        assert ask(guard.http, "/v2/health/ready")[0] == 200
+        guard.tell(dataclasses.replace(READY, is_draining=True))
+        status, _, table = ask(guard.http, INFER, write_json())
+        assert (status, table) == (503, {"error": "the server is stopping: try again, elsewhere if you can"})
+        assert ask(guard.http, "/v2/health/ready")[0] == 503
+    upstream.close()
+
+
+def test_a_server_that_is_starting_or_away_is_503():
+    starting = {"error": "the server is starting: try again"}
+    away = {"error": "the server is starting or stopping: try again"}
+    with run_guard(state=None) as guard:
+        assert ask(guard.http, INFER, write_json())[::2] == (503, starting)
+        assert ask(guard.http, "/v2/health/ready")[::2] == (503, {"error": "the server is starting"})
+        guard.tell(READY)
+        for path in ("/v2/health/ready", "/v2"):
+            assert ask(guard.http, path)[::2] == (503, away)
+        in_a_moment = write_json(parameters={"timeout": 300_000})
+        status, _, table = ask(guard.http, INFER, in_a_moment)
         assert status == 503
-        assert table == {"error": "ranker has been replaced 3 times"}
-        assert ask(address, "/kvcast/state")[2]["ready"] is False
-        assert ask(address, INFER, write_json())[0] == 200, "another instance may answer"
-        state.write_text("{")
-        assert ask(address, "/v2/health/ready")[0] == 503, "half a file changes nothing"
-        write_state(state, ready=True)
-        assert ask(address, "/v2/health/ready")[0] == 200
-        write_state(state, ready=True, draining=True)
-        status, headers, table = ask(address, INFER, write_json())
-        assert (status, headers["connection"]) == (503, "close")
-        assert table == {"error": "server is stopping; try again elsewhere"}
-        assert ask(address, "/v2/health/ready")[0] == 503
-        state.unlink()
-        assert ask(address, "/v2/health/ready")[0] == 200
+        assert "deadline" in table["error"]
 
 
-def write_state(path: Path, **state: Any) -> None:
-    """Write it in one step, as a supervisor should."""
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(state))
-    new.replace(path)
-
-
-def test_no_server_is_503():
-    with run_guard(f"127.0.0.1:{find_free_ports(1)[0]}") as (_, address):
-        for reply in (ask(address, INFER, write_json()), ask(address, "/v2/health/ready"), ask(address, "/v2")):
-            assert reply[0] == 503
-            assert reply[2] == {"error": "server is starting or stopping; try again"}
-
-
-def test_idle_connections_do_not_hold_the_end(server):
-    with run_guard(server.http_address) as (process, address):
-        host, port = address.split(":")
+def test_idle_connections_do_not_hold_the_end():
+    upstream = Upstream(reply_with("200 x", b"{}"))
+    with run_guard(http=upstream.address) as guard:
+        host, port = guard.http.split(":")
         silent = socket.create_connection((host, int(port)))
-        idle = http.client.HTTPConnection(address)
+        idle = http.client.HTTPConnection(guard.http)
         idle.request("GET", "/v2/health/live")
         idle.getresponse().read()
         asked = time.monotonic()
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
+        guard.process.send_signal(signal.SIGTERM)
+        assert guard.process.wait(10) == 0
         assert time.monotonic() - asked < STOP_BOUND_SECONDS
         silent.close()
         idle.close()
+    upstream.close()
 
 
 class Upstream:
@@ -274,7 +285,8 @@ class Upstream:
 def reply_with(status: str, body: bytes, delay: float = 0) -> Callable[[socket.socket], None]:
     def answer(connection: socket.socket) -> None:
         time.sleep(delay)
-        connection.sendall(b"HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n" % (status.encode(), len(body)) + body)
+        head = b"HTTP/1.1 %s\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % (status.encode(), len(body))
+        connection.sendall(head + body)
 
     return answer
 
@@ -284,9 +296,9 @@ def reply_with(status: str, body: bytes, delay: float = 0) -> Callable[[socket.s
     [
         (
             "500 x",
-            "in ensemble 'ranker', Stub process 'user_encoder_0_0' is not healthy.",
+            "Failed to increase the shared memory pool size for key 'x'",
             503,
-            "user_encoder is being",
+            "busy: the server's shared memory",
         ),
         ("500 x", "failed to parse the request JSON buffer: x", 400, "failed to parse"),
         ("500 x", 'Traceback: File "/srv/a/model.py", line 3', 500, "reference"),
@@ -297,18 +309,48 @@ def reply_with(status: str, body: bytes, delay: float = 0) -> Callable[[socket.s
 )
 def test_what_becomes_of_the_servers_errors(status, message, expected_status, words):
     upstream = Upstream(reply_with(status, json.dumps({"error": message}).encode()))
-    with run_guard(upstream.address) as (_, address):
-        got_status, _, table = ask(address, INFER, write_json())
+    with run_guard(http=upstream.address) as guard:
+        got_status, _, table = ask(guard.http, INFER, write_json())
     upstream.close()
     assert got_status == expected_status
     assert words in table["error"]
     assert "/srv" not in table["error"]
 
 
+def test_a_request_whose_process_died_is_sent_again_when_that_is_mended():
+    replies = [(b"500 x", b'{"error": "Stub process \'doc_fusion_0_0\' is not healthy."}'), (b"200 x", b"{}")]
+
+    def answer(connection: socket.socket) -> None:
+        status, body = replies.pop(0)
+        connection.sendall(
+            b"HTTP/1.1 %s\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % (status, len(body)) + body
+        )
+
+    upstream = Upstream(answer)
+    with run_guard(http=upstream.address) as guard, ask_later(guard.http) as got:
+        time.sleep(0.3)
+        guard.tell(dataclasses.replace(READY, is_ready=False, broken=("doc_fusion",), deaths={"doc_fusion": 1}))
+        assert not got
+        assert len(replies) == 1, "it waits"
+        guard.tell(dataclasses.replace(READY, deaths={"doc_fusion": 1}))
+    assert got[0][0] == 200
+    upstream.close()
+
+
+@contextlib.contextmanager
+def ask_later(address: str) -> Iterator[list[Reply]]:
+    """Ask in a thread; the reply is in the list when the block has ended."""
+    replies: list[Reply] = []
+    asking = threading.Thread(target=lambda: replies.append(ask(address, INFER, write_json())))
+    asking.start()
+    yield replies
+    asking.join()
+
+
 def test_the_upstream_gets_its_own_header_and_the_callers_none():
     upstream = Upstream(reply_with("200 x", b"{}"))
-    with run_guard(upstream.address, environment={"KVCAST_GUARD_HEADER": "guard-key=a=b"}) as (_, address):
-        assert ask(address, INFER, write_json(), {"guard-key": "mine", "X-Own": "1", "traceparent": "t"})[0] == 200
+    with run_guard(http=upstream.address, environment={"KVCAST_GUARD_HEADER": "guard-key=a=b"}) as guard:
+        assert ask(guard.http, INFER, write_json(), {"guard-key": "mine", "X-Own": "1", "traceparent": "t"})[0] == 200
     upstream.close()
     head = upstream.received.partition(b"\r\n\r\n")[0].lower().split(b"\r\n")
     assert b"guard-key: a=b" in head
@@ -316,19 +358,17 @@ def test_the_upstream_gets_its_own_header_and_the_callers_none():
     assert not [line for line in head if b"mine" in line or b"x-own" in line]
 
 
-def test_a_request_in_flight_is_answered_before_the_end():
+def test_a_request_in_flight_is_answered_before_the_end_and_new_ones_are_refused():
     upstream = Upstream(reply_with("200 x", b'{"late": true}', delay=1.0))
-    with run_guard(upstream.address) as (process, address):
-        replies: list[Reply] = []
-        asking = threading.Thread(target=lambda: replies.append(ask(address, INFER, write_json())))
-        asking.start()
+    with run_guard(http=upstream.address) as guard, ask_later(guard.http) as replies:
         time.sleep(0.4)
-        process.send_signal(signal.SIGTERM)
+        guard.process.send_signal(signal.SIGTERM)
         time.sleep(0.2)
-        with pytest.raises(ConnectionRefusedError):
-            ask(address, "/v2")
-        assert process.wait(10) == 0
-        asking.join()
+        status, headers, table = ask(guard.http, INFER, write_json())
+        assert (status, headers["connection"]) == (503, "close")
+        assert table == {"error": "the server is stopping: try again, elsewhere if you can"}
+        assert ask(guard.http, "/v2/health/ready")[0] == 503
+        assert guard.process.wait(10) == 0
     upstream.close()
     assert replies[0][0] == 200
     assert replies[0][1]["connection"] == "close"
@@ -339,27 +379,53 @@ def test_an_answer_that_breaks_off_is_not_continued_with_another():
         connection.sendall(b"HTTP/1.1 200 x\r\nContent-Length: 5000000\r\n\r\n" + bytes(2_000_000))
 
     upstream = Upstream(answer)
-    with run_guard(upstream.address) as (_, address):
-        connection = http.client.HTTPConnection(address, timeout=10)
-        connection.request("POST", INFER, write_json())
-        with pytest.raises((http.client.IncompleteRead, ConnectionResetError)) as caught:
-            connection.getresponse().read()
-        assert b"error" not in getattr(caught.value, "partial", b"")
-        connection.close()
+    with run_guard(http=upstream.address) as guard:
+        check_that_it_breaks_off(guard.http)
     upstream.close()
+
+
+def test_an_answer_under_which_the_process_dies_is_not_continued_with_another():
+    dead = threading.Event()
+
+    def answer(connection: socket.socket) -> None:
+        connection.sendall(b"HTTP/1.1 200 x\r\nContent-Length: 5000000\r\n\r\n" + bytes(2_000_000))
+        dead.wait(10)
+
+    upstream = Upstream(answer)
+    with run_guard(http=upstream.address) as guard:
+
+        def die() -> None:
+            time.sleep(0.5)
+            guard.tell(dataclasses.replace(READY, deaths={"doc_fusion": 1}))
+
+        dying = threading.Thread(target=die)
+        dying.start()
+        check_that_it_breaks_off(guard.http)
+        dying.join()
+        dead.set()
+    upstream.close()
+
+
+def check_that_it_breaks_off(address: str) -> None:
+    connection = http.client.HTTPConnection(address, timeout=10)
+    connection.request("POST", INFER, write_json())
+    with pytest.raises((http.client.IncompleteRead, ConnectionResetError)) as caught:
+        connection.getresponse().read()
+    assert b"error" not in getattr(caught.value, "partial", b"")
+    assert b"HTTP" not in getattr(caught.value, "partial", b"")
+    connection.close()
 
 
 def test_the_drain_is_bounded():
     upstream = Upstream(reply_with("200 x", b"{}", delay=3))
-    with run_guard(upstream.address, "--drain-seconds", "0.3") as (process, address):
-        connection = http.client.HTTPConnection(address)
-        connection.request("POST", INFER, write_json())
+    with run_guard("--drain-seconds", "0.3", http=upstream.address) as guard, ask_later(guard.http) as replies:
         time.sleep(0.3)
         asked = time.monotonic()
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
+        guard.process.send_signal(signal.SIGTERM)
+        assert guard.process.wait(10) == 0
         assert time.monotonic() - asked < STOP_BOUND_SECONDS
-        connection.close()
+    assert replies[0][0] == 503
+    assert "send it again" in replies[0][2]["error"]
     upstream.close()
 
 
@@ -372,18 +438,19 @@ def test_a_caller_who_goes_away_takes_the_question_along():
             gone.set()
 
     upstream = Upstream(answer)
-    with run_guard(upstream.address) as (_, address):
-        connection = http.client.HTTPConnection(address)
+    with run_guard(http=upstream.address) as guard:
+        connection = http.client.HTTPConnection(guard.http)
         connection.request("POST", INFER, write_json())
         time.sleep(0.3)
         connection.close()
         assert gone.wait(5)
+        with urllib.request.urlopen(f"http://{guard.metrics}/metrics", timeout=5) as page:
+            assert b'kvcast_guard_in_flight{model="ranker"} 0.0' in page.read()
     upstream.close()
 
 
-def test_it_ends_with_the_process_that_started_it(server):
-    port = find_free_ports(1)[0]
-    command = ["-m", "kvcast.server.guard", "--listen", f"127.0.0.1:{port}", "--upstream", server.http_address]
+def test_it_ends_with_the_process_that_started_it(tmp_path):
+    command = ["-m", "kvcast.guard", *make_addresses(), "--state", str(tmp_path / "state.json")]
     code = (
         "import subprocess, sys, time\n"
         f"guard = subprocess.Popen([sys.executable, *{command!r}], stdout=subprocess.PIPE)\n"
@@ -401,16 +468,22 @@ def test_it_ends_with_the_process_that_started_it(server):
     assert not is_running(pid)
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--listen", "x", "--upstream", "127.0.0.1:1"], ["--listen", "127.0.0.1:1", "--upstream", ":x"]]
-)
-def test_a_wrong_address_is_one_sentence(arguments):
-    ended = subprocess.run(
-        [sys.executable, "-m", "kvcast.server.guard", *arguments],
-        capture_output=True,
-        text=True,
-        env=dict(os.environ),
-        check=False,
-    )
+@pytest.mark.parametrize(("option", "value"), [("--http", "x"), ("--upstream-grpc", ":1"), ("--metrics", "a:70000")])
+def test_a_wrong_address_is_one_sentence(option, value):
+    arguments = [*make_addresses(), "--state", "state.json", option, value]
+    command = [sys.executable, "-m", "kvcast.guard", *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 2
     assert "expected HOST:PORT" in ended.stderr
+
+
+def test_an_address_that_is_taken_is_one_sentence(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for option in ("--http", "--grpc", "--metrics"):
+            address = f"127.0.0.1:{taken.getsockname()[1]}"
+            arguments = [*make_addresses(), "--state", str(tmp_path / "state.json"), option, address]
+            command = [sys.executable, "-m", "kvcast.guard", *arguments]
+            ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+            assert ended.returncode == 1
+            assert "Traceback" not in ended.stderr
+            assert address.split(":")[1] in ended.stderr

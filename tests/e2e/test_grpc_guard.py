@@ -1,0 +1,443 @@
+"""The guard's gRPC side: what is passed on, what is refused and how, deadlines, callers who leave, health, metrics."""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import signal
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from tritonclient.grpc import service_pb2
+
+from kvcast.clicklog import ClickLog
+from kvcast.contract.config import load_config
+from kvcast.server import TritonServer
+from tests.chaos.fuzzing import NOT_OFFERED, OFFERED, SERVICE, call, make_infer_request
+from tests.guard_process import READY, run_guard
+from tests.support import TOLERANCE
+
+REQUEST = ClickLog(load_config("tiny").schema, seed=5).draw_request(30, 6)
+TENSORS = {"history": ("INT64", REQUEST.history[None]), "candidates": ("INT64", REQUEST.candidates[None])}
+UNLIMITED = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+SOON = 5.0
+Answer = Callable[[str, bytes, Any], bytes]
+
+
+def make_ranking(model: str = "ranker") -> Any:
+    return make_infer_request(model, TENSORS)
+
+
+def ask(channel: grpc.Channel, request: Any, method: str = "ModelInfer") -> tuple[str, str]:
+    """Return status and message."""
+    try:
+        call(channel, method, request if isinstance(request, bytes) else request.SerializeToString())
+    except grpc.RpcError as error:
+        details: Any = error
+        return details.code().name, details.details() or ""
+    return "OK", ""
+
+
+def read_metrics(address: str) -> dict[str, Any]:
+    """Return the families of a metrics page by name."""
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=SOON) as page:
+        assert page.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+        families = list(text_string_to_metric_families(page.read().decode()))
+    assert len({family.name for family in families}) == len(families)
+    return {family.name: family for family in families}
+
+
+def count_inside(address: str) -> float:
+    return sum(sample.value for sample in read_metrics(address)["kvcast_guard_in_flight"].samples)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SOON
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def channel(server: TritonServer) -> Iterator[grpc.Channel]:
+    with grpc.insecure_channel(server.grpc_address, options=UNLIMITED) as channel:
+        yield channel
+
+
+# -- before the real server
+
+
+@pytest.mark.parametrize("method", sorted(OFFERED))
+def test_bytes_that_are_no_message_are_the_callers_mistake(channel, method):
+    status, message = ask(channel, b"\xff\xff\xff", method)
+    assert (status, message) == ("INVALID_ARGUMENT", f"expected a {method}Request, got other bytes")
+
+
+@pytest.mark.parametrize("method", [*sorted(NOT_OFFERED), "Nothing", "ModelStreamInfer", ""])
+def test_what_is_not_offered_is_unimplemented(channel, method):
+    assert ask(channel, b"", method)[0] == "UNIMPLEMENTED"
+
+
+def test_streaming_is_not_offered(channel):
+    stream = channel.stream_stream(SERVICE + "ModelStreamInfer")(iter([make_ranking().SerializeToString()]))
+    with pytest.raises(grpc.RpcError) as caught:
+        list(stream)
+    details: Any = caught.value
+    assert details.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+@pytest.mark.parametrize("axis", [-1, 1 << 31, 1 << 62, -(1 << 63)])
+def test_an_impossible_axis_is_refused(channel, axis):
+    request = make_ranking()
+    request.inputs[0].shape[1] = axis
+    status, message = ask(channel, request)
+    assert status == "INVALID_ARGUMENT"
+    assert str(axis) in message
+
+
+def test_a_shape_that_the_data_does_not_fill_is_refused(channel):
+    request = make_ranking()
+    request.inputs[0].shape[:] = [(1 << 31) - 1] * 4
+    assert ask(channel, request)[0] == "INVALID_ARGUMENT"
+    assert ask(channel, make_ranking())[0] == "OK"
+
+
+@pytest.mark.parametrize("part", ["inputs", "outputs"])
+def test_tensors_in_shared_memory_are_refused(channel, part):
+    request = make_ranking()
+    request.outputs.add(name="scores")
+    getattr(request, part)[0].parameters["shared_memory_region"].string_param = "x"
+    status, message = ask(channel, request)
+    assert status == "INVALID_ARGUMENT"
+    assert "shared memory" in message
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda request, text: setattr(request, "id", text),
+        lambda request, text: setattr(request, "model_name", text),
+        lambda request, text: setattr(request, "model_version", text),
+        lambda request, text: setattr(request.inputs[0], "name", text),
+        lambda request, text: request.outputs.add(name=text),
+        lambda request, text: setattr(request.parameters[text], "bool_param", True),
+    ],
+)
+def test_long_names_and_ids_are_refused(channel, change):
+    request = make_ranking()
+    change(request, "x" * 100_000)
+    status, message = ask(channel, request)
+    assert status == "INVALID_ARGUMENT"
+    assert len(message) < 200
+
+
+@pytest.mark.parametrize("parameter", ["timeout", "sequence_id"])
+def test_parameters_that_triton_reads_have_to_be_of_their_kind(channel, parameter):
+    request = make_ranking()
+    request.parameters[parameter].string_param = "x" * 129
+    status, message = ask(channel, request)
+    assert status == "INVALID_ARGUMENT"
+    assert parameter in message
+
+
+@pytest.mark.parametrize("microseconds", [1 << 40, (1 << 63) - 1])
+def test_the_longest_deadline_is_one_too(channel, microseconds):
+    request = make_ranking()
+    request.parameters["timeout"].int64_param = microseconds
+    assert ask(channel, request) == ("OK", "")
+
+
+def test_a_message_over_the_limit_is_refused(channel):
+    request = make_ranking()
+    request.raw_input_contents[0] = bytes((64 << 20) + 1)
+    assert ask(channel, request)[0] == "RESOURCE_EXHAUSTED"
+    assert ask(channel, make_ranking())[0] == "OK"
+
+
+def test_a_model_that_is_not_there_is_not_found(channel):
+    assert ask(channel, make_ranking("nobody"))[0] in ("NOT_FOUND", "INVALID_ARGUMENT")
+
+
+def test_scores_are_those_of_the_traditional_scheme(channel):
+    scores = []
+    for model in ("ranker", "ranker_resident", "ranker_full"):
+        reply = service_pb2.ModelInferResponse.FromString(
+            call(channel, "ModelInfer", make_ranking(model).SerializeToString())
+        )
+        place = next(index for index, output in enumerate(reply.outputs) if output.name == "scores")
+        scores.append(np.frombuffer(reply.raw_output_contents[place], np.float32))
+    np.testing.assert_allclose(scores[0], scores[2], rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(scores[1], scores[2], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("method", ["RepositoryIndex", "SystemSharedMemoryStatus", "LogSettings", "TraceSetting"])
+def test_administration_asks_for_the_key(server, channel, method):
+    assert ask(channel, b"", method)[0] == "UNAVAILABLE"
+    key = [(f"triton-grpc-protocol-{name}", value) for name, value in server.admin_headers.items()]
+    channel.unary_unary(SERVICE + method)(b"", metadata=key, timeout=SOON)
+    wrong = [(name, "x") for name, _ in key]
+    with pytest.raises(grpc.RpcError):
+        channel.unary_unary(SERVICE + method)(b"", metadata=wrong, timeout=SOON)
+
+
+def test_the_metrics_page_has_tritons_families_and_the_guards(server, channel):
+    assert ask(channel, make_ranking())[0] == "OK"
+    families = read_metrics(server.metrics_address)
+    assert {"nv_inference_request_success", "kvcast_user_kv_hits", "kvcast_fuse_seconds"} <= set(families)
+    assert {"kvcast_guard_answered", "kvcast_guard_refused", "kvcast_ready", "kvcast_process_deaths"} <= set(families)
+    answered = {
+        sample.labels["model"]: sample.value
+        for sample in families["kvcast_guard_answered"].samples
+        if sample.name.endswith("_total")
+    }
+    assert answered["ranker"] > 0
+    assert families["kvcast_ready"].samples[0].value == 1
+    assert families["kvcast_active_release"].samples[0].value >= 1
+
+
+def test_hasty_callers_leave_nothing_behind(server, channel):
+    message = make_ranking().SerializeToString()
+    for timeout in (0.0001, 0.001, 0.002, 0.004) * 10:
+        with contextlib.suppress(grpc.RpcError):
+            call(channel, "ModelInfer", message, timeout)
+    wait_until(lambda: count_inside(server.metrics_address) == 0)
+    assert ask(channel, make_ranking())[0] == "OK"
+
+
+# -- before an upstream that answers as told
+
+
+class Upstream(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
+    """A gRPC server; keeps the last metadata, message and deadline of each method."""
+
+    def __init__(self, answer: Answer | None = None) -> None:
+        self.seen: dict[str, tuple[dict[str, Any], bytes, float | None]] = {}
+        self.gone = threading.Event()
+        self._answer = answer or (lambda name, body, context: b"")
+        self._server = grpc.server(concurrent.futures.ThreadPoolExecutor(16))
+        self._server.add_generic_rpc_handlers((self,))
+        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+
+    def __enter__(self) -> "Upstream":
+        """Listen."""
+        self._server.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Listen no more."""
+        self._server.stop(None).wait()
+
+    def service(self, details: Any) -> Any:
+        name = details.method.removeprefix(SERVICE)
+
+        def handle(body: bytes, context: Any) -> bytes:
+            self.seen[name] = (dict(context.invocation_metadata()), body, context.time_remaining())
+            context.add_callback(self.gone.set)
+            return self._answer(name, body, context)
+
+        return grpc.unary_unary_rpc_method_handler(handle)
+
+    def read_timeout(self) -> float:
+        """Return the seconds that the parameter `timeout` of the last request says."""
+        message = service_pb2.ModelInferRequest.FromString(self.seen["ModelInfer"][1])
+        return float(message.parameters["timeout"].int64_param / 1e6)
+
+
+@contextlib.contextmanager
+def guard_upstream(*arguments: str, answer: Answer | None = None) -> Iterator[tuple[Any, Upstream, grpc.Channel]]:
+    """Give a guard, the upstream behind it, and a channel to the guard."""
+    with (
+        Upstream(answer) as upstream,
+        run_guard(*arguments, grpc=upstream.address) as guard,
+        grpc.insecure_channel(guard.grpc) as channel,
+    ):
+        yield guard, upstream, channel
+
+
+def hold(name: str, body: bytes, context: Any) -> bytes:
+    """Answer when the caller has long gone."""
+    ended = threading.Event()
+    context.add_callback(ended.set)
+    ended.wait(SOON)
+    return b""
+
+
+def test_metadata_and_deadlines_are_passed_on():
+    with guard_upstream() as (_, upstream, channel):
+        metadata = [("traceparent", "00-a-b-01"), ("tracestate", "x=y"), ("own-bin", b"\0\1")]
+        message = make_ranking().SerializeToString()
+        for method in ("ModelInfer", "ModelStatistics"):
+            channel.unary_unary(SERVICE + method)(message[:0] if method != "ModelInfer" else message, metadata=metadata)
+            got, _, seconds = upstream.seen[method]
+            assert {name: got[name] for name, _ in metadata} == dict(metadata)
+            assert seconds is None or seconds > 1e9
+        assert service_pb2.ModelInferRequest.FromString(upstream.seen["ModelInfer"][1]) == make_ranking()
+
+        call(channel, "ModelInfer", message, timeout=20)
+        seconds = upstream.seen["ModelInfer"][2]
+        assert seconds is not None
+        assert 15 < seconds <= 20
+        assert 15 < upstream.read_timeout() <= 20
+        request = make_ranking()
+        request.parameters["timeout"].int64_param = 2_000_000
+        call(channel, "ModelInfer", request.SerializeToString(), timeout=20)
+        assert 1 < upstream.read_timeout() <= 2, "the sooner one counts"
+
+
+def test_a_caller_whose_deadline_passes_takes_the_question_along():
+    with guard_upstream(answer=hold) as (guard, upstream, channel):
+        asked = time.monotonic()
+        with pytest.raises(grpc.RpcError) as caught:
+            call(channel, "ModelInfer", make_ranking().SerializeToString(), timeout=0.5)
+        details: Any = caught.value
+        assert details.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        assert time.monotonic() - asked < 2
+        assert upstream.gone.wait(SOON)
+        wait_until(lambda: count_inside(guard.metrics) == 0)
+
+
+def test_a_deadline_that_only_the_request_names_is_kept_too():
+    with guard_upstream(answer=hold) as (guard, _, channel):
+        request = make_ranking()
+        request.parameters["timeout"].int64_param = 300_000
+        asked = time.monotonic()
+        assert ask(channel, request)[0] in ("DEADLINE_EXCEEDED", "UNAVAILABLE")
+        assert time.monotonic() - asked < 2
+        assert count_inside(guard.metrics) == 0
+
+
+def test_callers_who_leave_free_the_gate():
+    with guard_upstream("--in-flight", "2", "--waiting", "2", answer=hold) as (guard, upstream, channel):
+        message = make_ranking().SerializeToString()
+        calls = [channel.unary_unary(SERVICE + "ModelInfer").future(message) for _ in range(4)]
+        wait_until(lambda: count_inside(guard.metrics) == 2)
+        waiting = "kvcast_guard_waiting"
+        wait_until(lambda: sum(sample.value for sample in read_metrics(guard.metrics)[waiting].samples) == 2)
+        status, text = ask(channel, make_ranking())
+        assert (status, text) == ("UNAVAILABLE", "busy: 2 requests are waiting already")
+        for each in calls:
+            each.cancel()
+        assert upstream.gone.wait(SOON)
+        wait_until(lambda: count_inside(guard.metrics) == 0)
+        assert sum(sample.value for sample in read_metrics(guard.metrics)[waiting].samples) == 0
+
+
+def test_health_is_what_the_launcher_says():
+    replies = {
+        "ServerReady": service_pb2.ServerReadyResponse(ready=True).SerializeToString(),
+        "ModelReady": service_pb2.ModelReadyResponse(ready=True).SerializeToString(),
+        "ServerLive": service_pb2.ServerLiveResponse(live=True).SerializeToString(),
+    }
+
+    def is_ready(model: str = "") -> bool:
+        if model:
+            body = service_pb2.ModelReadyRequest(name=model).SerializeToString()
+            return bool(service_pb2.ModelReadyResponse.FromString(call(channel, "ModelReady", body)).ready)
+        return bool(service_pb2.ServerReadyResponse.FromString(call(channel, "ServerReady", b"")).ready)
+
+    with guard_upstream(answer=lambda name, body, context: replies[name]) as (guard, _, channel):
+        assert is_ready()
+        guard.tell(dataclasses.replace(READY, is_ready=False, broken=("user_encoder",)))
+        assert not is_ready()
+        assert [model for model in ("user_encoder", "ranker", "ranker_resident") if is_ready(model)] == [
+            "ranker_resident"
+        ]
+        assert service_pb2.ServerLiveResponse.FromString(call(channel, "ServerLive", b"")).live
+        guard.tell(READY)
+        assert is_ready()
+        assert is_ready("ranker")
+        guard.tell(dataclasses.replace(READY, is_draining=True))
+        assert not is_ready()
+        assert ask(channel, make_ranking())[0] == "UNAVAILABLE"
+
+
+def test_a_server_that_is_starting_or_away_is_unavailable():
+    with run_guard(state=None) as guard, grpc.insecure_channel(guard.grpc) as channel:
+        assert ask(channel, make_ranking()) == ("UNAVAILABLE", "the server is starting: try again")
+        guard.tell(READY)
+        away = ("UNAVAILABLE", "the server is starting or stopping: try again")
+        assert ask(channel, b"", "ServerReady") == away
+        assert ask(channel, make_ranking("nobody")) == away
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "status", "text"),
+    [
+        ("INTERNAL", 'Traceback: File "/srv/a/model.py", line 3', "INTERNAL", "reference|under"),
+        ("INVALID_ARGUMENT", "cannot open /srv/models/ranker", "INVALID_ARGUMENT", "under"),
+        ("INVALID_ARGUMENT", "expected shape [1, 2]", "INVALID_ARGUMENT", r"expected shape \[1, 2\]"),
+        ("INTERNAL", "Failed to increase the shared memory pool size for key 'x'", "UNAVAILABLE", "busy: .* full"),
+        ("UNAVAILABLE", "Exceeds maximum queue size", "UNAVAILABLE", "Exceeds"),
+    ],
+)
+def test_what_becomes_of_the_servers_errors(code, said, status, text):
+    def answer(name: str, body: bytes, context: Any) -> bytes:
+        context.abort(grpc.StatusCode[code], said)
+        return b""
+
+    with guard_upstream(answer=answer) as (_, _, channel), pytest.raises(grpc.RpcError, match=text) as caught:
+        call(channel, "ModelInfer", make_ranking().SerializeToString())
+    details: Any = caught.value
+    assert details.code().name == status
+    assert "/srv" not in details.details()
+
+
+def test_a_request_whose_process_died_is_sent_again_when_that_is_mended():
+    times = []
+
+    def answer(name: str, body: bytes, context: Any) -> bytes:
+        times.append(time.monotonic())
+        if len(times) == 1:
+            context.abort(grpc.StatusCode.INTERNAL, "Stub process 'doc_fusion_0_0' is not healthy.")
+        return b""
+
+    with guard_upstream(answer=answer) as (guard, _, channel):
+        asked = channel.unary_unary(SERVICE + "ModelInfer").future(make_ranking().SerializeToString())
+        wait_until(lambda: len(times) == 1)
+        guard.tell(dataclasses.replace(READY, is_ready=False, broken=("doc_fusion",), deaths={"doc_fusion": 1}))
+        time.sleep(0.2)
+        assert len(times) == 1, "it waits"
+        guard.tell(dataclasses.replace(READY, deaths={"doc_fusion": 1}))
+        assert asked.result(SOON) == b""
+        (again,) = (
+            sample.value
+            for sample in read_metrics(guard.metrics)["kvcast_guard_sent_again"].samples
+            if sample.name.endswith("_total") and sample.labels["model"] == "ranker"
+        )
+        assert again == 1
+
+
+def test_the_end_waits_for_answers_and_refuses_the_new():
+    def answer(name: str, body: bytes, context: Any) -> bytes:
+        time.sleep(1)
+        return b""
+
+    with guard_upstream(answer=answer) as (guard, upstream, channel):
+        asked = channel.unary_unary(SERVICE + "ModelInfer").future(make_ranking().SerializeToString())
+        wait_until(lambda: "ModelInfer" in upstream.seen)
+        guard.process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        status, text = ask(channel, make_ranking())
+        assert (status, "stopping" in text) == ("UNAVAILABLE", True)
+        assert asked.result(SOON) == b""
+        assert guard.process.wait(SOON) == 0
+
+
+def test_the_end_does_not_wait_for_ever():
+    with guard_upstream("--drain-seconds", "0.3", answer=hold) as (guard, upstream, channel):
+        asked = channel.unary_unary(SERVICE + "ModelInfer").future(make_ranking().SerializeToString())
+        wait_until(lambda: "ModelInfer" in upstream.seen)
+        told = time.monotonic()
+        guard.process.send_signal(signal.SIGTERM)
+        with pytest.raises(grpc.RpcError, match="send it again") as caught:
+            asked.result(SOON)
+        details: Any = caught.value
+        assert details.code() == grpc.StatusCode.UNAVAILABLE
+        assert guard.process.wait(SOON) == 0
+        assert time.monotonic() - told < 2
