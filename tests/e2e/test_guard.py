@@ -380,35 +380,39 @@ def test_an_answer_that_breaks_off_is_not_continued_with_another():
 
     upstream = Upstream(answer)
     with run_guard(http=upstream.address) as guard:
-        check_that_it_breaks_off(guard.http)
+        check_that_it_breaks_off(guard.http, {})
     upstream.close()
 
 
-def test_an_answer_under_which_the_process_dies_is_not_continued_with_another():
-    dead = threading.Event()
+@pytest.mark.parametrize("end", ["death", "stop", "deadline"])
+def test_an_answer_that_has_been_begun_is_not_followed_by_another(end):
+    over = threading.Event()
 
     def answer(connection: socket.socket) -> None:
         connection.sendall(b"HTTP/1.1 200 x\r\nContent-Length: 5000000\r\n\r\n" + bytes(2_000_000))
-        dead.wait(10)
+        over.wait(10)
 
     upstream = Upstream(answer)
-    with run_guard(http=upstream.address) as guard:
+    with run_guard("--drain-seconds", "0.1", http=upstream.address) as guard:
 
-        def die() -> None:
+        def interrupt() -> None:
             time.sleep(0.5)
-            guard.tell(dataclasses.replace(READY, deaths={"doc_fusion": 1}))
+            if end == "death":
+                guard.tell(dataclasses.replace(READY, deaths={"doc_fusion": 1}))
+            elif end == "stop":
+                guard.process.send_signal(signal.SIGTERM)
 
-        dying = threading.Thread(target=die)
-        dying.start()
-        check_that_it_breaks_off(guard.http)
-        dying.join()
-        dead.set()
+        interrupting = threading.Thread(target=interrupt)
+        interrupting.start()
+        check_that_it_breaks_off(guard.http, {"parameters": {"timeout": 700_000}} if end == "deadline" else {})
+        interrupting.join()
+        over.set()
     upstream.close()
 
 
-def check_that_it_breaks_off(address: str) -> None:
+def check_that_it_breaks_off(address: str, changes: dict[str, Any]) -> None:
     connection = http.client.HTTPConnection(address, timeout=10)
-    connection.request("POST", INFER, write_json())
+    connection.request("POST", INFER, write_json(**changes))
     with pytest.raises((http.client.IncompleteRead, ConnectionResetError)) as caught:
         connection.getresponse().read()
     assert b"error" not in getattr(caught.value, "partial", b"")
