@@ -296,7 +296,7 @@ def test_a_caller_whose_deadline_passes_takes_the_question_along():
         with pytest.raises(grpc.RpcError) as caught:
             call(channel, "ModelInfer", make_ranking().SerializeToString(), timeout=0.5)
         details: Any = caught.value
-        assert details.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        assert details.code().name in ("DEADLINE_EXCEEDED", "UNAVAILABLE"), "whichever of the two notices first"
         assert time.monotonic() - asked < 2
         assert upstream.gone.wait(SOON)
         wait_until(lambda: count_inside(guard.metrics) == 0)
