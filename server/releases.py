@@ -24,7 +24,7 @@ from kvcast.server.installation import ServerError
 from kvcast.server.view import CONFIG_FILE, ENSEMBLE_VERSION
 
 STAGING_PREFIX = ".publishing-"
-READ_ONLY_FILE, READ_ONLY_FOLDER = 0o444, 0o555
+READ_ONLY_FILE, READ_ONLY_FOLDER, WRITABLE_FOLDER = 0o444, 0o555, 0o755
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,18 @@ class ReleaseStore:
             source: a repository that `kvcast export` has written.
 
         Raises:
-            ServerError: the export is incomplete, damaged, of several releases, or was published before.
+            ServerError: the export is incomplete, damaged, of several releases, or was published before; or the
+                repository cannot be written. Nothing has changed then.
         """
+        try:
+            return self._publish(source)
+        except OSError as error:
+            raise ServerError(
+                f"{self.repository}: the release cannot be published ({_find_cause(error)}); nothing was changed: "
+                "make room and see to the permissions, then publish again"
+            ) from error
+
+    def _publish(self, source: Path) -> Release:
         folders = {model.name: _find_newest(source, model.name) for model in EXPORTED_MODELS}
         manifests = {model: _read_manifest(folder) for model, folder in folders.items()}
         if len({manifest.release for manifest in manifests.values()}) != 1:
@@ -148,9 +158,11 @@ class ReleaseStore:
                     raise ServerError(f"release {fingerprint[:12]} was published before, as {known.number}")
             number = 1 + max((n for model in EXPORTED_MODELS for n in self._list_numbers(model.name)), default=0)
             number = max(number, 1 + max((each.number for each in record.releases), default=0))
-            release = self._move_in(folders, manifests, number)
             self._furnish(source)
-            self._write(dataclasses.replace(record, releases=(*record.releases, release)))
+            moved: list[Path] = []
+            with self._undone_on_failure(number, moved):
+                release = self._move_in(folders, manifests, number, moved)
+                self._write(dataclasses.replace(record, releases=(*record.releases, release)))
         return release
 
     def activate(self, number: int) -> Record:
@@ -186,9 +198,10 @@ class ReleaseStore:
         folders = {model.name: self.find_folder(model.name, number) for model in EXPORTED_MODELS}
         return Record((_describe(folders, number),), active=number)
 
-    def _move_in(self, folders: dict[str, Path], manifests: dict[str, Manifest], number: int) -> Release:
-        """Copy to a folder aside, check the copies, and move them into place."""
-        moved: list[Path] = []
+    def _move_in(
+        self, folders: dict[str, Path], manifests: dict[str, Manifest], number: int, moved: list[Path]
+    ) -> Release:
+        """Copy to a folder aside, check the copies, and move them into place; say in `moved` what was."""
         with tempfile.TemporaryDirectory(dir=self.repository, prefix=STAGING_PREFIX) as staging:
             copies = {
                 model: Path(
@@ -203,20 +216,27 @@ class ReleaseStore:
                             f"{folders[model] / name}: not the file that its manifest describes: export again"
                         )
             release = _describe(copies, number)
-            try:
-                for model, copy in copies.items():
-                    _make_durable(copy)
-                    target = self.find_folder(model, number)
-                    target.parent.mkdir(exist_ok=True)
-                    copy.rename(target)
-                    moved.append(target)
-                    target.chmod(READ_ONLY_FOLDER)
-            except BaseException:
-                for target in moved:
-                    target.chmod(0o755)
-                    shutil.rmtree(target, ignore_errors=True)
-                raise
+            for model, copy in copies.items():
+                _make_durable(copy)
+                target = self.find_folder(model, number)
+                target.parent.mkdir(exist_ok=True)
+                copy.chmod(WRITABLE_FOLDER)  # a folder that is not writable cannot be moved, but by root
+                copy.rename(target)
+                moved.append(target)
+                target.chmod(READ_ONLY_FOLDER)
         return release
+
+    @contextlib.contextmanager
+    def _undone_on_failure(self, number: int, moved: list[Path]) -> Iterator[None]:
+        """Leave nothing of a release that could not be recorded: without a record, the newest export is served."""
+        try:
+            yield
+        except BaseException:
+            if all(each.number != number for each in self.read().releases):
+                for folder in moved:
+                    folder.chmod(WRITABLE_FOLDER)
+                    shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     def _furnish(self, source: Path) -> None:
         """Put in the configurations that are missing; an operator's own is kept."""
@@ -224,7 +244,7 @@ class ReleaseStore:
             target = self.repository / model.name / CONFIG_FILE
             if not target.exists():
                 target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(source / model.name / CONFIG_FILE, target)
+                _copy_whole(source / model.name / CONFIG_FILE, target)
             if model.steps:
                 (target.parent / ENSEMBLE_VERSION).mkdir(exist_ok=True)
 
@@ -233,11 +253,15 @@ class ReleaseStore:
 
     def _write(self, record: Record) -> None:
         new = self._path.with_suffix(".new")
-        with new.open("w") as file:
-            file.write(json.dumps(dataclasses.asdict(record), indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(self._path)
+        try:
+            with new.open("w") as file:
+                file.write(json.dumps(dataclasses.asdict(record), indent=2) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            new.replace(self._path)
+        except OSError:
+            new.unlink(missing_ok=True)
+            raise
         _sync_folder(self.repository)
 
     @contextlib.contextmanager
@@ -263,6 +287,22 @@ def _read_manifest(folder: Path) -> Manifest:
         return read_manifest(folder)
     except ArtefactError as error:
         raise ServerError(str(error)) from error
+
+
+def _copy_whole(source: Path, target: Path) -> None:
+    """Copy a file entirely or not at all."""
+    try:
+        shutil.copyfile(source, target)
+    except OSError:
+        target.unlink(missing_ok=True)
+        raise
+
+
+def _find_cause(error: OSError) -> str:
+    """Return what an error says: that of copying a folder is a list of all that went wrong."""
+    if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
+        return str(error.args[0][0][-1])
+    return error.strerror or str(error)
 
 
 def _describe(folders: dict[str, Path], number: int) -> Release:
