@@ -54,6 +54,7 @@ MAX_TEXT = 1024
 MAX_SEQUENCE_ID = 128
 MICROSECONDS = 1e6
 CANCELLED_WITHIN_SECONDS = 1.0
+QUEUE_SHARE = 0.9
 SERVER_OPTIONS = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.max_send_message_length", -1)]
 CHANNEL_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 # gRPC's own pauses between attempts grow to minutes; Triton is back within seconds.
@@ -179,7 +180,8 @@ def read_metadata(rpc: Rpc) -> list[tuple[str, str | bytes]]:
 def read_seconds(message: Any, rpc: Rpc) -> float:
     """Return how long the caller waits: the connection's deadline, or the request's parameter, whichever is sooner."""
     remaining = rpc.time_remaining()
-    seconds = float("inf") if remaining is None else remaining
+    # A refusal has to be there before the caller gives up.
+    seconds = float("inf") if remaining is None else QUEUE_SHARE * remaining
     parameter = message.parameters.get("timeout")
     if parameter is not None and parameter.int64_param > 0:
         seconds = min(seconds, parameter.int64_param / MICROSECONDS)

@@ -19,6 +19,7 @@ from kvcast.server.installation import ServerError, find_installation
 GONE_WITHIN_SECONDS = 2
 SET_PARENT_DEATH_SIGNAL = 1  # of prctl(2)
 LIBC = ctypes.CDLL(None)
+NICENESS = 5
 
 
 class TritonProcess:
@@ -113,7 +114,7 @@ class TritonProcess:
                 errors="replace",
                 pass_fds=() if self._claim is None else (self._claim,),
                 start_new_session=True,  # Ctrl-C reaches the launcher alone, which then stops the server
-                preexec_fn=end_with_parent,  # noqa: PLW1509 one system call, nothing is imported or allocated
+                preexec_fn=prepare_process,  # noqa: PLW1509 two system calls, nothing is imported or allocated
             )
         except OSError as error:
             raise ServerError(f"cannot run {self._command[0]}: {error.strerror}") from error
@@ -161,9 +162,13 @@ class TritonProcess:
             self._reader.join(timeout=2)
 
 
-def end_with_parent() -> None:
-    """Have the kernel end this process with the one that started it, even if that one is killed."""
+def prepare_process() -> None:
+    """Have the kernel end this process with the one that started it, even if killed, and let the guard run first.
+
+    Refusing costs little, but it has to be done in time, also while the models have every core busy.
+    """
     LIBC.prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+    LIBC.nice(NICENESS)
 
 
 def has_members(group: int) -> bool:

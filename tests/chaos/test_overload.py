@@ -1,0 +1,199 @@
+"""Four times more than can be answered, in an open loop: what is answered is right, the rest is refused in time."""
+
+import asyncio
+import dataclasses
+import gc
+import os
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvcast.client import NO_RETRIES, AsyncRankerClient, RankerClient, RetryPolicy
+from kvcast.contract.config import ModelConfig, load_config
+from kvcast.contract.errors import DeadlineExceededError, KvcastError, TryAgainError
+from kvcast.contract.schema import Limits, Workload
+from kvcast.export.pipeline import WeightsSource, export_release
+from kvcast.server import TritonServer
+from tests.conftest import make_settings
+from tests.support import TOLERANCE, draw_request
+
+SECONDS = float(os.environ.get("KVCAST_OVERLOAD_SECONDS", "12"))
+TIMES = 4
+DEADLINE = 3.0
+GOODPUT_SHARE = 0.8
+CALM_WITHIN_SECONDS = 5
+GROWTH_BYTES = 200e6
+LENGTH, COUNT, USERS = 1000, 200, 64
+
+
+@dataclass
+class Tally:
+    """What came of the requests of a while."""
+
+    seconds: float
+    what: Counter[str]
+    longest: float
+
+    @property
+    def goodput(self) -> float:
+        """Right answers a second."""
+        return self.what["right"] / self.seconds
+
+
+@pytest.fixture(scope="module")
+def config() -> ModelConfig:
+    """Larger requests than `tiny` takes, so that the models are the bottleneck and not this test."""
+    return dataclasses.replace(
+        load_config("tiny"), name="overload", limits=Limits(2000, 400), workload=Workload(LENGTH, COUNT)
+    )
+
+
+@pytest.fixture(scope="module")
+def overloaded(config: ModelConfig, tmp_path_factory) -> Iterator[TritonServer]:
+    repository = tmp_path_factory.mktemp("overload") / "repository"
+    export_release(config, WeightsSource(seed=0), repository, say=lambda _: None)
+    settings = dataclasses.replace(make_settings(repository), models=["ranker", "ranker_resident"])
+    with TritonServer(settings) as server:
+        gc.collect()
+        gc.freeze()  # a collection of all that was imported stops this process, the caller, for a second
+        yield server
+        gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def requests(config: ModelConfig):
+    return [draw_request(config, LENGTH + index % 7, COUNT, index) for index in range(USERS)]
+
+
+@pytest.fixture(scope="module")
+def answers(overloaded: TritonServer, requests):
+    with RankerClient(overloaded.grpc_address, deadline=60) as client:
+        return [client.rank(*request).scores for request in requests]
+
+
+async def load_open(address, model, requests, answers, *, rate, seconds, is_new, retry=NO_RETRIES) -> Tally:
+    """Send at a rate, Poisson, whatever comes back. `is_new`: users whom no cache knows."""
+    generator = np.random.default_rng(0)
+    what: Counter[str] = Counter()
+    longest = 0.0
+    async with AsyncRankerClient(address, model=model, deadline=DEADLINE, retry=retry) as client:
+        await client.get_manifest(deadline=30)
+
+        async def ask(index: int, stamp: int) -> None:
+            nonlocal longest
+            history, candidates = requests[index]
+            if is_new:  # an event that this user has not had: another key, other scores
+                history = history.copy()
+                history[0] = (1 + stamp % 200, 1)
+                history[1] = (1 + stamp // 200 % 200, 2)
+            started = time.monotonic()
+            try:
+                scores = (await client.rank(history, candidates)).scores
+                is_right = is_new or np.abs(scores - answers[index]).max() <= TOLERANCE
+                outcome = "right" if is_right else "wrong"
+            except DeadlineExceededError as error:
+                outcome = "refused" if "not computed" in str(error) or "busy" in str(error) else f"late: {error}"
+            except TryAgainError as error:
+                outcome = "refused" if "busy" in str(error) or "not computed" in str(error) else str(error)
+            except KvcastError as error:
+                outcome = f"{type(error).__name__}: {error}"
+            what[outcome] += 1
+            longest = max(longest, time.monotonic() - started)
+
+        started, tasks = time.monotonic(), []
+        due = started
+        stamp = 0
+        while due < started + seconds:
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            tasks.append(asyncio.create_task(ask(int(generator.integers(len(requests))), stamp)))
+            stamp += 1
+            due += generator.exponential(1 / rate)
+        await asyncio.gather(*tasks)
+        return Tally(seconds, what, longest)
+
+
+async def find_peak(address, model, requests, *, is_new, seconds=4.0) -> float:
+    """Return right answers a second with eight callers who each wait for their answer."""
+    count = 0
+    async with AsyncRankerClient(address, model=model, deadline=30) as client:
+        end = time.monotonic() + seconds
+
+        async def work(caller: int) -> None:
+            nonlocal count
+            stamp = 0
+            while time.monotonic() < end:
+                history, candidates = requests[(caller + 8 * stamp) % len(requests)]
+                if is_new:
+                    history = history.copy()
+                    history[0] = (1 + stamp % 200, 3 + caller)
+                await client.rank(history, candidates)
+                stamp += 1
+                count += 1
+
+        await asyncio.gather(*(work(caller) for caller in range(8)))
+    return count / seconds
+
+
+def count_memory(server: TritonServer) -> int:
+    """Return resident bytes of tritonserver and its stubs that are their own, and shared memory in use."""
+    group, total = server.pid, 0
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if int(path.read_text().rpartition(")")[2].split()[2]) == group:
+                status = (path.parent / "status").read_text()
+                total += 1024 * int(status.partition("RssAnon:")[2].split()[0])
+        except (OSError, IndexError):
+            continue
+    used = os.statvfs("/dev/shm")  # noqa: S108
+    return total + (used.f_blocks - used.f_bfree) * used.f_frsize
+
+
+def measure_latency(server: TritonServer, model: str, requests) -> float:
+    with RankerClient(server.grpc_address, model=model, deadline=30) as client:
+        client.get_manifest()
+        return statistics.median(client.rank(*request).seconds for request in requests[:12])
+
+
+@pytest.mark.parametrize("is_new", [True, False], ids=["new users", "kept users"])
+@pytest.mark.parametrize("model", ["ranker", "ranker_resident"])
+def test_four_times_too_much_is_answered_or_refused_in_time(overloaded, requests, answers, model, is_new):
+    address = overloaded.grpc_address
+    peak = asyncio.run(find_peak(address, model, requests, is_new=is_new))
+    calm = measure_latency(overloaded, model, requests)
+    before = count_memory(overloaded)
+    tally = asyncio.run(load_open(address, model, requests, answers, rate=TIMES * peak, seconds=SECONDS, is_new=is_new))
+    ended = time.monotonic()
+    while measure_latency(overloaded, model, requests) > 2 * calm:
+        assert time.monotonic() < ended + CALM_WITHIN_SECONDS, "latency has not come back to normal"
+    sent = TIMES * peak
+    print(f"{model}, new {is_new}: peak {peak:.0f}/s, sent {sent:.0f}/s, {tally.goodput:.0f}/s right, {tally.what}")
+    assert set(tally.what) == {"right", "refused"}, tally.what
+    assert tally.longest < DEADLINE + 0.25
+    assert tally.goodput >= GOODPUT_SHARE * peak
+    assert count_memory(overloaded) - before < GROWTH_BYTES
+
+
+def test_a_retrying_client_does_not_multiply_an_overload(overloaded, requests, answers):
+    """The budget: with three times too much, what is sent in all grows by little, and the goodput stays."""
+    address = overloaded.grpc_address
+    peak = asyncio.run(find_peak(address, "ranker_resident", requests, is_new=False, seconds=3))
+    tally = asyncio.run(
+        load_open(
+            address,
+            "ranker_resident",
+            requests,
+            answers,
+            rate=3 * peak,
+            seconds=SECONDS / 2,
+            is_new=False,
+            retry=RetryPolicy(),
+        )
+    )
+    assert set(tally.what) <= {"right", "refused"}, tally.what
+    assert tally.goodput >= GOODPUT_SHARE * peak

@@ -1,0 +1,73 @@
+"""SIGTERM under load: who is there gets an answer, who comes later is told so, and nothing stays behind."""
+
+import signal
+import subprocess
+import time
+
+import pytest
+
+from tests.chaos.load import Load, draw_requests, expect, record_answers
+from tests.e2e.test_server import find_children, is_running, list_shared_memory, read_until, run_serve
+
+DRAIN_SECONDS = 10
+BOUND_SECONDS = DRAIN_SECONDS + 6
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+@pytest.mark.parametrize("model", ["ranker", "ranker_resident"])
+def test_nothing_that_was_accepted_is_lost(tiny_repository, protocol, model):
+    regions = list_shared_memory()
+    process, addresses = start(tiny_repository, model)
+    started = find_children(process.pid)
+    requests = draw_requests()
+    expected = expect(requests, record_answers(addresses["grpc"], requests, model))
+    with Load(addresses[protocol], expected, model, protocol, threads=12, deadline=30) as load:
+        load.wait_for(100)
+        told = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        process.wait(BOUND_SECONDS)
+        seconds = time.monotonic() - told
+    process.communicate()
+    assert process.returncode == 0
+    assert seconds < BOUND_SECONDS
+    assert set(load.count()) <= {"right", "TryAgainError"}, load.count()
+    there = [each for each in load.outcomes if each.sent < told - 0.05]
+    assert {each.what for each in there} == {"right"}, [each for each in there if each.what != "right"]
+    refused = [each for each in load.outcomes if each.what != "right"]
+    assert all("stopping" in each.message or "no connection" in each.message for each in refused), refused[:3]
+    assert not [pid for pid in started if is_running(pid)]
+    assert list_shared_memory() <= regions
+
+
+def test_what_cannot_be_answered_within_the_bound_is_refused_and_not_lost(tiny_repository):
+    """A queue longer than the drain: everybody still hears something, and the end comes in time."""
+    process, addresses = start(tiny_repository, "ranker_full", "--drain-seconds", "0.5")
+    requests = draw_requests(8, length=60)
+    expected = expect(requests, record_answers(addresses["grpc"], requests, "ranker_full"))
+    with Load(addresses["grpc"], expected, "ranker_full", threads=48, deadline=30) as load:
+        load.wait_for(40)
+        told = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        process.wait(8)
+        seconds = time.monotonic() - told
+    process.communicate()
+    assert seconds < 0.5 + 6
+    assert set(load.count()) <= {"right", "TryAgainError"}, load.count()
+    assert all(each.seconds < seconds + 2 for each in load.outcomes)
+
+
+def start(repository, model: str, *arguments: str) -> tuple[subprocess.Popen[str], dict[str, str]]:
+    process = run_serve(repository, "--models", model, "--drain-seconds", str(DRAIN_SECONDS), *arguments)
+    http = read_until(process, "  HTTP").split("//")[1].strip()
+    grpc = read_until(process, "  gRPC").split()[-1]
+    read_until(process, "Ctrl-C")
+    drain_output(process)
+    return process, {"http": http, "grpc": grpc}
+
+
+def drain_output(process: subprocess.Popen[str]) -> None:
+    """Read on, so that a server that says much is not held up by a full pipe."""
+    import threading  # noqa: PLC0415
+
+    assert process.stdout is not None
+    threading.Thread(target=process.stdout.read, daemon=True).start()
