@@ -294,6 +294,10 @@ def truncate(path: Path) -> None:
 def change_scores(path: Path) -> None:
     table = json.loads(path.read_text())
     path.write_text(json.dumps({**table, "scores": [score + 0.01 for score in table["scores"]]}))
+    manifest = path.with_name("manifest.json")  # somebody has put in checksums that fit
+    table = json.loads(manifest.read_text())
+    table["files"][path.name] = hash_file(path)
+    manifest.write_text(json.dumps(table))
 
 
 def take_from(model: str) -> Callable[[Path], None]:
@@ -314,9 +318,9 @@ DAMAGES = {
     "manifest of another model": ("doc_fusion/1/manifest.json", take_from("user_encoder"), "expected the artefact of"),
     "manifest of another release": ("doc_fusion/1/manifest.json", take_other_release, "different releases"),
     "half a manifest": ("doc_fusion/1/manifest.json", truncate, "not a kvcast manifest"),
-    "half a golden request": ("user_encoder/1/golden.json", truncate, "not a golden request"),
+    "half a golden request": ("user_encoder/1/golden.json", truncate, "SHA-256"),
     "other scores": ("user_encoder/1/golden.json", change_scores, "does not compute what was proved"),
-    "half a golden request, resident": ("ranker_resident/1/golden.json", truncate, "not a golden request"),
+    "half a golden request, resident": ("ranker_resident/1/golden.json", truncate, "SHA-256"),
     "other scores, resident": ("ranker_resident/1/golden.json", change_scores, "does not compute what was proved"),
     "no golden request": ("ranker_resident/1/golden.json", Path.unlink, "golden.json: cannot be read"),
 }
@@ -331,12 +335,13 @@ def settings_of(repository: Path, name: str) -> ServerSettings:
 def test_a_damaged_file_is_refused_at_the_start_in_clear_words(own_repository, damage):
     name, hurt, words = DAMAGES[damage]
     path = own_repository / name
-    whole = path.read_bytes()
+    whole, manifest = path.read_bytes(), path.with_name("manifest.json").read_bytes()
     hurt(path)
     with pytest.raises(ServerError) as caught, TritonServer(settings_of(own_repository, name)):
         pytest.fail("it started")
     assert words in str(caught.value)
     assert "Traceback" not in str(caught.value)
+    path.with_name("manifest.json").write_bytes(manifest)
     path.write_bytes(whole)
     if damage in ("truncated graph", "other scores"):  # the others end in the same way
         with TritonServer(settings_of(own_repository, name)) as server, RankerClient(server.grpc_address) as client:
@@ -359,7 +364,7 @@ def test_a_file_that_is_damaged_while_serving_is_not_loaded_and_the_server_is_we
     ):
         request = draw_request(CONFIG, 30, 7, 0)
         right = client.rank(*request).scores
-        whole = path.read_bytes()
+        whole, manifest = path.read_bytes(), path.with_name("manifest.json").read_bytes()
         hurt(path)
         np.testing.assert_allclose(client.rank(*request).scores, right, rtol=0, atol=TOLERANCE)
         stub = next(each for each in list_stubs(server.pid).values() if each.model == name.partition("/")[0])
@@ -371,6 +376,7 @@ def test_a_file_that_is_damaged_while_serving_is_not_loaded_and_the_server_is_we
             urllib.request.urlopen(f"http://{server.http_address}/v2/health/ready", timeout=5)
         with pytest.raises(KvcastError):
             client.rank(*request)
+        path.with_name("manifest.json").write_bytes(manifest)
         path.write_bytes(whole)
         wait_until(lambda: read_state(port)["is_ready"], RECOVERED_WITHIN_SECONDS)
         np.testing.assert_allclose(client.rank(*request).scores, right, rtol=0, atol=TOLERANCE)
