@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from kvcast.contract.config import ModelConfig, load_config
 from kvcast.contract.errors import KvcastError
 from kvcast.contract.tensors import RANKER_RESIDENT
-from kvcast.perf import cost_model, experiments, reuse
+from kvcast.perf import cost_model, experiments, reuse, soak
 from kvcast.perf.analyzer import PerfError, find_analyzer
 from kvcast.perf.environment import describe_machine
 from kvcast.perf.experiments import Bench, Plan
@@ -31,11 +31,12 @@ from kvcast.server.repository import ensure_exported, read_config_name
 
 COLD = ("table", "history_growth", "stages", "load", "packing", "memory", "peers")
 KEPT = ("reuse", "trace", "endurance")
-EXPERIMENTS = COLD + KEPT
+LONG = ("soak",)
+EXPERIMENTS = COLD + KEPT + LONG
 REGIME = """\
 regime: one machine serves and loads; requests are generated, never perf_analyzer's own random data; what is compared
 alternates within this run; figures are medians. "traditional" is `ranker_full`: the same weights and mask, every
-candidate a full sequence. There requests are cold: the cache is off. reuse, trace and endurance turn it on."""
+candidate a full sequence. There requests are cold: the cache is off. reuse, trace, endurance and soak turn it on."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -48,7 +49,10 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("--results", type=Path, default=Path("perf/results"), metavar="DIR", help="where results go")
     run.add_argument("--name", help="name of the result files (the configuration's, with -quick for --quick)")
     run.add_argument("--quick", action="store_true", help="a smaller run: 4 minutes for bench on 2 cores")
-    run.add_argument("--experiments", help=f"({','.join(EXPERIMENTS)}; endurance, of ten minutes, not if quick)")
+    run.add_argument(
+        "--experiments",
+        help=f"({','.join(EXPERIMENTS)}; not if quick: endurance, ten minutes; only if named: soak, 30)",
+    )
     run.add_argument("--counts", help="candidates in the table, e.g. 1,5,10 (1,5,10,50,100,1000)")
     run.add_argument(
         "--traditional-limit",
@@ -58,6 +62,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     run.add_argument(
         "--endurance", type=float, default=reuse.ENDURANCE_SECONDS, metavar="SECONDS", help="of the trace (%(default)s)"
+    )
+    run.add_argument(
+        "--soak", type=float, default=soak.SOAK_SECONDS, metavar="SECONDS", help="of mixed load (%(default)s)"
     )
     run.add_argument("--http-port", type=int, default=8000, metavar="PORT")
     run.add_argument("--grpc-port", type=int, default=8001, metavar="PORT")
@@ -119,6 +126,7 @@ def run(arguments: argparse.Namespace) -> None:
         http_port=arguments.http_port,
         grpc_port=arguments.grpc_port,
         metrics_port=arguments.metrics_port,
+        is_guarded=False,  # the models are measured; what the guard costs is a measurement of its own
     )
     ensure_exported(arguments.repository, [*settings.models, RANKER_RESIDENT.name], arguments.config)
     field = Field(arguments.config, arguments.repository, cores, seed=0)
@@ -128,13 +136,15 @@ def run(arguments: argparse.Namespace) -> None:
         measure_cold(arguments, settings, config, field, cold, notes)
     if kept:
         measure_kept(arguments, settings, config, field, kept, notes)
+    if "soak" in chosen:
+        notes.take("soak", lambda: soak.run_soak(settings, config, arguments.soak, notes.say))
     result["seconds"] = time.monotonic() - started
     write_files(result, arguments.results)
 
 
 def describe_command(arguments: argparse.Namespace) -> str:
     """Return the command that measures the same again; where it served and wrote is left out."""
-    options = ("config", "experiments", "counts", "rounds", "requests", "traditional_limit", "endurance")
+    options = ("config", "experiments", "counts", "rounds", "requests", "traditional_limit", "endurance", "soak")
     parser = make_parser()
     default = parser.parse_args(["run"])
     parts = ["kvcast perf run"] + (["--quick"] if arguments.quick else [])
@@ -179,7 +189,7 @@ def choose_experiments(arguments: argparse.Namespace) -> list[str]:
     Raises:
         PerfError: one is not known.
     """
-    default = [name for name in EXPERIMENTS if name != "endurance" or not arguments.quick]
+    default = [name for name in COLD + KEPT if name != "endurance" or not arguments.quick]
     chosen = arguments.experiments.split(",") if arguments.experiments else default
     unknown = set(chosen) - set(EXPERIMENTS)
     if unknown:

@@ -33,6 +33,7 @@ def draw_all(result: dict[str, Any], folder: Path) -> list[Path]:
         "reuse": draw_reuse,
         "trace": draw_trace,
         "endurance": draw_endurance,
+        "soak": draw_soak,
     }
     files = []
     for name, draw in drawings.items():
@@ -242,6 +243,22 @@ def draw_endurance(axes: Axes, result: dict[str, Any]) -> None:
         own = [sample["cache_bytes"][keeper] / 1e6 for sample in endurance["samples"]]
         axes.plot(minutes, own, ":", color=colour, linewidth=2, label=f"{keeper}: cache, as it counts")
     axes.axhline(endurance["budget_bytes"] / 1e6, color=TRADITIONAL, linestyle="--", label="budget")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("minutes")
+    axes.set_ylabel("MB")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def draw_soak(axes: Axes, result: dict[str, Any]) -> None:
+    """Does anything grow?"""
+    soak = result["soak"]
+    minutes = [sample["seconds"] / 60 for sample in soak["samples"]]
+    axes.set_title(f"Memory through {sum(soak['outcomes'].values())} requests of mixed load")
+    for name, colour in zip(soak["samples"][-1]["processes"], PEER_COLOURS, strict=False):
+        held = [sample["processes"][name]["memory_bytes"] / 1e6 for sample in soak["samples"]]
+        axes.plot(minutes, held, color=colour, linewidth=2, label=name)
+    shared = [sample["shared_memory_bytes"] / 1e6 for sample in soak["samples"]]
+    axes.plot(minutes, shared, ":", color=TRADITIONAL, linewidth=2, label="shared memory")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("minutes")
     axes.set_ylabel("MB")

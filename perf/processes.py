@@ -1,24 +1,48 @@
-"""Memory of the processes of a running server, as the system counts it."""
+"""What the processes of a running server use, as the system counts it: memory, file handles, threads."""
 
 import contextlib
+from dataclasses import dataclass
 from pathlib import Path
 
 from kvcast.server import TritonServer
+from kvcast.server.stubs import list_stubs
+
+
+@dataclass(frozen=True)
+class ProcessUse:
+    """What one process uses: bytes of its own, open file handles, threads."""
+
+    memory_bytes: int
+    files: int
+    threads: int
 
 
 def read_model_memory(server: TritonServer) -> dict[str, int]:
     """Return resident bytes by model: the Python-backend process of each, without shared memory and file pages."""
     found: dict[str, int] = {}
-    group = server.pid if server.pid else 0
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError, IndexError, ValueError):
-            if int((folder / "stat").read_text().rpartition(")")[2].split()[2]) != group:
-                continue
-            arguments = (folder / "cmdline").read_text().split("\0")
-            if "triton_python_backend_stub" in arguments[0]:
-                model = Path(arguments[1]).parents[1].name  # …/<model>/<version>/model.py
-                found[model] = found.get(model, 0) + read_anonymous_memory(folder)
+    for stub in list_stubs(server.pid).values():
+        with contextlib.suppress(OSError):
+            memory = read_anonymous_memory(Path(f"/proc/{stub.pid}"))
+            found[stub.model] = found.get(stub.model, 0) + memory
     return found
+
+
+def read_uses(server: TritonServer) -> dict[str, ProcessUse]:
+    """Return what each process uses: tritonserver, the guard, and each model's (of several instances, one)."""
+    pids = {"tritonserver": server.pid, "guard": server.guard_pid}
+    pids |= {stub.model: stub.pid for stub in list_stubs(server.pid).values()}
+    return {name: read_use(Path(f"/proc/{pid}")) for name, pid in pids.items()}
+
+
+def read_use(folder: Path) -> ProcessUse:
+    """Return what the process of a folder in `/proc` uses."""
+    files, threads = (len(list((folder / kind).iterdir())) for kind in ("fd", "task"))
+    return ProcessUse(read_anonymous_memory(folder), files, threads)
+
+
+def read_shared_memory(server: TritonServer) -> int:
+    """Return the bytes of the server's regions in shared memory."""
+    return sum(512 * region.stat().st_blocks for region in server.list_shared_memory())
 
 
 def read_anonymous_memory(folder: Path) -> int:

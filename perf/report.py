@@ -36,6 +36,7 @@ def write_report(result: dict[str, Any]) -> str:
         "reuse": write_reuse,
         "trace": write_trace,
         "endurance": write_endurance,
+        "soak": write_soak,
     }
     for name, write in sections.items():
         if result.get(name):
@@ -334,4 +335,37 @@ def write_endurance(result: dict[str, Any]) -> str:
         f"## Memory through {endurance['seconds'] / 60:.0f} minutes of changing users\n\n{make_table(header, rows)}\n\n"
         f"{endurance['requests']} requests with histories of 1 to {endurance['longest_history']} events, half to each "
         "model. What is beyond is ONNX Runtime's memory for its largest runs; the cache is one region that never grows."
+    )
+
+
+def write_soak(result: dict[str, Any]) -> str:
+    """Slopes through half an hour of mixed load."""
+    soak = result["soak"]
+    first, last = soak["samples"][0], soak["samples"][-1]
+    rows = []
+    for name, use in last["processes"].items():
+        slope, before = soak["slopes_an_hour"][name], first["processes"][name]
+        rows.append(
+            [
+                f"`{name}`",
+                f"{before['memory_bytes'] / 1e6:.0f} → {use['memory_bytes'] / 1e6:.0f} MB",
+                f"{slope['memory_bytes'] / 1e6:+.1f} MB",
+                f"{before['files']} → {use['files']}",
+                f"{slope['files']:+.1f}",
+                f"{before['threads']} → {use['threads']}",
+                f"{slope['threads']:+.1f}",
+            ]
+        )
+    shared = soak["slopes_an_hour"]["shared memory"]["memory_bytes"]
+    held = f"{first['shared_memory_bytes'] / 1e6:.0f} → {last['shared_memory_bytes'] / 1e6:.0f} MB"
+    rows.append(["`/dev/shm`", held, f"{shared / 1e6:+.1f} MB", "", "", "", ""])
+    header = ["", "memory", "an hour", "files", "an hour", "threads", "an hour"]
+    outcomes = ", ".join(
+        f"{count} {what}" for what, count in sorted(soak["outcomes"].items(), key=lambda each: -each[1])
+    )
+    return (
+        f"## {soak['seconds'] / 60:.0f} minutes of mixed load\n\n{make_table(header, rows)}\n\n"
+        "Both models over both protocols through the guard: users who return and who do not, prefetches, wrong "
+        f"requests, callers who give up after 5 ms. Requests: {outcomes}. The slopes are those of the last two thirds, "
+        "by least squares."
     )

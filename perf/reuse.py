@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from kvcast.clicklog import ClickLog, Trace, Traffic, Visit
-from kvcast.client import CacheResult, RankerClient, Ranking
+from kvcast.client import NO_RETRIES, CacheResult, RankerClient, Ranking
 from kvcast.contract.config import ModelConfig
 from kvcast.contract.manifest import read_manifest
 from kvcast.contract.tensors import RANKER, RANKER_RESIDENT, SCORE_TOLERANCE, USER_ENCODER
@@ -216,7 +216,7 @@ def run_trace(lab: Lab, budgets: Sequence[int], visits: int, say: Any) -> Row:
         ways = []
         for name, model, users in todo:
             server = stack.enter_context(lab.serve([model], users))
-            client = stack.enter_context(RankerClient(server.grpc_address, model=model, deadline=600))
+            client = stack.enter_context(RankerClient(server.grpc_address, model=model, deadline=600, retry=NO_RETRIES))
             client.get_manifest()
             ways.append(Way(name, model, users, client, []))
         pool = stack.enter_context(ThreadPoolExecutor(IN_FLIGHT))
@@ -300,7 +300,7 @@ def run_endurance(lab: Lab, seconds: float, say: Any) -> Row:
         def keep_asking() -> None:
             with contextlib.ExitStack() as stack:
                 clients = [
-                    stack.enter_context(RankerClient(server.grpc_address, model=model, deadline=600))
+                    stack.enter_context(RankerClient(server.grpc_address, model=model, deadline=600, retry=NO_RETRIES))
                     for model in models
                 ]
                 while time.monotonic() < ends:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from kvcast.contract.manifest import RELEASES_FILE
 from kvcast.contract.tensors import RANKER_RESIDENT, USER_ENCODER
 from kvcast.perf.analyzer import PerfError
 
@@ -36,6 +37,8 @@ def make_variant(repository: Path, folder: Path, parameters: Mapping[str, Mappin
                 raise PerfError(f"{config}: expected a parameter {name}, as the config.pbtxt of this version has")
             text = entry.sub(rf'\g<1>{value}"', text)
         (model / config.name).write_text(text)
+    if (repository / RELEASES_FILE).exists():
+        (folder / RELEASES_FILE).symlink_to((repository / RELEASES_FILE).resolve())
     return folder
 
 

@@ -51,6 +51,11 @@ class GuardProcess:
         self._listens, self._is_ready, self._stopping = threading.Event(), threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._keep, name="guard", daemon=True)
 
+    @property
+    def pid(self) -> int:
+        """The process id; 0 before the start."""
+        return self._process.pid if self._process is not None else 0
+
     def start(self) -> None:
         """Start it, and wait until it listens.
 

@@ -146,6 +146,15 @@ class TritonServer:
         """The process id of tritonserver."""
         return self._triton.pid if self._triton is not None else 0
 
+    @property
+    def guard_pid(self) -> int:
+        """The process id of the guard; 0 without one."""
+        return self._guard.pid if self._guard is not None else 0
+
+    def list_shared_memory(self) -> list[Path]:
+        """Return the server's regions."""
+        return shared_memory.list_regions(self._instance)
+
     def start(self) -> None:
         """Check what can be checked, start the processes and wait until every model answers as it was proved to.
 

@@ -40,6 +40,11 @@ def claim(instance: str) -> int:
         os.close(descriptor)  # somebody took it for a leftover before it was locked
 
 
+def list_regions(instance: str) -> list[Path]:
+    """Return a server's regions, without its claim."""
+    return [region for region in FOLDER.glob(f"{make_prefix(instance)}*") if not region.name.endswith(OWNER)]
+
+
 def remove_regions(instance: str) -> None:
     """Remove a server's regions; its claim stays."""
     for region in FOLDER.glob(f"{make_prefix(instance)}*"):
