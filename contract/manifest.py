@@ -19,7 +19,7 @@ ONNX_FILE = "model.onnx"
 # In a repository: which releases were published into it, and which of them is served (server/releases.py).
 RELEASES_FILE = "releases.json"
 # Raised whenever a tensor, its meaning or this file changes, so that artefacts of both sides cannot be mixed.
-CONTRACT_VERSION = 1
+CONTRACT_VERSION = 2
 # Where the ONNX file itself repeats the release, so that a swapped file is noticed.
 RELEASE_METADATA_KEY = "kvcast.release"
 

@@ -4,6 +4,11 @@ One file a served model (`user_encoder`, `doc_fusion`, `resident_ranker`, `full_
 no Triton import: the adapters in `model_repository` hand in what they have, so all of this is tested without a server.
 """
 
+import os
+
+# ONNX Runtime 1.31 reports its use to its makers unless told not to.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 from kvcast.runtime.doc_fusion import DocFusion
 from kvcast.runtime.full_ranker import FullRanker
 from kvcast.runtime.resident_ranker import ResidentRanker

@@ -11,6 +11,7 @@ half a second. It also answers a batch all at once, so that a user who is kept w
 import functools
 import json
 import queue
+import shutil
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from kvcast.contract.errors import ErrorKind, InvalidRequestError, KvcastError
+from kvcast.contract.errors import ErrorKind, InvalidRequestError, KvcastError, TryAgainError
 from kvcast.contract.golden import read_golden
 from kvcast.contract.tensors import CANDIDATES, HISTORY, PARAMETER_PREFIX, PARAMETERS, SCORES
 from kvcast.runtime.backlog import Backlog, Log, Reply, answer, hide_unexpected
@@ -29,6 +30,9 @@ from kvcast.runtime.options import read_options
 # The first run allocates, the second lets ONNX Runtime plan by what the first needed, the third is the usual one.
 WARM_UP_REQUESTS = 3
 MICROSECONDS = 1e6
+SHARED_MEMORY = "/dev/shm"  # noqa: S108 where Triton keeps what goes between processes
+# A region grows by more than what it needs.
+ROOM_TO_GROW = 2
 
 
 class Service:
@@ -47,6 +51,9 @@ class Service:
         self._log_error: Log = pb_utils.Logger.log_error
         self._backlog: Backlog[Any, Any] = Backlog(model, self._log_error, waiting_limit)
         self._arrivals: queue.SimpleQueue[Any] = queue.SimpleQueue()  # None: no more will come
+        # What fits into a region as it is at the start; it grows with larger ones, and never shrinks.
+        manifest = model.artefact.manifest
+        self._largest_reply = manifest.user_kv.bytes_of(manifest.workload.history)
         self._is_open = True
         self._thread = threading.Thread(target=self._work, name=model.spec.name, daemon=True)
         self._thread.start()
@@ -106,11 +113,28 @@ class Service:
         triton = self._triton
         if not isinstance(reply, KvcastError):
             try:
+                self._check_room(sum(array.nbytes for array in reply.values()))
                 tensors = [triton.Tensor(name, np.ascontiguousarray(array)) for name, array in reply.items()]
                 return triton.InferenceResponse(output_tensors=tensors), None
-            except Exception as error:  # noqa: BLE001 shared memory can be full; only this request fails
+            except Exception as error:  # noqa: BLE001 whatever it is, only this request fails
                 reply = hide_unexpected(error, self._log_error)
         return triton.InferenceResponse(error=make_triton_error(triton, str(reply), reply.kind)), reply
+
+    def _check_room(self, size: int) -> None:
+        """Check that a reply fits into shared memory: one that does not can never be answered, not even with an error.
+
+        Raises:
+            TryAgainError: it is larger than any before, and there is no room to grow.
+        """
+        if size <= self._largest_reply:
+            return
+        room = shutil.disk_usage(SHARED_MEMORY).free
+        if room < ROOM_TO_GROW * size:
+            raise TryAgainError(
+                f"busy: the server's shared memory is full: expected {ROOM_TO_GROW * size / 1e6:.0f} MB free for a "
+                f"reply of {size / 1e6:.0f} MB, got {room / 1e6:.0f} MB"
+            )
+        self._largest_reply = size
 
 
 def start_model(pb_utils: Any, args: dict[str, str], kind: type[ServedModel[Any]]) -> Service:

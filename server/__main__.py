@@ -106,9 +106,10 @@ def serve(settings: ServerSettings) -> None:
 def describe(server: TritonServer) -> str:
     """Return what a person needs to know of a server that is ready."""
     settings = server.settings
+    scheme = "https" if settings.tls_certificate else "http"
     return (
         f"kvcast: ready to answer with {', '.join(settings.models)}\n"
-        f"  HTTP     http://{server.http_address}\n"
+        f"  HTTP     {scheme}://{server.http_address}\n"
         f"  gRPC     {server.grpc_address}\n"
         f"  metrics  http://{server.metrics_address}/metrics\n"
         f"  admin key (model repository, shared memory, logging, trace) in {server.admin_key_file}\n"

@@ -22,6 +22,7 @@ HEADER_VARIABLE = "KVCAST_GUARD_HEADER"
 LISTENING = "kvcast guard: listening"
 READY = "kvcast guard: ready"
 PAUSE_SECONDS = 0.2
+FAILURES_AT_START = 3
 
 
 class GuardProcess:
@@ -49,6 +50,7 @@ class GuardProcess:
         self._drain_seconds, self._log = settings.drain_seconds, log
         self._process: subprocess.Popen[str] | None = None
         self._listens, self._is_ready, self._stopping = threading.Event(), threading.Event(), threading.Event()
+        self._failures, self._last_line = 0, ""
         self._thread = threading.Thread(target=self._keep, name="guard", daemon=True)
 
     @property
@@ -63,8 +65,10 @@ class GuardProcess:
             ServerError: it does not.
         """
         self._thread.start()
-        if not self._listens.wait(LISTENS_WITHIN_SECONDS):
-            raise ServerError("the guard did not start: its lines in the log say why")
+        deadline = time.monotonic() + LISTENS_WITHIN_SECONDS
+        while not self._listens.wait(PAUSE_SECONDS):
+            if self._failures >= FAILURES_AT_START or time.monotonic() > deadline:
+                raise ServerError(f"the guard did not start: {self._last_line or 'it wrote nothing'}")
 
     def wait_until_ready(self) -> None:
         """Wait until it has heard that the server is ready.
@@ -107,12 +111,14 @@ class GuardProcess:
             if self._process.stdout is not None:
                 with self._process.stdout as lines:
                     for line in lines:
-                        self._log(line.rstrip())
+                        self._last_line = line.strip()
+                        self._log(self._last_line)
                         if line.startswith(LISTENING):
                             self._listens.set()
                         elif line.startswith(READY):
                             self._is_ready.set()
             self._process.wait()
+            self._failures += 1
             if not self._stopping.is_set():
                 self._log("kvcast: the guard has ended; starting it again")
                 time.sleep(PAUSE_SECONDS)

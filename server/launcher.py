@@ -162,6 +162,7 @@ class TritonServer:
             ServerError: something is missing, or the server stopped or did not become ready in time.
         """
         settings, models = self.settings, self.settings.loaded_models
+        check_tls(settings)
         manifest = check_repository(settings.repository, models, settings.config)
         for port, purpose, variable in (
             (settings.http_port, "HTTP", "HTTP_PORT"),
@@ -275,6 +276,32 @@ class TritonServer:
             f"--backend-config=python,stub-timeout-seconds={STUB_TIMEOUT_SECONDS}",
             *settings.extra_flags,
         ]
+
+
+def check_tls(settings: ServerSettings) -> None:
+    """Check that TLS is asked for as a whole, lest somebody believes to have it.
+
+    Raises:
+        ServerError: a file is missing, or nobody would use it.
+    """
+    files = {
+        "--tls-certificate": settings.tls_certificate,
+        "--tls-key": settings.tls_key,
+        "--tls-client-ca": settings.tls_client_ca,
+    }
+    given = {flag: path for flag, path in files.items() if path is not None}
+    if not given:
+        return
+    if not settings.is_guarded:
+        raise ServerError(
+            "TLS: the guard speaks it: expected no --unguarded (Triton's own --grpc-use-ssl comes after --)"
+        )
+    for flag in ("--tls-certificate", "--tls-key"):
+        if flag not in given:
+            raise ServerError(f"TLS: expected {flag} with {', '.join(given)}")
+    for flag, path in given.items():
+        if not path.is_file():
+            raise ServerError(f"TLS: {flag} {path}: there is no such file")
 
 
 def write_line(line: str) -> None:

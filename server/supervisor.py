@@ -18,6 +18,7 @@ from kvcast.contract.golden import read_golden
 from kvcast.contract.manifest import RELEASES_FILE, read_manifest
 from kvcast.contract.tensors import ModelSpec
 from kvcast.guard.state import State
+from kvcast.server import shared_memory
 from kvcast.server.admin import Admin
 from kvcast.server.installation import ServerError
 from kvcast.server.releases import ReleaseStore
@@ -208,6 +209,7 @@ class Supervisor:
         """Load a model as the view has it; watch its new processes, and no longer those that they replace."""
         old = list_stubs(self._triton.pid)
         self._admin.load(model)
+        shared_memory.hide_regions(self._triton.instance)
         living = list_stubs(self._triton.pid)
         new = {pid: stub for pid, stub in living.items() if stub.model == model and pid not in old}
         wanted = {int(link.name) for link in (self._view.folder / model).iterdir() if link.is_symlink()}

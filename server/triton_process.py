@@ -47,6 +47,11 @@ class TritonProcess:
         self._environment: dict[str, str] = {}
 
     @property
+    def instance(self) -> str:
+        """What names this server's shared memory."""
+        return self._instance
+
+    @property
     def pid(self) -> int:
         """The process id; 0 before the start."""
         return self._process.pid if self._process is not None else 0
@@ -130,6 +135,7 @@ class TritonProcess:
                 raise ServerError(f"tritonserver stopped at start-up: {explain(list(self._tail))}")
             if self._admin.is_ready():
                 missing = self._admin.find_missing(self._models)
+                shared_memory.hide_regions(self._instance)
                 if missing:  # ready servers can lack a model
                     raise ServerError(f"tritonserver is up without {', '.join(missing)}: {explain(list(self._tail))}")
                 return

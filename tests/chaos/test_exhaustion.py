@@ -167,7 +167,6 @@ def test_too_little_shared_memory_at_the_start_is_one_sentence(make_namespace, t
         assert word in text
 
 
-@pytest.mark.xfail(reason="a reply that does not fit is lost: its caller waits until the deadline (runtime/serve.py)")
 def test_shared_memory_that_is_full_while_serving_costs_no_process_and_no_right_score(
     make_namespace, long_repository, long_config
 ):

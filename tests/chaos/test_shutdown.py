@@ -41,7 +41,7 @@ def test_nothing_that_was_accepted_is_lost(tiny_repository, protocol, model):
 
 def test_what_cannot_be_answered_within_the_bound_is_refused_and_not_lost(tiny_repository):
     """A queue longer than the drain: everybody still hears something, and the end comes in time."""
-    process, addresses = start(tiny_repository, "ranker_full", "--drain-seconds", "0.5")
+    process, addresses = start(tiny_repository, "ranker ranker_full", "--drain-seconds", "0.5")
     requests = draw_requests(8, length=60)
     expected = expect(requests, record_answers(addresses["grpc"], requests, "ranker_full"))
     with Load(addresses["grpc"], expected, "ranker_full", threads=48, deadline=30) as load:

@@ -126,7 +126,10 @@ def test_the_readme_does_what_it_says(tmp_path):
         block = block.replace("127.0.0.1:8000", f"127.0.0.1:{http}").replace("127.0.0.1:8001", f"127.0.0.1:{grpc}")
         block = re.sub(r"kvcast rank (.*--protocol http)", rf"kvcast rank --address 127.0.0.1:{http} \1", block)
         block = re.sub(r"kvcast rank (?!--address)", f"kvcast rank --address 127.0.0.1:{grpc} ", block)
-        block = block.replace("build/tiny", str(tmp_path / "tiny"))
+        block = block.replace("build/tiny", str(tmp_path / "tiny")).replace(
+            "build/releases", str(tmp_path / "releases")
+        )
+        block = block.replace("kvcast probe", f"kvcast probe --address 127.0.0.1:{grpc}")
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", block],
             cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
@@ -148,6 +151,7 @@ def test_the_readme_does_what_it_says(tmp_path):
         assert serving.stdout is not None
         assert any("Ctrl-C stops it" in line for line in serving.stdout)
         ranked = run(blocks[3])
+        assert ranked.startswith("ready: ranker at 127.0.0.1")
         assert ranked.count("rank      item") == 2
         assert len(json.loads(ranked.splitlines()[-1])["scores"]) == 5
         answered = json.loads(run(blocks[4]))
@@ -168,6 +172,7 @@ def test_the_readme_does_what_it_says(tmp_path):
     assert "ideal speedup" in run(blocks[6])
     run(blocks[7])
     assert (tmp_path / "tiny" / "doc_fusion" / "1" / "manifest.json").exists()
+    assert re.search(r"active +1 .* tiny ", run(blocks[8]))
 
 
 def test_the_readme_shows_the_headline_of_the_committed_run():
