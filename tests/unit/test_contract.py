@@ -225,8 +225,8 @@ def test_what_is_no_manifest_is_refused(text):
 
 def test_a_manifest_of_another_contract_is_refused(tmp_path):
     table = json.loads(make_manifest().to_json())
-    with pytest.raises(ArtefactError, match="contract version 1, got 2"):
-        parse_manifest(json.dumps({**table, "contract_version": 2}))
+    with pytest.raises(ArtefactError, match="contract version 2, got 3"):
+        parse_manifest(json.dumps({**table, "contract_version": 3}))
     with pytest.raises(ArtefactError, match="run the export first"):
         read_manifest(tmp_path)
 
