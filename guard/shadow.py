@@ -141,7 +141,8 @@ def make_request(model: str, header: Mapping[str, Any], tensors: Iterable[bytes 
     for each in header["inputs"]:
         message.inputs.add(name=each["name"], datatype=each["datatype"], shape=each["shape"])
     message.raw_input_contents.extend(bytes(tensor) for tensor in tensors)
-    message.outputs.add(name=SCORES.name)
+    for each in header.get("outputs", []):
+        message.outputs.add(name=each["name"])
     return message
 
 

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from kvcast.contract.config import ModelConfig, load_config
 from kvcast.contract.errors import KvcastError
 from kvcast.contract.tensors import RANKER_RESIDENT
-from kvcast.perf import cost_model, experiments, reuse, soak
+from kvcast.perf import cost_model, experiments, guard_cost, reuse, soak
 from kvcast.perf.analyzer import PerfError, find_analyzer
 from kvcast.perf.environment import describe_machine
 from kvcast.perf.experiments import Bench, Plan
@@ -31,8 +31,8 @@ from kvcast.server.repository import ensure_exported, read_config_name
 
 COLD = ("table", "history_growth", "stages", "load", "packing", "memory", "peers")
 KEPT = ("reuse", "trace", "endurance")
-LONG = ("soak",)
-EXPERIMENTS = COLD + KEPT + LONG
+GUARDED = ("guard", "soak")
+EXPERIMENTS = COLD + KEPT + GUARDED
 REGIME = """\
 regime: one machine serves and loads; requests are generated, never perf_analyzer's own random data; what is compared
 alternates within this run; figures are medians. "traditional" is `ranker_full`: the same weights and mask, every
@@ -136,6 +136,9 @@ def run(arguments: argparse.Namespace) -> None:
         measure_cold(arguments, settings, config, field, cold, notes)
     if kept:
         measure_kept(arguments, settings, config, field, kept, notes)
+    if "guard" in chosen:
+        plan, counts = make_plan(arguments), experiments.keep_served(guard_cost.COUNTS, config)
+        notes.take("guard", lambda: guard_cost.run_guard(settings, config, plan, counts, notes.say))
     if "soak" in chosen:
         notes.take("soak", lambda: soak.run_soak(settings, config, arguments.soak, notes.say))
     result["seconds"] = time.monotonic() - started
@@ -189,7 +192,8 @@ def choose_experiments(arguments: argparse.Namespace) -> list[str]:
     Raises:
         PerfError: one is not known.
     """
-    default = [name for name in COLD + KEPT if name != "endurance" or not arguments.quick]
+    named_only = {"soak", "endurance"} if arguments.quick else {"soak"}
+    default = [name for name in EXPERIMENTS if name not in named_only]
     chosen = arguments.experiments.split(",") if arguments.experiments else default
     unknown = set(chosen) - set(EXPERIMENTS)
     if unknown:

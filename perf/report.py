@@ -36,12 +36,13 @@ def write_report(result: dict[str, Any]) -> str:
         "reuse": write_reuse,
         "trace": write_trace,
         "endurance": write_endurance,
+        "guard": write_guard,
         "soak": write_soak,
     }
     for name, write in sections.items():
         if result.get(name):
             parts.append(write(result))
-            if name not in ("fusion", "packing"):
+            if name not in ("fusion", "packing", "guard"):
                 parts.append(f"![{name}]({result['name']}-{name}.png)")
     return "\n\n".join(parts) + "\n"
 
@@ -335,6 +336,26 @@ def write_endurance(result: dict[str, Any]) -> str:
         f"## Memory through {endurance['seconds'] / 60:.0f} minutes of changing users\n\n{make_table(header, rows)}\n\n"
         f"{endurance['requests']} requests with histories of 1 to {endurance['longest_history']} events, half to each "
         "model. What is beyond is ONNX Runtime's memory for its largest runs; the cache is one region that never grows."
+    )
+
+
+def write_guard(result: dict[str, Any]) -> str:
+    """What the guard adds."""
+    guard = result["guard"]
+    rows = [
+        [
+            str(row["candidates"]),
+            say_seconds(row["direct"]),
+            say_seconds(row["guarded"]),
+            f"{1e3 * row['added']:+.2f} ms",
+        ]
+        for row in guard["rows"]
+    ]
+    header = ["candidates", "Triton's own port", "through the guard", "the guard adds"]
+    return (
+        f"## What the guard costs\n\n{make_table(header, rows)}\n\n`ranker_resident`, users who are kept "
+        f"(L = {guard['history']}), one request at a time over gRPC, in turn; what is added is the median of the "
+        "rounds' differences."
     )
 
 

@@ -125,6 +125,11 @@ class TritonServer:
         return f"{self.settings.host}:{self.settings.grpc_port}"
 
     @property
+    def direct_grpc_address(self) -> str:
+        """Host and port of Triton's own gRPC endpoint, which goes around the guard."""
+        return f"{self._bind_host}:{self._ports[1]}"
+
+    @property
     def metrics_address(self) -> str:
         """Host and port of the metrics endpoint."""
         return f"{self.settings.host}:{self.settings.metrics_port}"

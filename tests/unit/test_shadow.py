@@ -25,7 +25,10 @@ def make_reply(scores: np.ndarray = SCORED) -> bytes:
 
 def make_ranking(model: str = "ranker", candidates: np.ndarray = CANDIDATE_IDS) -> Any:
     inputs = {HISTORY.name: HISTORY_IDS, CANDIDATES.name: candidates}
-    header = {"inputs": [{"name": name, "datatype": "INT64", "shape": list(ids.shape)} for name, ids in inputs.items()]}
+    header = {
+        "inputs": [{"name": name, "datatype": "INT64", "shape": list(ids.shape)} for name, ids in inputs.items()],
+        "outputs": [{"name": "scores"}],
+    }
     return make_request(model, header, [ids.tobytes() for ids in inputs.values()])
 
 

@@ -1,0 +1,49 @@
+"""What the guard costs a request: the same requests to Triton's own gRPC port and through the guard, in turn."""
+
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from kvcast.clicklog import ClickLog
+from kvcast.contract.config import ModelConfig
+from kvcast.contract.tensors import RANKER_RESIDENT
+from kvcast.perf.analyzer import Load, run_analyzer, write_input_data
+from kvcast.perf.experiments import Plan, Row
+from kvcast.server import ServerSettings, TritonServer
+from kvcast.server.repository import find_free_ports
+
+COUNTS = (1, 10, 50)
+
+
+def run_guard(settings: ServerSettings, config: ModelConfig, plan: Plan, counts: Sequence[int], say: Any) -> Row:
+    """Measure users who are kept, the quickest requests there are: of those the guard's share is largest."""
+    http, grpc, metrics = find_free_ports(3)
+    own = replace(
+        settings, models=[RANKER_RESIDENT.name], is_guarded=True, http_port=http, grpc_port=grpc, metrics_port=metrics
+    )
+    log = ClickLog(config.schema, seed=23)
+    rows = []
+    with TritonServer(own) as server, tempfile.TemporaryDirectory() as folder:
+        addresses = {"direct": server.direct_grpc_address, "guarded": server.grpc_address}
+        for count in counts:
+            data = Path(folder) / f"{count}.json"
+            write_input_data([log.draw_request(config.workload.history, count) for _ in range(4)], data)
+            run_analyzer(RANKER_RESIDENT.name, server.grpc_address, data, Load(8))  # from here on all are kept
+            rounds = [measure_round(addresses, data, 4 * plan.requests) for _ in range(plan.rounds)]
+            row: Row = {"candidates": count, "rounds": rounds}
+            row |= {name: statistics.median(each[name] for each in rounds) for name in addresses}
+            row["added"] = statistics.median(each["guarded"] - each["direct"] for each in rounds)
+            rows.append(row)
+            say(f"    N={count}: {1e3 * row['direct']:.2f} ms direct, {1e3 * row['added']:+.2f} ms through the guard")
+    return {"rows": rows, "history": config.workload.history, "requests": 4 * plan.requests}
+
+
+def measure_round(addresses: dict[str, str], data: Path, requests: int) -> dict[str, float]:
+    """Return median seconds of each way."""
+    return {
+        name: run_analyzer(RANKER_RESIDENT.name, address, data, Load(requests)).p50
+        for name, address in addresses.items()
+    }
