@@ -15,11 +15,12 @@ from aiohttp import web
 
 from kvcast.guard.gate import GateLimits
 from kvcast.guard.grpc_proxy import GrpcProxy, open_server
-from kvcast.guard.http_proxy import CONNECT_SECONDS, KEEP_ALIVE_SECONDS, GuardServer, HttpProxy, say
+from kvcast.guard.http_proxy import CONNECT_SECONDS, KEEP_ALIVE_SECONDS, GuardServer, HttpProxy
 from kvcast.guard.metrics import MetricsPage
 from kvcast.guard.passage import Passage
 from kvcast.guard.shadow import Shadow
 from kvcast.guard.state import State
+from kvcast.guard.wording import say
 
 HEADER_VARIABLE = "KVCAST_GUARD_HEADER"
 # How often the launcher's word is read.

@@ -4,7 +4,6 @@ A message is parsed to see what it asks for and how long its caller waits; what 
 """
 
 import contextlib
-import traceback
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -15,14 +14,15 @@ from tritonclient.grpc import service_pb2
 
 from kvcast.contract.errors import InvalidRequestError, KvcastError
 from kvcast.guard.gate import ModelDiedError
-from kvcast.guard.passage import (
+from kvcast.guard.passage import LONGEST_SECONDS, Passage
+from kvcast.guard.wording import (
     DEAD_PROCESS,
-    LONGEST_SECONDS,
     LOST_CONNECTION,
     NO_SHARED_MEMORY,
+    SHARED_MEMORY_IS_FULL,
     UNREACHABLE,
-    Passage,
-    hide_internals,
+    conceal,
+    hide,
 )
 
 SERVICE = "/inference.GRPCInferenceService/"
@@ -105,8 +105,8 @@ class GrpcProxy(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no ty
                 code, text = self._translate(error)
             except KvcastError as error:
                 code, text = grpc.StatusCode[error.kind.grpc_status], str(error)
-            except Exception:  # noqa: BLE001 a caller gets a status whatever happens
-                code, text = grpc.StatusCode.INTERNAL, hide_internals(traceback.format_exc())
+            except Exception as error:  # noqa: BLE001 a caller gets a status whatever happens
+                code, text = grpc.StatusCode.INTERNAL, hide("the guard failed", error)
             await rpc.abort(code, text)
             raise AssertionError  # `abort` raises
 
@@ -165,10 +165,10 @@ class GrpcProxy(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no ty
         """Return status and message fit for a caller."""
         code, text = error.code(), error.details() or ""
         if NO_SHARED_MEMORY in text:
-            return grpc.StatusCode.UNAVAILABLE, "busy: the server's shared memory is full; try again"
+            return grpc.StatusCode.UNAVAILABLE, SHARED_MEMORY_IS_FULL
         if code == grpc.StatusCode.UNAVAILABLE and LOST_CONNECTION.search(text):
             return code, UNREACHABLE
-        return code, hide_internals(text)
+        return code, conceal(text)
 
 
 def read_metadata(rpc: Rpc) -> list[tuple[str, str | bytes]]:

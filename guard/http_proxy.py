@@ -12,9 +12,6 @@ import contextlib
 import dataclasses
 import json
 import re
-import secrets
-import sys
-import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -26,8 +23,9 @@ from aiohttp.web_protocol import RequestHandler
 from kvcast.contract.errors import InvalidRequestError, KvcastError
 from kvcast.guard.gate import ModelDiedError
 from kvcast.guard.inference_body import check_body, parse_json_object, read_header_length
-from kvcast.guard.passage import DEAD_PROCESS, LONGEST_SECONDS, NO_SHARED_MEMORY, UNREACHABLE, Passage
+from kvcast.guard.passage import LONGEST_SECONDS, Passage
 from kvcast.guard.shadow import make_request
+from kvcast.guard.wording import DEAD_PROCESS, NO_SHARED_MEMORY, SHARED_MEMORY_IS_FULL, UNREACHABLE, conceal, hide
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 DEFAULT_MAX_BODY_BYTES = 64 << 20
@@ -73,10 +71,6 @@ REPLY_HEADERS = ("Content-Type", HEADER_LENGTH, "Retry-After")
 
 # What Triton's JSON parser does not take although ours did: the caller's mistake, which Triton calls its own.
 PARSE_ERROR = re.compile(r"(?i)failed to parse|unable to parse|parse error|JSON object|JSON value")
-REVEALING = re.compile(
-    r"Traceback|File \"|\.py\b|site-packages|(?<![\w.:/])/(?!v2\b)(?:[\w.+\-]+/)+[\w.+\-]*|/(?:tmp|work|home|root)\b"
-)
-
 
 Response = TypeVar("Response", bound=web.StreamResponse)
 
@@ -383,12 +377,10 @@ def translate_error(status: int, body: bytes) -> web.Response:
     if DEAD_PROCESS.search(message):
         raise ModelDiedError(message)
     if NO_SHARED_MEMORY in message:
-        return make_error(503, "busy: the server's shared memory is full; try again")
-    if REVEALING.search(message):
-        return make_error(status, hide("the server cannot answer this request", None, message))
+        return make_error(503, SHARED_MEMORY_IS_FULL)
     if status == 500 and PARSE_ERROR.search(message):
-        return make_error(400, message)
-    return make_error(status, message)
+        status = 400
+    return make_error(status, conceal(message))
 
 
 def read_error(body: bytes) -> str:
@@ -404,17 +396,3 @@ def read_error(body: bytes) -> str:
 def make_error(status: int, message: str) -> web.Response:
     """Return an error as Triton spells them."""
     return web.json_response({"error": message}, status=status)
-
-
-def hide(message: str, error: BaseException | None, details: str = "") -> str:
-    """Log what happened under a reference, and return a message that holds nothing but that."""
-    reference = secrets.token_hex(4)
-    if error is not None:
-        details += "".join(traceback.format_exception(error))
-    say(f"{message}, reference {reference}: {details}")
-    return f"{message}; its log has the details under reference {reference}"
-
-
-def say(line: str) -> None:
-    """Write a line for the operator."""
-    print(f"kvcast guard: {line}", file=sys.stderr, flush=True)

@@ -1,8 +1,5 @@
 """What the guard's two protocols share: the launcher's word on what is broken, a gate for each model, the shadow."""
 
-import re
-import sys
-import uuid
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -14,19 +11,8 @@ from kvcast.guard.state import State
 
 Reply = TypeVar("Reply")
 
-# What Triton says of a request whose model process has died.
-DEAD_PROCESS = re.compile(r"Stub process '.*' is not healthy|Stub process is unhealthy|the stub process .* is not")
-# What Triton says when /dev/shm has no room for a request.
-NO_SHARED_MEMORY = "shared memory pool size"
-# What the gRPC library says of a connection to Triton that broke off, or cannot be made.
-LOST_CONNECTION = re.compile(
-    r"(?i)failed to connect|socket closed|connection (reset|refused|closed)|stream removed|goaway"
-)
-UNREACHABLE = "the server is starting or stopping: try again"
 # Longer deadlines are none: as microseconds they would not fit where Triton reads them.
 LONGEST_SECONDS = 1e9
-# What must not reach callers: tracebacks and paths of the server.
-INTERNALS = re.compile(r'Traceback|File "|(?:/[\w.+-]+){2,}|\.py\b')
 
 
 class Passage:
@@ -82,12 +68,3 @@ class Passage:
             raise TryAgainError("the server is starting: try again")
         gate = self.gates.get(model)
         return await (gate.ask(model, seconds, send) if gate is not None else send(seconds))
-
-
-def hide_internals(text: str) -> str:
-    """Return the text, or a reference to the guard's log if it would show a caller the server's inside."""
-    if not INTERNALS.search(text):
-        return text
-    reference = uuid.uuid4().hex[:12]
-    print(f"kvcast guard: unexpected error {reference}: {text}", file=sys.stderr, flush=True)
-    return f"unexpected error on the server; its log has the details under {reference}"

@@ -79,23 +79,3 @@ def run_guard(
         finally:
             process.kill()
             process.communicate()
-
-
-def list_running_descendants(pid: int) -> set[int]:
-    """Return all descendants of a process that have not ended."""
-    found: set[int] = set()
-    todo = [pid]
-    while todo:
-        for path in Path("/proc").glob(f"{todo.pop()}/task/*/children"):
-            children = {int(child) for child in path.read_text().split()}
-            todo += children - found
-            found |= children
-    return {each for each in found if is_running(each)}
-
-
-def is_running(pid: int) -> bool:
-    """Whether the process exists and has not ended (one that waits to be collected has)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False

@@ -28,7 +28,7 @@ SERVICE = "/inference.GRPCInferenceService/"
 REPLY_SECONDS = 30.0
 SOCKET_SECONDS = 0.2
 # Texts of this kind in a reply show the inside of the server.
-REVEALING = re.compile(rb"Traceback|File \"|/work|/tmp/|/home|\.py\b|site-packages|/dev/shm")
+REVEALING = re.compile(rb"Traceback|File \"|/tmp/|/home|\.py\b|site-packages|/dev/shm")
 ALLOWED_GRPC = {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "UNAVAILABLE", "ALREADY_EXISTS", "RESOURCE_EXHAUSTED"}
 OVERLOADS = re.compile(
     r"(?i)too many|exceeds maximum queue size|timeout expired|try again|waiting|deadline|restricted|shared memory pool"

@@ -1,10 +1,8 @@
 """Model processes that are killed or stopped under load: replaced in seconds, and no caller sees it."""
 
 import dataclasses
-import json
 import os
 import signal
-import time
 import urllib.request
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from kvcast.server import TritonServer
 from kvcast.server.stubs import list_stubs
 from tests.chaos.load import Load, draw_requests, expect, record_answers
 from tests.conftest import make_settings
+from tests.processes import read_state, wait_until
 
 REPAIRED_WITHIN_SECONDS = 10
 NOTICED_WITHIN_SECONDS = 2
@@ -31,20 +30,6 @@ def guarded(tiny_repository):
 @pytest.fixture(scope="module")
 def requests():
     return draw_requests()
-
-
-def read_state(server: TritonServer) -> dict:
-    with urllib.request.urlopen(f"http://{server.http_address}/kvcast/state", timeout=5) as reply:
-        return json.load(reply)
-
-
-def wait_until(condition, seconds: float) -> float:
-    """Return how long it took."""
-    started = time.monotonic()
-    while not condition():
-        assert time.monotonic() - started < seconds, "it did not happen in time"
-        time.sleep(0.02)
-    return time.monotonic() - started
 
 
 def hit(server: TritonServer, model: str, number: signal.Signals) -> None:

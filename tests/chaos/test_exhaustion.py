@@ -31,7 +31,7 @@ from kvcast.server import ServerError, ServerSettings, TritonServer
 from kvcast.server.releases import ReleaseStore
 from kvcast.server.stubs import list_stubs
 from tests.conftest import make_settings
-from tests.e2e.test_server import find_children, wait_until
+from tests.processes import find_children, wait_until
 from tests.support import TOLERANCE, draw_request, find_free_ports
 
 CONFIG = load_config("tiny")
@@ -141,7 +141,7 @@ def fill(folder: Path) -> Path:
     return path
 
 
-def read_state(port: int) -> dict:
+def read_state_at(port: int) -> dict:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/kvcast/state", timeout=5) as reply:
         return json.load(reply)
 
@@ -192,7 +192,7 @@ def test_shared_memory_that_is_full_while_serving_costs_no_process_and_no_right_
         assert {each.status() for each in said} == {"StatusCode.UNAVAILABLE"}, said
         assert all("shared memory is full" in str(each.message()) for each in said), said
         assert set(list_stubs(triton)) == stubs
-        assert read_state(http_port)["deaths"] == {}
+        assert read_state_at(http_port)["deaths"] == {}
         filler.unlink()
         scores = ask_users(grpc_port, history, candidates)
         for index, (own_history, own_candidates) in enumerate(users):
@@ -369,13 +369,13 @@ def test_a_file_that_is_damaged_while_serving_is_not_loaded_and_the_server_is_we
         stub = next(each for each in list_stubs(server.pid).values() if each.model == name.partition("/")[0])
         os.kill(stub.pid, signal.SIGKILL)
         port = server.settings.http_port
-        wait_until(lambda: words in read_state(port)["reason"], RECOVERED_WITHIN_SECONDS)
-        assert not read_state(port)["is_ready"]
+        wait_until(lambda: words in read_state_at(port)["reason"], RECOVERED_WITHIN_SECONDS)
+        assert not read_state_at(port)["is_ready"]
         with pytest.raises(urllib.error.HTTPError, match="503"):
             urllib.request.urlopen(f"http://{server.http_address}/v2/health/ready", timeout=5)
         with pytest.raises(KvcastError):
             client.rank(*request)
         path.with_name("manifest.json").write_bytes(manifest)
         path.write_bytes(whole)
-        wait_until(lambda: read_state(port)["is_ready"], RECOVERED_WITHIN_SECONDS)
+        wait_until(lambda: read_state_at(port)["is_ready"], RECOVERED_WITHIN_SECONDS)
         np.testing.assert_allclose(client.rank(*request).scores, right, rtol=0, atol=TOLERANCE)

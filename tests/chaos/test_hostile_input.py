@@ -29,7 +29,7 @@ from tests.chaos.fuzzing import (
     make_infer_request,
 )
 from tests.conftest import make_settings
-from tests.guard_process import list_running_descendants
+from tests.processes import find_children
 from tests.support import TOLERANCE
 
 REQUESTS = int(os.environ.get("KVCAST_FUZZ_REQUESTS", "1000"))
@@ -48,11 +48,11 @@ class Witness:
             for model in ("ranker", "ranker_resident", "ranker_full")
         }
         self._expected = {model: self._score(model) for model in self._messages}
-        self._processes = list_running_descendants(self._pid)
+        self._processes = find_children(self._pid)
 
     def find_harm(self, model: str) -> str | None:
         """Return what has changed."""
-        processes = list_running_descendants(self._pid)
+        processes = find_children(self._pid)
         if processes != self._processes:
             return f"processes ended: {self._processes - processes}, began: {processes - self._processes}"
         try:

@@ -22,6 +22,7 @@ from kvcast.server.release import main as release
 from kvcast.server.releases import ReleaseStore
 from tests.chaos.load import Load, draw_requests, expect, record_answers
 from tests.conftest import make_settings
+from tests.processes import read_state
 
 SWITCHES = 20
 
@@ -47,11 +48,6 @@ def repository(tiny_repository, other_export, tmp_path):
 def serve(repository: Path, **changes) -> TritonServer:
     models = ["ranker", "ranker_resident"]
     return TritonServer(dataclasses.replace(make_settings(repository), **{"models": models, **changes}))
-
-
-def read_state(server: TritonServer) -> dict:
-    with urllib.request.urlopen(f"http://{server.http_address}/kvcast/state", timeout=5) as reply:
-        return json.load(reply)
 
 
 def run(server: TritonServer, *arguments: str) -> int:

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from tests.chaos.load import Load, draw_requests, expect, record_answers
-from tests.e2e.test_server import find_children, is_running, list_shared_memory, read_until, run_serve
+from tests.processes import find_children, is_running, list_shared_memory, read_until, run_serve
 
 DRAIN_SECONDS = 10
 BOUND_SECONDS = DRAIN_SECONDS + 6

@@ -26,7 +26,8 @@ import tritonclient.http
 from kvcast.clicklog import ClickLog
 from kvcast.contract.config import load_config
 from kvcast.server import TritonServer
-from tests.guard_process import READY, is_running, list_running_descendants, make_addresses, run_guard
+from tests.guard_process import READY, make_addresses, run_guard
+from tests.processes import find_children, is_running
 from tests.support import TOLERANCE
 
 REQUEST = ClickLog(load_config("tiny").schema, seed=5).draw_request(30, 6)
@@ -152,12 +153,12 @@ def test_large_replies_stream_through(server, guarded):
 
 
 def test_an_absurd_shape_is_refused_and_the_server_lives(server, guarded, expected):
-    running = list_running_descendants(server.pid)
+    running = find_children(server.pid)
     entry = {"name": "history", "shape": [1, 1 << 40, 2], "datatype": "INT64", "data": [1]}
     status, _, table = ask(guarded, INFER, json.dumps({"inputs": [entry]}).encode())
     assert status == 400
     assert "1099511627776" in table["error"]
-    assert list_running_descendants(server.pid) == running
+    assert find_children(server.pid) == running
     np.testing.assert_allclose(read_scores(ask(guarded, INFER, write_json())), expected, rtol=0, atol=TOLERANCE)
 
 

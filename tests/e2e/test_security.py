@@ -27,7 +27,7 @@ from kvcast.contract.manifest import hash_file
 from kvcast.server import TritonServer
 from kvcast.server.stubs import list_stubs
 from tests.conftest import make_settings
-from tests.e2e.test_server import find_children, list_shared_memory, read_until, wait_until
+from tests.processes import find_children, list_shared_memory, read_until, wait_until
 from tests.support import TOLERANCE, draw_request, find_free_ports
 
 EXAMPLE = draw_request(load_config("tiny"), 20, 5, seed=1)

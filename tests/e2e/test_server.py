@@ -8,11 +8,7 @@ import os
 import signal
 import socket
 import stat
-import subprocess
-import sys
 import time
-import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,62 +21,11 @@ from kvcast.server import ServerError, ServerSettings, TritonServer, shared_memo
 from kvcast.server.installation import find_installation
 from tests.chaos.load import Load, draw_requests, expect, record_answers
 from tests.conftest import make_settings
-from tests.support import find_free_ports
+from tests.processes import find_children, is_running, list_shared_memory, read_state, read_until, run_serve, wait_until
 
 STOP_BOUND_SECONDS = 5
 RESTARTED_WITHIN_SECONDS = 30
 ORPHANS_END_WITHIN_SECONDS = 10
-
-
-def run_serve(repository: Path, *arguments: str) -> subprocess.Popen[str]:
-    http_port, grpc_port, metrics_port = find_free_ports(3)
-    ports = ["--http-port", str(http_port), "--grpc-port", str(grpc_port), "--metrics-port", str(metrics_port)]
-    command = [sys.executable, "-m", "kvcast.server", "--repository", str(repository), *ports, *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def read_until(process: subprocess.Popen[str], words: str) -> str:
-    assert process.stdout is not None
-    for line in process.stdout:
-        if words in line:
-            return line
-    raise AssertionError(f"the server ended without saying {words!r}")
-
-
-def find_children(pid: int) -> set[int]:
-    """Return all descendants of a process."""
-    found: set[int] = set()
-    todo = [pid]
-    while todo:
-        for path in Path("/proc").glob(f"{todo.pop()}/task/*/children"):
-            children = {int(child) for child in path.read_text().split()}
-            todo += children - found
-            found |= children
-    return found
-
-
-def list_shared_memory() -> set[Path]:
-    return set(Path("/dev/shm").iterdir())  # noqa: S108 where Triton keeps its regions
-
-
-def is_running(pid: int) -> bool:
-    """Whether the process exists and has not ended (one that waits to be collected has)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def read_state(server: TritonServer) -> dict:
-    with urllib.request.urlopen(f"http://{server.http_address}/kvcast/state", timeout=5) as reply:
-        return json.load(reply)
-
-
-def wait_until(condition: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
