@@ -228,9 +228,7 @@ class Gate:
             if not sending.done():
                 self._check_goes_on()
                 if self._clock() >= deadline:
-                    raise self._count(
-                        "deadline", DeadlineExceededError("busy: not answered within the caller's deadline")
-                    )
+                    raise self._count("deadline", DeadlineExceededError("not answered within the caller's deadline"))
                 # It need not be broken any more: a short while can be missed.
                 if self._incidents != incidents:
                     raise ModelDiedError("its process died")

@@ -16,7 +16,7 @@ import pytest
 
 from kvcast.client import NO_RETRIES, AsyncRankerClient, RankerClient, RetryPolicy
 from kvcast.contract.config import ModelConfig, load_config
-from kvcast.contract.errors import DeadlineExceededError, KvcastError, TryAgainError
+from kvcast.contract.errors import KvcastError, TryAgainError
 from kvcast.contract.schema import Limits, Workload
 from kvcast.export.pipeline import WeightsSource, export_release
 from kvcast.server import TritonServer
@@ -97,10 +97,9 @@ async def load_open(address, model, requests, answers, *, rate, seconds, is_new,
                 scores = (await client.rank(history, candidates)).scores
                 is_right = is_new or np.abs(scores - answers[index]).max() <= TOLERANCE
                 outcome = "right" if is_right else "wrong"
-            except DeadlineExceededError as error:
-                outcome = "refused" if "not computed" in str(error) or "busy" in str(error) else f"late: {error}"
             except TryAgainError as error:
-                outcome = "refused" if "busy" in str(error) or "not computed" in str(error) else str(error)
+                is_refusal = any(word in str(error) for word in ("busy: ", "not computed: ", "not answered within the"))
+                outcome = "refused" if is_refusal else f"{type(error).__name__}: {error}"
             except KvcastError as error:
                 outcome = f"{type(error).__name__}: {error}"
             what[outcome] += 1

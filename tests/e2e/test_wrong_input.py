@@ -180,7 +180,7 @@ def test_one_wrong_request_spoils_no_other_in_its_batch(server):
         (b"{}", "inputs"),
         (
             {"inputs": [{"name": "history", "shape": [1, 1, 2], "datatype": "INT64", "data": [1, 2.5]}]},
-            "signed-integer",
+            "whole numbers for int64",
         ),
         ({"inputs": [{"name": "history", "shape": [1, 5, 2], "datatype": "INT64", "data": [1, 2]}]}, "shape"),
     ],
