@@ -386,7 +386,6 @@ def write_soak(result: dict[str, Any]) -> str:
     )
     return (
         f"## {soak['seconds'] / 60:.0f} minutes of mixed load\n\n{make_table(header, rows)}\n\n"
-        "Both models over both protocols through the guard: users who return and who do not, prefetches, wrong "
-        f"requests, callers who give up after 5 ms. Requests: {outcomes}. The slopes are those of the last two thirds, "
-        "by least squares."
+        "Both models over both protocols through the guard, users who return and who do not, "
+        f"histories of all lengths. Requests: {outcomes}. Slopes are those of the last two thirds, by least squares."
     )

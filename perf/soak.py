@@ -119,7 +119,7 @@ def ask(callers: Callers, visit: Visit, turn: int) -> str:
     """Send one request of the mixture; return what came of it."""
     history, candidates = visit.request.history, visit.request.candidates
     client = callers.clients[turn % len(callers.clients)]
-    is_hasty = turn % GIVEN_UP_EVERY == GIVEN_UP_EVERY - 1
+    is_hasty = turn % GIVEN_UP_EVERY == GIVEN_UP_EVERY - 2
     what = "ranked"
     try:
         if turn % WRONG_EVERY == WRONG_EVERY - 1:
