@@ -155,7 +155,7 @@ class GrpcProxy(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no ty
             return reply
 
         release = self._passage.state.fingerprint
-        reply = await self._passage.ask(message.model_name, read_seconds(message, rpc), send)
+        reply = await self._passage.ask(message.model_name, message.ByteSize(), read_seconds(message, rpc), send)
         shadow = self._passage.shadow
         if shadow is not None and shadow.chooses(message.model_name):
             shadow.score_again(message, release, reply)

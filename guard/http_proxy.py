@@ -291,7 +291,7 @@ class HttpProxy:
         found = MODEL_NAME.match(path)
         model = found[1] if found else ""
         release = self._passage.state.fingerprint
-        response = await self._passage.ask(model, seconds, send)
+        response = await self._passage.ask(model, len(body), seconds, send)
         shadow = self._passage.shadow
         if shadow is not None and response.status == 200 and shadow.chooses(model):
             shadow.score_again(make_request(model, checked.header, checked.tensors), release)

@@ -13,6 +13,8 @@ Reply = TypeVar("Reply")
 
 # Longer deadlines are none: as microseconds they would not fit where Triton reads them.
 LONGEST_SECONDS = 1e9
+# Of requests of the usual kilobytes, thousands; of the largest that are taken, eight.
+HELD_BYTES = 512 << 20
 
 
 class Passage:
@@ -22,6 +24,7 @@ class Passage:
         """Open a gate before each model."""
         self.gates = {model.name: Gate(limits) for model in MODELS}
         self.shadow: Shadow | None = None
+        self.held_bytes = 0
         self.state = State()
         self._steps = {model.name: model.steps or (model.name,) for model in MODELS}
 
@@ -58,13 +61,25 @@ class Passage:
             return "the server is stopping"
         return "" if self.state.is_ready else self.state.reason or "the server is starting"
 
-    async def ask(self, model: str, seconds: float, send: Callable[[float], Awaitable[Reply]]) -> Reply:
+    async def ask(self, model: str, size: int, seconds: float, send: Callable[[float], Awaitable[Reply]]) -> Reply:
         """Send a request through its model's gate; one to a model that is not ours, at once: Triton will refuse it.
 
+        Args:
+            model: which model it is for.
+            size: bytes of the request, which are held until it is answered.
+            seconds: how long its caller waits.
+            send: as for `Gate.ask`.
+
         Raises:
-            TryAgainError: there is no server yet; or as `Gate.ask`.
+            TryAgainError: there is no server yet, or too much is held already; or as `Gate.ask`.
         """
         if not self.state.release:
             raise TryAgainError("the server is starting: try again")
-        gate = self.gates.get(model)
-        return await (gate.ask(model, seconds, send) if gate is not None else send(seconds))
+        if self.held_bytes + size > HELD_BYTES:
+            raise TryAgainError(f"busy: {self.held_bytes >> 20} MiB of requests are waiting already")
+        self.held_bytes += size
+        try:
+            gate = self.gates.get(model)
+            return await (gate.ask(model, seconds, send) if gate is not None else send(seconds))
+        finally:
+            self.held_bytes -= size

@@ -1,7 +1,8 @@
-"""Starts the real tritonserver on a model repository, waits until it can answer, and stops it cleanly.
+"""Starts the real tritonserver and its guard on a model repository, keeps both whole, switches releases, stops cleanly.
 
-`installation` finds the binary and what it needs, `repository` checks what is to be served, `launcher` runs the
-process. Standard library only, but for the contract's manifest: the room knows nothing of what the models compute.
+`installation` finds the binary, `repository` and `releases` know what is to be served, `view` is what Triton sees of
+it, `triton_process` and `guard_process` run the two, `supervisor` watches them, `launcher` puts it all together. The
+room knows nothing of what the models compute.
 """
 
 from kvcast.server.installation import ServerError

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kvcast.contract.errors import DeadlineExceededError, KvcastError, TryAgainError
 from kvcast.guard import gate as gate_module
 from kvcast.guard.gate import SENT_AT_MOST, Gate, GateLimits, ModelDiedError
-from kvcast.guard.passage import Passage
+from kvcast.guard.passage import HELD_BYTES, Passage
 from kvcast.guard.state import State
 
 FOREVER = float("inf")
@@ -430,12 +430,29 @@ def test_a_model_that_stays_broken_is_not_waited_for_without_end(monkeypatch):
     run(scenario)
 
 
+def test_the_bytes_that_are_held_are_bounded_and_given_back():
+    async def run() -> None:
+        passage, triton = Passage(GateLimits()), Triton()
+        passage.follow(State(is_ready=True, release=1))
+        large = asyncio.create_task(passage.ask(MODEL, HELD_BYTES - 10, FOREVER, triton.make_send("large")))
+        await settle()
+        with pytest.raises(TryAgainError, match="busy: 511 MiB of requests"):
+            await passage.ask(MODEL, 11, FOREVER, triton.make_send("refused"))
+        large.cancel()
+        await settle()
+        assert passage.held_bytes == 0
+        with pytest.raises(TryAgainError, match="starting"):
+            await Passage(GateLimits()).ask(MODEL, 1, FOREVER, triton.make_send("early"))
+
+    asyncio.run(run())
+
+
 def test_a_death_elsewhere_changes_nothing():
     async def scenario() -> None:
         passage, triton = Passage(GateLimits()), Triton()
         passage.follow(State(is_ready=True, release=1))
         names = ("ranker", "ranker_resident", "user_encoder")
-        tasks = [asyncio.create_task(passage.ask(name, FOREVER, triton.make_send(name))) for name in names]
+        tasks = [asyncio.create_task(passage.ask(name, 100, FOREVER, triton.make_send(name))) for name in names]
         await settle()
         passage.follow(State(release=1, broken=("doc_fusion",), deaths={"doc_fusion": 1}))
         await settle()
