@@ -10,7 +10,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 from kvcast.contract.errors import ArtefactError
@@ -163,7 +164,13 @@ class Supervisor:
 
     def _repair(self) -> None:
         """Replace the processes of models of which one has died or hangs."""
-        dead = self._find_dead()
+        self._notice_dead()
+        if self.state.broken and time.monotonic() >= self._not_before:
+            self._replace(self.state.broken)
+
+    def _notice_dead(self, being_loaded: str = "") -> None:
+        """Say whose process has died; not of a model that is being loaded, whose processes come and go."""
+        dead = [stub for stub in self._find_dead() if stub.model != being_loaded]
         for stub in dead:
             self._log(f"kvcast: process {stub.pid} of {stub.model} died; replacing it")
             del self._watched[stub.pid]
@@ -171,11 +178,12 @@ class Supervisor:
             deaths = dict(self.state.deaths)
             for stub in dead:
                 deaths[stub.model] = deaths.get(stub.model, 0) + 1
-            broken = tuple(sorted({*self.state.broken, *(stub.model for stub in dead)}))
-            reason = f"model processes are being replaced: {', '.join(broken)}"
-            self._tell(is_ready=False, reason=reason, broken=broken, deaths=deaths)
-        if self.state.broken and time.monotonic() >= self._not_before:
-            self._replace(self.state.broken)
+            self._tell_broken({*self.state.broken, *(stub.model for stub in dead)}, deaths=deaths)
+
+    def _tell_broken(self, broken: Collection[str], **changes: object) -> None:
+        """Say which models have a dead process now."""
+        reason = f"model processes are being replaced: {', '.join(sorted(broken))}" if broken else ""
+        self._tell(is_ready=not broken, reason=reason, broken=tuple(sorted(broken)), **changes)
 
     def _find_dead(self) -> list[Stub]:
         """Return watched processes that are gone; end those that are held first."""
@@ -203,12 +211,17 @@ class Supervisor:
             return
         self._pause = 0.0
         self._log(f"kvcast: {', '.join(models)} replaced in {time.monotonic() - started:.1f} s")
-        self._tell(is_ready=True, reason="", broken=(), repairs=self.state.repairs + 1)
+        # Another model's process can have died meanwhile.
+        self._tell_broken({*self.state.broken} - {*models}, repairs=self.state.repairs + 1)
 
     def _load(self, model: str) -> None:
         """Load a model as the view has it; watch its new processes, and no longer those that they replace."""
         old = list_stubs(self._triton.pid)
-        self._admin.load(model)
+        with ThreadPoolExecutor(1) as pool:
+            loading = pool.submit(self._admin.load, model)
+            while not wait((loading,), LOOK_SECONDS).done:
+                self._notice_dead(model)
+        loading.result()
         shared_memory.hide_regions(self._triton.instance)
         living = list_stubs(self._triton.pid)
         new = {pid: stub for pid, stub in living.items() if stub.model == model and pid not in old}
@@ -277,16 +290,26 @@ class Supervisor:
                 self._expose(model, (old, number))
             for ensemble in self._ensembles:
                 self._try(ensemble, number)
+            for ensemble in self._ensembles:
+                self._pin(ensemble, number)
         except (ServerError, ArtefactError):
-            for model in self._parts:
-                with contextlib.suppress(ServerError):
-                    self._expose(model, (old,))
+            self._settle(old)  # if Triton has crashed, its next start finds the old release
             raise
+        self._settle(number)
+
+    def _settle(self, number: int) -> None:
+        """Let Triton have one release alone, as far as it still listens; what it sees is right in any case."""
         for ensemble in self._ensembles:
-            self._view.pin(ensemble.name, dict.fromkeys(ensemble.steps, number))
-            self._admin.load(ensemble.name)
+            with contextlib.suppress(ServerError):
+                self._pin(ensemble, number)
         for model in self._parts:
-            self._expose(model, (number,))
+            with contextlib.suppress(ServerError):
+                self._expose(model, (number,))
+
+    def _pin(self, ensemble: ModelSpec, number: int) -> None:
+        """Have an ensemble's steps be of a release."""
+        self._view.pin(ensemble.name, dict.fromkeys(ensemble.steps, number))
+        self._admin.load(ensemble.name)
 
     def _try(self, ensemble: ModelSpec, number: int) -> None:
         """Ask the golden request of an ensemble of a release that no caller sees yet."""

@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
+import signal
 import stat
 import threading
 import time
@@ -20,9 +22,10 @@ from kvcast.export.pipeline import WeightsSource, export_release
 from kvcast.server import ServerError, ServerSettings, TritonServer
 from kvcast.server.release import main as release
 from kvcast.server.releases import ReleaseStore
+from kvcast.server.stubs import list_stubs
 from tests.chaos.load import Load, draw_requests, expect, record_answers
 from tests.conftest import make_settings
-from tests.processes import read_state
+from tests.processes import read_state, wait_until
 
 SWITCHES = 20
 
@@ -87,6 +90,34 @@ def switch_to(server, number, answers, requests):
             record_answers(server.grpc_address, requests[:3], model), answers[number, model], strict=False
         ):
             np.testing.assert_allclose(scores, right, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("victim", ["user_encoder", "doc_fusion"])
+def test_processes_that_die_during_switches_fail_nobody(repository, victim, capsys):
+    """The switch may then be refused; whatever is served is served whole."""
+    requests = draw_requests(8)
+    with serve(repository, models=["ranker"]) as server:
+        answers = {}
+        for number in (2, 1):
+            assert run(server, "activate", str(number)) == 0
+            answers[number] = record_answers(server.grpc_address, requests)
+        with Load(server.grpc_address, expect(requests, answers[1], answers[2]), threads=4) as load:
+            for switch in range(4):
+                load.wait_for(20)
+                switching = threading.Thread(target=run, args=(server, "activate", str(2 - switch % 2)))
+                switching.start()
+                time.sleep(0.2 * switch)
+                stub = next(each for each in list_stubs(server.pid).values() if each.model == victim)
+                os.kill(stub.pid, signal.SIGKILL)
+                switching.join()
+                wait_until(lambda: read_state(server)["is_ready"], 20)
+            load.wait_for(20)
+        assert set(load.count()) == {"right"}, [each for each in load.outcomes if each.what != "right"][:3]
+        for scores, right in zip(
+            record_answers(server.grpc_address, requests), answers[read_state(server)["release"]], strict=True
+        ):
+            np.testing.assert_allclose(scores, right, rtol=0, atol=1e-5)
+    capsys.readouterr()
 
 
 def test_a_release_that_computes_something_else_is_refused_and_the_old_one_stays(repository, capsys):
