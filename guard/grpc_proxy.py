@@ -12,8 +12,8 @@ import grpc.aio
 from google.protobuf.message import DecodeError, Message
 from tritonclient.grpc import service_pb2
 
-from kvcast.contract.errors import InvalidRequestError, KvcastError
-from kvcast.guard.gate import ModelDiedError
+from kvcast.contract.errors import InvalidRequestError, KvcastError, TryAgainError
+from kvcast.guard.gate import SENT_AT_MOST, ModelDiedError
 from kvcast.guard.passage import LONGEST_SECONDS, Passage
 from kvcast.guard.wording import (
     DEAD_PROCESS,
@@ -131,6 +131,24 @@ class GrpcProxy(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no ty
             reply = service_pb2.ModelReadyResponse(ready=False).SerializeToString()
         return reply
 
+    async def _send(self, message: bytes, timeout: float | None, metadata: Any) -> bytes:
+        """Send an inference; again if Triton calls it cancelled, which it does to some while others are cancelled.
+
+        Raises:
+            grpc.aio.AioRpcError: Triton refuses it.
+            TryAgainError: Triton calls it cancelled every time.
+        """
+        for _ in range(SENT_AT_MOST):
+            try:
+                reply: bytes = await self._calls["ModelInfer"](message, timeout=timeout, metadata=metadata)
+            except grpc.aio.AioRpcError as error:
+                # Who cancels here gets asyncio's error and not this one.
+                if error.code() != grpc.StatusCode.CANCELLED:
+                    raise
+            else:
+                return reply
+        raise TryAgainError("busy: Triton has cancelled the request; try again")
+
     async def _infer(self, message: Any, rpc: Rpc) -> bytes:
         check_infer(message)
         metadata = read_metadata(rpc)
@@ -143,9 +161,7 @@ class GrpcProxy(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no ty
                 # The gate ends the wait; were Triton to do so at the same moment, its own word would get out.
                 timeout = seconds + CANCELLED_WITHIN_SECONDS
             try:
-                reply: bytes = await self._calls["ModelInfer"](
-                    message.SerializeToString(), timeout=timeout, metadata=metadata
-                )
+                reply = await self._send(message.SerializeToString(), timeout, metadata)
             except grpc.aio.AioRpcError as error:
                 text = error.details() or ""
                 is_lost = error.code() == grpc.StatusCode.UNAVAILABLE and LOST_CONNECTION.search(text)

@@ -1,5 +1,6 @@
 """SIGTERM under load: who is there gets an answer, who comes later is told so, and nothing stays behind."""
 
+import re
 import signal
 import subprocess
 import time
@@ -34,7 +35,8 @@ def test_nothing_that_was_accepted_is_lost(tiny_repository, protocol, model):
     there = [each for each in load.outcomes if each.sent < told - 0.05]
     assert {each.what for each in there} == {"right"}, [each for each in there if each.what != "right"]
     refused = [each for each in load.outcomes if each.what != "right"]
-    assert all("stopping" in each.message or "no connection" in each.message for each in refused), refused[:3]
+    unclear = [each for each in refused if not re.search(r"stopping|(?i:connect)|(?i:socket closed)", each.message)]
+    assert not unclear, {each.message for each in unclear}
     assert not [pid for pid in started if is_running(pid)]
     assert list_shared_memory() <= regions
 

@@ -254,7 +254,7 @@ def test_the_exported_repository(tiny_repository):
     for model, manifest in zip(EXPORTED_MODELS, manifests, strict=True):
         folder = tiny_repository / model.name / "1"
         assert manifest.model == model.name
-        assert set(manifest.files) == {"model.onnx", "model.onnx.data"}
+        assert set(manifest.files) == {"golden.json", "model.onnx", "model.onnx.data"}
         assert all(hash_file(folder / name) == digest for name, digest in manifest.files.items())
         assert 0 < manifest.parity.onnx <= 1e-5
         assert manifest.parity.undirected_difference > 1e-3
