@@ -12,6 +12,18 @@ from tests.processes import find_children, is_running, list_shared_memory, read_
 
 DRAIN_SECONDS = 10
 BOUND_SECONDS = DRAIN_SECONDS + 6
+STARTED: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def end_what_a_failing_test_leaves():
+    """A test that fails halfway leaves no server."""
+    yield
+    for process in STARTED:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(BOUND_SECONDS + DRAIN_SECONDS)
+    STARTED.clear()
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
@@ -62,6 +74,7 @@ def test_what_cannot_be_answered_within_the_bound_is_refused_and_not_lost(tiny_r
 
 def start(repository, model: str, *arguments: str) -> tuple[subprocess.Popen[str], dict[str, str]]:
     process = run_serve(repository, "--models", model, "--drain-seconds", str(DRAIN_SECONDS), *arguments)
+    STARTED.append(process)
     http = read_until(process, "  HTTP").split("//")[1].strip()
     grpc = read_until(process, "  gRPC").split()[-1]
     read_until(process, "Ctrl-C")
