@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from pathlib import Path
 
 from kvcast.contract.errors import ArtefactError
@@ -89,9 +89,8 @@ class Supervisor:
         Raises:
             ServerError, ArtefactError: an ensemble does not answer the golden request as it should.
         """
-        self._check_ensembles(release)
         self._watched = list_stubs(self._triton.pid)
-        self._record_seen = self._look_at_record()
+        self._check_ensembles(release)
         fingerprint = self._read_fingerprint(release)
         self._tell(is_ready=True, reason="", release=release, fingerprint=fingerprint)
         self._thread.start()
@@ -128,8 +127,36 @@ class Supervisor:
     def _check_ensembles(self, release: int) -> None:
         """Ask the golden request; models that rank by themselves have done so when they were loaded."""
         for ensemble in self._ensembles:
-            golden = read_golden(self._store.find_folder(ensemble.steps[0], release))
-            self._admin.check_golden(ensemble.name, golden)
+            self._check_golden(ensemble.name, ensemble, release)
+
+    def _check_golden(self, name: str, ensemble: ModelSpec, release: int) -> None:
+        """Ask an ensemble, under whatever name, the golden request of a release."""
+        golden = read_golden(self._store.find_folder(ensemble.steps[0], release))
+        self._do_watching(lambda: self._admin.check_golden(name, golden))
+
+    def _do_watching(self, action: Callable[[], None], being_loaded: str = "") -> None:
+        """Do what takes a while, and look at the processes meanwhile.
+
+        Raises:
+            ServerError: a process has died meanwhile, and Triton may never answer; unless a model is being loaded.
+        """
+        done: Future[None] = Future()
+
+        def work() -> None:
+            try:
+                action()
+            except BaseException as error:  # noqa: BLE001 it is raised where it is waited for
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        known = self.state.deaths
+        threading.Thread(target=work, name="admin", daemon=True).start()
+        while not wait((done,), LOOK_SECONDS).done:
+            self._notice_dead(being_loaded)
+            if not being_loaded and self.state.deaths != known:
+                raise ServerError("a model process died during the golden request")
+        done.result()
 
     # -- dead processes
 
@@ -150,13 +177,13 @@ class Supervisor:
         self._tell(is_ready=False, reason="tritonserver is being started again", broken=parts, deaths=deaths)
         try:
             self._triton.restart(RESTARTED_WITHIN_SECONDS)
+            self._watched, self._retired, self._held = list_stubs(self._triton.pid), {}, {}
             self._check_ensembles(self.state.release)
         except (ServerError, ArtefactError) as error:
             self._log(f"kvcast: {error}")
             self._tell(reason=str(error))
             self._ended.wait(min(2.0 ** len(self._crashes), LONGEST_PAUSE_SECONDS))
             return
-        self._watched, self._retired, self._held = list_stubs(self._triton.pid), {}, {}
         self._log(f"kvcast: tritonserver is back after {time.monotonic() - now:.1f} s")
         self._tell(
             is_ready=True, reason="", broken=(), repairs=self.state.repairs + 1, restarts=self.state.restarts + 1
@@ -217,11 +244,7 @@ class Supervisor:
     def _load(self, model: str) -> None:
         """Load a model as the view has it; watch its new processes, and no longer those that they replace."""
         old = list_stubs(self._triton.pid)
-        with ThreadPoolExecutor(1) as pool:
-            loading = pool.submit(self._admin.load, model)
-            while not wait((loading,), LOOK_SECONDS).done:
-                self._notice_dead(model)
-        loading.result()
+        self._do_watching(lambda: self._admin.load(model), being_loaded=model)
         shared_memory.hide_regions(self._triton.instance)
         living = list_stubs(self._triton.pid)
         new = {pid: stub for pid, stub in living.items() if stub.model == model and pid not in old}
@@ -317,7 +340,7 @@ class Supervisor:
         self._view.pin(ensemble.name, dict.fromkeys(ensemble.steps, number), trial)
         try:
             self._admin.load(trial)
-            self._admin.check_golden(trial, read_golden(self._store.find_folder(ensemble.steps[0], number)))
+            self._check_golden(trial, ensemble, number)
         finally:
             with contextlib.suppress(ServerError):
                 self._admin.unload(trial)

@@ -83,9 +83,8 @@ class View:
             raise ServerError(f"{path}: cannot be read ({error.strerror}): run `make export` again") from error
 
     def _write(self, model: str, text: str) -> None:
-        new = (
-            self.folder.parent / f"{model}.{CONFIG_FILE}"
-        )  # outside the view, then moved: Triton never sees half of it
+        # Outside the view, then moved: Triton never sees half of it.
+        new = self.folder.parent / f"{model}.{CONFIG_FILE}"
         new.write_text(text)
         new.replace(self.folder / model / CONFIG_FILE)
 
