@@ -18,7 +18,7 @@ from kvcast.contract.errors import DeadlineExceededError, TryAgainError
 
 Reply = TypeVar("Reply")
 
-# How often one request is sent, if model processes die under it.
+# How often one request is sent, if it comes back unanswered.
 SENT_AT_MOST = 3
 # How long a request waits for a dead model process to be replaced if its caller names no deadline.
 REPLACED_WITHIN_SECONDS = 30.0
@@ -31,8 +31,12 @@ NOTICED_WITHIN_SECONDS = 2.0
 GIVEN_UP = "the server has stopped before this request was answered: send it again"
 
 
-class ModelDiedError(TryAgainError):
-    """The process of a model died while it had the request."""
+class UnansweredError(TryAgainError):
+    """Triton has given a request back without an answer: it may be sent again at once."""
+
+
+class ModelDiedError(UnansweredError):
+    """The process of a model died while it had the request: another has to be there first."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ class Gate:
         self.is_draining = self._has_given_up = True
         for turn in self._waiting:
             if not turn.done():
-                turn.set_exception(self._count("stopping", TryAgainError(GIVEN_UP)))
+                turn.set_exception(self.count_refusal("stopping", TryAgainError(GIVEN_UP)))
                 turn.exception()  # it may be that nobody looks
         self._waiting.clear()
         self._changed.set()
@@ -127,12 +131,14 @@ class Gate:
     async def _enter(self, deadline: float) -> None:
         """Wait for a turn; whoever returns from here has been counted in."""
         if self.is_draining:
-            raise self._count("stopping", TryAgainError("the server is stopping: try again, elsewhere if you can"))
+            raise self.count_refusal(
+                "stopping", TryAgainError("the server is stopping: try again, elsewhere if you can")
+            )
         if self.in_flight < self.limits.in_flight and not self._waiting:
             self._start()
             return
         if len(self._waiting) >= self.limits.waiting:
-            raise self._count("full", TryAgainError(f"busy: {len(self._waiting)} requests are waiting already"))
+            raise self.count_refusal("full", TryAgainError(f"busy: {len(self._waiting)} requests are waiting already"))
         self._check_time(deadline, self.in_flight + len(self._waiting))
         turn = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
@@ -178,18 +184,19 @@ class Gate:
         left = deadline - self._clock()
         if ahead and expected > left:
             message = f"busy: expected to take {expected:.2f} s, and the caller's deadline is in {max(left, 0):.2f} s"
-            raise self._count("deadline", DeadlineExceededError(message))
+            raise self.count_refusal("deadline", DeadlineExceededError(message))
 
     def _miss(self) -> TryAgainError:
         message = "not computed: the caller's deadline passed while the request waited"
-        return self._count("deadline", DeadlineExceededError(message))
+        return self.count_refusal("deadline", DeadlineExceededError(message))
 
-    def _count(self, why: str, error: TryAgainError) -> TryAgainError:
+    def count_refusal(self, why: str, error: TryAgainError) -> TryAgainError:
+        """Count a refusal, and return the error that says it."""
         self.counts.refused[why] += 1
         return error
 
     async def _send(self, model: str, deadline: float, send: Callable[[float], Awaitable[Reply]]) -> Reply:
-        """Send a request, and again if the model's process dies under it."""
+        """Send a request, and again if it comes back unanswered, as from a process that dies."""
         for attempt in range(SENT_AT_MOST):
             await self._wait_until_whole(model, deadline)
             self._check_goes_on()
@@ -202,12 +209,12 @@ class Gate:
             sending.add_done_callback(_look_at)
             try:
                 return await self._watch(sending, incidents, deadline)
-            except ModelDiedError:
-                if attempt + 1 < SENT_AT_MOST:
+            except UnansweredError as error:
+                if isinstance(error, ModelDiedError) and attempt + 1 < SENT_AT_MOST:
                     await self._wait_until_noticed(incidents)
             finally:
                 sending.cancel()
-        raise self._count("broken", TryAgainError(f"the process of {model} died {SENT_AT_MOST} times under a request"))
+        raise self.count_refusal("broken", TryAgainError(f"{model} left a request unanswered {SENT_AT_MOST} times"))
 
     async def _watch(self, sending: asyncio.Future[Reply], incidents: int, deadline: float) -> Reply:
         """Return the answer.
@@ -228,7 +235,9 @@ class Gate:
             if not sending.done():
                 self._check_goes_on()
                 if self._clock() >= deadline:
-                    raise self._count("deadline", DeadlineExceededError("not answered within the caller's deadline"))
+                    raise self.count_refusal(
+                        "deadline", DeadlineExceededError("not answered within the caller's deadline")
+                    )
                 # It need not be broken any more: a short while can be missed.
                 if self._incidents != incidents:
                     raise ModelDiedError("its process died")
@@ -236,7 +245,7 @@ class Gate:
 
     def _check_goes_on(self) -> None:
         if self._has_given_up:
-            raise self._count("stopping", TryAgainError(GIVEN_UP))
+            raise self.count_refusal("stopping", TryAgainError(GIVEN_UP))
 
     async def _wait_until_whole(self, model: str, deadline: float) -> None:
         """Wait while the model is broken."""
@@ -247,7 +256,7 @@ class Gate:
                     await self._changed.wait()
             except TimeoutError:
                 kind = DeadlineExceededError if until == deadline else TryAgainError
-                raise self._count("broken", kind(f"{model} is being replaced: its process died")) from None
+                raise self.count_refusal("broken", kind(f"{model} is being replaced: its process died")) from None
 
     async def _wait_until_noticed(self, incidents: int) -> None:
         """Triton has said that a process is dead: wait until the launcher, who replaces it, has said so too."""

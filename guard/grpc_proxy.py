@@ -12,8 +12,8 @@ import grpc.aio
 from google.protobuf.message import DecodeError, Message
 from tritonclient.grpc import service_pb2
 
-from kvcast.contract.errors import InvalidRequestError, KvcastError, TryAgainError
-from kvcast.guard.gate import SENT_AT_MOST, ModelDiedError
+from kvcast.contract.errors import InvalidRequestError, KvcastError
+from kvcast.guard.gate import ModelDiedError, UnansweredError
 from kvcast.guard.passage import LONGEST_SECONDS, Passage
 from kvcast.guard.wording import (
     DEAD_PROCESS,
@@ -118,7 +118,7 @@ class GrpcProxy(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no ty
         except DecodeError:
             raise InvalidRequestError(f"expected a {name}Request, got other bytes") from None
         if name == "ModelInfer":
-            return await self._infer(message, rpc)
+            return await self._infer(message, len(body), rpc)
         check_name(message)
         return await self._pass(name, message, body, rpc)
 
@@ -131,25 +131,7 @@ class GrpcProxy(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no ty
             reply = service_pb2.ModelReadyResponse(ready=False).SerializeToString()
         return reply
 
-    async def _send(self, message: bytes, timeout: float | None, metadata: Any) -> bytes:
-        """Send an inference; again if Triton calls it cancelled, which it does to some while others are cancelled.
-
-        Raises:
-            grpc.aio.AioRpcError: Triton refuses it.
-            TryAgainError: Triton calls it cancelled every time.
-        """
-        for _ in range(SENT_AT_MOST):
-            try:
-                reply: bytes = await self._calls["ModelInfer"](message, timeout=timeout, metadata=metadata)
-            except grpc.aio.AioRpcError as error:
-                # Who cancels here gets asyncio's error and not this one.
-                if error.code() != grpc.StatusCode.CANCELLED:
-                    raise
-            else:
-                return reply
-        raise TryAgainError("busy: Triton has cancelled the request; try again")
-
-    async def _infer(self, message: Any, rpc: Rpc) -> bytes:
+    async def _infer(self, message: Any, size: int, rpc: Rpc) -> bytes:
         check_infer(message)
         metadata = read_metadata(rpc)
 
@@ -161,8 +143,13 @@ class GrpcProxy(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no ty
                 # The gate ends the wait; were Triton to do so at the same moment, its own word would get out.
                 timeout = seconds + CANCELLED_WITHIN_SECONDS
             try:
-                reply = await self._send(message.SerializeToString(), timeout, metadata)
+                reply: bytes = await self._calls["ModelInfer"](
+                    message.SerializeToString(), timeout=timeout, metadata=metadata
+                )
             except grpc.aio.AioRpcError as error:
+                # Triton cancels some while others are cancelled. Who cancels here gets asyncio's error, not this one.
+                if error.code() == grpc.StatusCode.CANCELLED:
+                    raise UnansweredError("Triton has cancelled the request: try again") from error
                 text = error.details() or ""
                 is_lost = error.code() == grpc.StatusCode.UNAVAILABLE and LOST_CONNECTION.search(text)
                 if is_lost or DEAD_PROCESS.search(text):
@@ -171,7 +158,7 @@ class GrpcProxy(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no ty
             return reply
 
         release = self._passage.state.fingerprint
-        reply = await self._passage.ask(message.model_name, message.ByteSize(), read_seconds(message, rpc), send)
+        reply = await self._passage.ask(message.model_name, size, read_seconds(message, rpc), send)
         shadow = self._passage.shadow
         if shadow is not None and shadow.chooses(message.model_name):
             shadow.score_again(message, release, reply)

@@ -75,11 +75,12 @@ class Passage:
         """
         if not self.state.release:
             raise TryAgainError("the server is starting: try again")
+        gate = self.gates.get(model)
         if self.held_bytes + size > HELD_BYTES:
-            raise TryAgainError(f"busy: {self.held_bytes >> 20} MiB of requests are waiting already")
+            error = TryAgainError(f"busy: {self.held_bytes >> 20} MiB of requests are waiting already")
+            raise gate.count_refusal("full", error) if gate is not None else error
         self.held_bytes += size
         try:
-            gate = self.gates.get(model)
             return await (gate.ask(model, seconds, send) if gate is not None else send(seconds))
         finally:
             self.held_bytes -= size

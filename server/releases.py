@@ -123,7 +123,7 @@ class ReleaseStore:
                     "publish the release again"
                 )
         folders = [self.find_folder(model.name, release.number) for model in EXPORTED_MODELS]
-        if {manifest.release for manifest in map(_read_manifest, folders)} != {release.fingerprint}:
+        if {manifest.release for manifest in map(read_served_manifest, folders)} != {release.fingerprint}:
             raise ServerError(f"release {release.number}: its manifests are not of release {release.fingerprint[:12]}")
 
     def publish(self, source: Path) -> Release:
@@ -146,7 +146,7 @@ class ReleaseStore:
 
     def _publish(self, source: Path) -> Release:
         folders = {model.name: _find_newest(source, model.name) for model in EXPORTED_MODELS}
-        manifests = {model: _read_manifest(folder) for model, folder in folders.items()}
+        manifests = {model: read_served_manifest(folder) for model, folder in folders.items()}
         if len({manifest.release for manifest in manifests.values()}) != 1:
             raise ServerError(f"{source} holds models of different releases: export again")
         self.repository.mkdir(parents=True, exist_ok=True)
@@ -282,7 +282,12 @@ def _find_newest(source: Path, model: str) -> Path:
     return max(folders, key=lambda folder: int(folder.name))
 
 
-def _read_manifest(folder: Path) -> Manifest:
+def read_served_manifest(folder: Path) -> Manifest:
+    """Read the manifest of an artefact that is, or is to be, served.
+
+    Raises:
+        ServerError: there is none that can be used.
+    """
     try:
         return read_manifest(folder)
     except ArtefactError as error:
@@ -306,7 +311,7 @@ def _find_cause(error: OSError) -> str:
 
 
 def _describe(folders: dict[str, Path], number: int) -> Release:
-    manifest = _read_manifest(next(iter(folders.values())))
+    manifest = read_served_manifest(next(iter(folders.values())))
     files = {
         f"{model}/{path.name}": hash_file(path)
         for model, folder in folders.items()

@@ -10,11 +10,10 @@ import sys
 import tomllib
 from pathlib import Path
 
-from kvcast.contract.errors import ArtefactError
-from kvcast.contract.manifest import Manifest, read_manifest
+from kvcast.contract.manifest import Manifest
 from kvcast.contract.tensors import DOC_FUSION, USER_ENCODER
 from kvcast.server.installation import ServerError
-from kvcast.server.releases import ReleaseStore
+from kvcast.server.releases import ReleaseStore, read_served_manifest
 from kvcast.server.view import find_models
 
 
@@ -76,18 +75,6 @@ def expand_models(models: list[str]) -> list[str]:
         ServerError: there is no such model, or none was named.
     """
     return [model.name for model in find_models(models) if not model.steps]
-
-
-def read_served_manifest(folder: Path) -> Manifest:
-    """Read the manifest of a model that is to be served.
-
-    Raises:
-        ServerError: there is none that can be used.
-    """
-    try:
-        return read_manifest(folder)
-    except ArtefactError as error:
-        raise ServerError(f"{error} (run `make export`)") from error
 
 
 def count_shared_memory(manifest: Manifest, models: list[str]) -> int:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kvcast.contract.errors import DeadlineExceededError, KvcastError, TryAgainError
 from kvcast.guard import gate as gate_module
-from kvcast.guard.gate import SENT_AT_MOST, Gate, GateLimits, ModelDiedError
+from kvcast.guard.gate import NOTICED_WITHIN_SECONDS, SENT_AT_MOST, Gate, GateLimits, ModelDiedError, UnansweredError
 from kvcast.guard.passage import HELD_BYTES, Passage
 from kvcast.guard.state import State
 
@@ -396,7 +396,7 @@ def test_a_request_under_which_processes_die_is_not_sent_for_ever():
             gate.set_broken([MODEL], incident)
             await settle()
             gate.set_broken([], incident)
-        with pytest.raises(TryAgainError, match="died 3 times"):
+        with pytest.raises(TryAgainError, match="unanswered 3 times"):
             await task
         assert triton.sent == ["deadly"] * SENT_AT_MOST
         assert gate.counts.refused["broken"] == 1
@@ -500,7 +500,7 @@ def test_one_whom_nobody_notices_is_sent_again_after_a_while(monkeypatch):
             await settle()
             triton.die("a")
             await asyncio.sleep(0.05)
-        with pytest.raises(TryAgainError, match="died 3 times"):
+        with pytest.raises(TryAgainError, match="unanswered 3 times"):
             await task
         hasty = start(gate, triton, "b", 0.01)
         await settle()
@@ -636,5 +636,25 @@ def test_many_callers_that_come_and_go_at_random_times():
         assert (gate.in_flight, gate.waiting, inside) == (0, 0, 0)
         assert most <= 4
         assert gate.counts.answered > 50
+
+    run(scenario)
+
+
+def test_what_comes_back_unanswered_is_sent_again_at_once():
+    """No process has died, so there is nothing to wait for."""
+
+    async def scenario() -> None:
+        gate, sent = Gate(GateLimits()), []
+
+        async def send(left: float) -> str:
+            sent.append(left)
+            if len(sent) < SENT_AT_MOST:
+                raise UnansweredError("cancelled")
+            return "scores"
+
+        async with asyncio.timeout(NOTICED_WITHIN_SECONDS / 2):
+            assert await gate.ask(MODEL, FOREVER, send) == "scores"
+        assert gate.counts.sent_again == SENT_AT_MOST - 1
+        assert gate.is_idle
 
     run(scenario)
