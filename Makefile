@@ -13,16 +13,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LIBB64 := build/perf-libraries/.ready
+DEPLOY_TOOLS := build/deploy-tools/.ready
+DEPLOY_PACKAGES := haproxy liblua5.3-0 libopentracing-c-wrapper0 libopentracing1 prometheus kubernetes-client
 PORTS = --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-perf export serve demo test test-chaos perf check format clean
+.PHONY: help setup setup-perf setup-deploy export serve demo test test-chaos test-deploy perf check format clean
 
 help: ## this list
 	@echo "make TARGET [CONFIG=bench|tiny|seed|path.toml] [MODELS=\"ranker ranker_full\"] [REPOSITORY=DIR]"
 	@echo "            [HTTP_PORT=8000] [GRPC_PORT=8001] [METRICS_PORT=8002] [WEIGHTS=FILE.safetensors]"
 	@echo
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "  %-10s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "  %-12s %s\n", $$1, $$2 }'
 
 setup: $(READY) ## make the virtual environment .venv with everything, tritonserver included
 
@@ -34,7 +36,11 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-setup-perf: $(READY) $(LIBB64) ## bring what perf_analyzer links to (no root needed)
+setup-test-deploy: $(READY) ## deploy/ against real haproxy, Envoy, prometheus and kubectl, for longer than `test` takes
+	@$(MAKE) --no-print-directory setup-deploy || true  # the tests name what is missing
+	KVCAST_REQUIRE_DEPLOY_TOOLS=1 KVCAST_AFFINITY_VISITS=4000 $(BIN)/python -m pytest tests/deploy
+
+perf: $(READY) $(LIBB64) ## bring what perf_analyzer links to (no root needed)
 
 # Debian's package, unpacked where perf/analyzer.py looks; a machine that has the library needs none of it.
 $(LIBB64):
@@ -43,6 +49,15 @@ $(LIBB64):
 		cd $(@D) && { apt-get download -qq libb64-0d || { apt-get update -qq && apt-get download -qq libb64-0d; }; } \
 		&& dpkg -x libb64-0d_*.deb . && rm libb64-0d_*.deb && touch $(notdir $@); fi 2>/dev/null \
 		|| { echo "make: cannot fetch libb64-0d, which perf_analyzer needs: install it (Debian: apt-get install libb64-0d)" >&2; exit 1; }
+
+setup-deploy: $(READY) $(DEPLOY_TOOLS) ## bring haproxy, prometheus and kubectl for the tests of deploy/ (no root needed)
+
+# Debian's packages, unpacked where tests/deploy/tools.py looks; programs that the machine has are used without.
+$(DEPLOY_TOOLS):
+	@mkdir -p $(@D)
+	@cd $(@D) && { { apt-get download -qq $(DEPLOY_PACKAGES) || { apt-get update -qq && apt-get download -qq $(DEPLOY_PACKAGES); }; } \
+		&& for package in *.deb; do dpkg -x $$package . || exit 1; done && rm -f *.deb && touch $(notdir $@); } 2>/dev/null \
+		|| { rm -f *.deb; echo "make: cannot fetch $(DEPLOY_PACKAGES): install what is missing (Debian 12: apt-get install haproxy prometheus kubernetes-client)" >&2; exit 1; }
 
 export: $(READY) ## export CONFIG into REPOSITORY, proved exact (WEIGHTS=file, else random)
 	$(BIN)/kvcast export --config $(CONFIG) --repository $(REPOSITORY) $(if $(WEIGHTS),--weights $(WEIGHTS))
@@ -55,10 +70,15 @@ demo: $(READY) ## export if need be, serve, rank the example request, stop
 
 test: $(READY) ## every test, those against a real tritonserver included
 	@$(MAKE) --no-print-directory setup-perf || echo "make: the test that runs perf_analyzer will be skipped" >&2
+	@$(MAKE) --no-print-directory setup-deploy || echo "make: tests that run haproxy, prometheus or kubectl will be skipped" >&2
 	$(BIN)/python -m pytest
 
 test-chaos: $(READY) ## tens of thousands of hostile requests, and faults for longer than `test` takes
 	KVCAST_FUZZ_REQUESTS=20000 KVCAST_OVERLOAD_SECONDS=120 $(BIN)/python -m pytest tests/chaos
+
+test-deploy: $(READY) ## deploy/ against real haproxy, Envoy, prometheus and kubectl, for longer than `test` takes
+	@$(MAKE) --no-print-directory setup-deploy || true  # the tests name what is missing
+	KVCAST_REQUIRE_DEPLOY_TOOLS=1 KVCAST_AFFINITY_VISITS=4000 $(BIN)/python -m pytest tests/deploy
 
 perf: $(READY) $(LIBB64) ## measure CONFIG side by side, with report and plots (QUICK=1: 4 minutes)
 	@$(BIN)/kvcast perf run --config $(CONFIG) --repository $(REPOSITORY) $(PORTS) $(if $(QUICK),--quick --results build/perf) \

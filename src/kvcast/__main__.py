@@ -15,6 +15,7 @@ COMMANDS = {
     "probe": ("kvcast.client.probe", "say whether a running server ranks, for health checks"),
     "clicklog": ("kvcast.clicklog.__main__", "print a synthetic ranking request"),
     "perf": ("kvcast.perf.__main__", "measure against the traditional scheme, with report and plots"),
+    "deploy": ("kvcast.deploy.__main__", "size a deployment, write what its files need to know of a model"),
     "demo": ("kvcast.demo", "serve, rank one example request, stop"),
 }
 

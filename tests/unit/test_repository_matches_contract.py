@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "guard": {"contract"},
     "server": {"contract", "guard"},
     "client": {"contract"},
+    "deploy": {"contract", "server"},
     "perf": {"client", "clicklog", "contract", "network", "runtime", "server"},
 }
 HEAVY = {"torch", "onnx", "onnxruntime", "tritonclient", "triton_python_backend_utils", "safetensors"}
@@ -36,6 +37,7 @@ MAY_USE = {
     "guard": {"tritonclient"},
     "server": set(),
     "client": {"tritonclient"},
+    "deploy": {"onnx", "tritonclient"},
 }
 
 

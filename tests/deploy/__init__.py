@@ -1,0 +1,1 @@
+"""What operators run: containers, manifests, proxies, Prometheus, held against the real programs."""
