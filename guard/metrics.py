@@ -1,17 +1,20 @@
 """The guard's own metrics, and Triton's, at one address for Prometheus."""
 
+import shutil
 from collections.abc import Iterable
 
 import aiohttp
 from aiohttp import web
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from kvcast.contract.tensors import EXPORTED_MODELS
 from kvcast.guard.passage import Passage
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 ASK_SECONDS = 5
+SHARED_MEMORY = "/dev/shm"  # noqa: S108 where Triton keeps what goes between processes
 
 
 class GuardMetrics(Collector):
@@ -25,6 +28,7 @@ class GuardMetrics(Collector):
         """Return what they say now."""
         yield from self._collect_gates()
         yield from self._collect_shadow()
+        yield from collect_shared_memory()
         state = self._passage.state
         yield GaugeMetricFamily(
             "kvcast_ready", "1 if the server is ready", value=float(not self._passage.explain_unready())
@@ -38,8 +42,9 @@ class GuardMetrics(Collector):
         )
         yield CounterMetricFamily("kvcast_restarts", "Times that tritonserver itself had crashed", value=state.restarts)
         deaths = CounterMetricFamily("kvcast_process_deaths", "Model processes that died or hung", labels=["model"])
-        for model, count in state.deaths.items():
-            deaths.add_metric([model], count)
+        # From the start, at 0: Prometheus sees no increase in what begins with 1.
+        for model in (each.name for each in EXPORTED_MODELS):
+            deaths.add_metric([model], state.deaths.get(model, 0))
         yield deaths
 
     def _collect_gates(self) -> Iterable[Metric]:
@@ -48,14 +53,16 @@ class GuardMetrics(Collector):
         again = CounterMetricFamily("kvcast_guard_sent_again", "Requests sent again after a death", labels=["model"])
         inside = GaugeMetricFamily("kvcast_guard_in_flight", "Requests that Triton has", labels=["model"])
         waiting = GaugeMetricFamily("kvcast_guard_waiting", "Requests that wait for Triton", labels=["model"])
+        limit = GaugeMetricFamily("kvcast_guard_waiting_limit", "Requests that may wait for Triton", labels=["model"])
         for model, gate in self._passage.gates.items():
+            limit.add_metric([model], gate.limits.waiting)
             answered.add_metric([model], gate.counts.answered)
             again.add_metric([model], gate.counts.sent_again)
             inside.add_metric([model], gate.in_flight)
             waiting.add_metric([model], gate.waiting)
             for why, count in gate.counts.refused.items():
                 refused.add_metric([model, why], count)
-        return answered, refused, again, inside, waiting
+        return answered, refused, again, inside, waiting, limit
 
     def _collect_shadow(self) -> Iterable[Metric]:
         shadow = self._passage.shadow
@@ -74,13 +81,25 @@ class GuardMetrics(Collector):
         return outcomes, largest
 
 
+def collect_shared_memory() -> Iterable[Metric]:
+    """Return how large shared memory is, and what is left of it, for whoever uses it; nothing where there is none."""
+    try:
+        usage = shutil.disk_usage(SHARED_MEMORY)
+    except OSError:
+        return
+    yield GaugeMetricFamily("kvcast_shared_memory_size_bytes", f"Size of {SHARED_MEMORY}", value=usage.total)
+    yield GaugeMetricFamily("kvcast_shared_memory_free_bytes", f"What is left of {SHARED_MEMORY}", value=usage.free)
+
+
 class MetricsPage:
     """Answers Prometheus."""
 
     def __init__(self, passage: Passage, session: aiohttp.ClientSession, upstream: str) -> None:
         """Take note of Triton's metrics address, `http://host:port/metrics`."""
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a series of its own for when a histogram began
         self._registry = CollectorRegistry()
         self._registry.register(GuardMetrics(passage))
+        self._registry.register(passage.seconds)
         self._session, self._upstream = session, upstream
 
     async def answer(self, request: web.BaseRequest) -> web.StreamResponse:

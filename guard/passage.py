@@ -1,7 +1,10 @@
 """What the guard's two protocols share: the launcher's word on what is broken, a gate for each model, the shadow."""
 
+import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
+
+from prometheus_client import Histogram
 
 from kvcast.contract.errors import TryAgainError
 from kvcast.contract.tensors import MODELS
@@ -15,6 +18,8 @@ Reply = TypeVar("Reply")
 LONGEST_SECONDS = 1e9
 # Of requests of the usual kilobytes, thousands; of the largest that are taken, eight.
 HELD_BYTES = 512 << 20
+# Fine where rankings lie, so that a 99th percentile of tens of milliseconds means something.
+BUCKETS = (0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.16, 0.25, 0.4, 0.6, 1, 2, 4, 8, 16, 30)
 
 
 class Passage:
@@ -26,6 +31,15 @@ class Passage:
         self.shadow: Shadow | None = None
         self.held_bytes = 0
         self.state = State()
+        self.seconds = Histogram(
+            "kvcast_guard_request_seconds",
+            "From a request's arrival to its answer, of those that Triton answered",
+            ["model"],
+            registry=None,
+            buckets=BUCKETS,
+        )
+        for name in self.gates:
+            self.seconds.labels(name)  # there from the start, at 0
         self._steps = {model.name: model.steps or (model.name,) for model in MODELS}
 
     @property
@@ -81,6 +95,11 @@ class Passage:
             raise gate.count_refusal("full", error) if gate is not None else error
         self.held_bytes += size
         try:
-            return await (gate.ask(model, seconds, send) if gate is not None else send(seconds))
+            if gate is None:
+                return await send(seconds)
+            start = time.monotonic()
+            reply = await gate.ask(model, seconds, send)
+            self.seconds.labels(model).observe(time.monotonic() - start)
+            return reply
         finally:
             self.held_bytes -= size

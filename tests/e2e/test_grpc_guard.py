@@ -197,6 +197,16 @@ def test_the_metrics_page_has_tritons_families_and_the_guards(server, channel):
         if sample.name.endswith("_total")
     }
     assert answered["ranker"] > 0
+    seconds = {
+        sample.name: sample.value
+        for sample in families["kvcast_guard_request_seconds"].samples
+        if sample.labels["model"] == "ranker"
+    }
+    assert seconds["kvcast_guard_request_seconds_count"] == answered["ranker"]
+    assert 0 < seconds["kvcast_guard_request_seconds_sum"] < SOON * answered["ranker"]
+    size, free = (families[f"kvcast_shared_memory_{what}_bytes"].samples[0].value for what in ("size", "free"))
+    assert 0 < free < size
+    assert {sample.labels["model"] for sample in families["kvcast_process_deaths"].samples} >= {"doc_fusion"}
     assert families["kvcast_ready"].samples[0].value == 1
     assert families["kvcast_active_release"].samples[0].value >= 1
 
