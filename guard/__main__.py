@@ -41,6 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}", type=read_address, required=True, metavar="HOST:PORT", help=f"{what} is here")
         parser.add_argument(f"--upstream-{name}", type=read_address, required=True, metavar="HOST:PORT")
     parser.add_argument("--state", type=Path, required=True, metavar="FILE", help="what the launcher says, JSON")
+    parser.add_argument("--leave-seconds", type=float, default=0.0, metavar="SECONDS")
     parser.add_argument("--drain-seconds", type=float, default=30.0, metavar="SECONDS")
     parser.add_argument("--in-flight", type=int, default=16, metavar="N", help="requests to a model that Triton holds")
     parser.add_argument("--waiting", type=int, default=256, metavar="N", help="requests to a model that may wait")
@@ -97,6 +98,8 @@ async def serve(arguments: argparse.Namespace) -> None:
         following = asyncio.create_task(follow(arguments.state, passage))
         print(f"kvcast guard: listening on {join_address(arguments.http)}, {join_address(arguments.grpc)}", flush=True)
         await wait_for_end(stop)
+        passage.is_leaving = True
+        await asyncio.sleep(arguments.leave_seconds)
         passage.drain()
         http_proxy.is_stopping = True
         http_proxy.bodies.hurry(LAST_BODY_SECONDS)

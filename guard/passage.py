@@ -30,6 +30,7 @@ class Passage:
         self.gates = {model.name: Gate(limits) for model in MODELS}
         self.shadow: Shadow | None = None
         self.held_bytes = 0
+        self.is_leaving = False  # still answers, but says that it is not ready
         self.state = State()
         self.seconds = Histogram(
             "kvcast_guard_request_seconds",
@@ -71,7 +72,7 @@ class Passage:
 
     def explain_unready(self) -> str:
         """Return why the server is not ready, empty if it is."""
-        if any(gate.is_draining for gate in self.gates.values()):
+        if self.is_leaving or any(gate.is_draining for gate in self.gates.values()):
             return "the server is stopping"
         return "" if self.state.is_ready else self.state.reason or "the server is starting"
 

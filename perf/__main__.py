@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +24,7 @@ from kvcast.perf.experiments import Bench, Plan
 from kvcast.perf.peers.race import Field, RaceError
 from kvcast.perf.plots import draw_all, regime
 from kvcast.perf.report import write_report
-from kvcast.perf.variants import make_variant, set_cache
+from kvcast.runtime.options import CACHE_BUDGET
 from kvcast.server import ServerError, ServerSettings, TritonServer
 from kvcast.server.repository import ensure_exported, read_config_name
 
@@ -218,12 +217,7 @@ def measure_cold(
     peer_counts = experiments.keep_served(all_counts, config)
     history = config.workload.history
     with (
-        tempfile.TemporaryDirectory() as folder,
-        TritonServer(
-            dataclasses.replace(
-                settings, repository=make_variant(settings.repository, Path(folder) / "repository", set_cache(0))
-            )
-        ) as server,
+        TritonServer(dataclasses.replace(settings, parameters={CACHE_BUDGET: "0"})) as server,
         contextlib.closing(Bench(server, config, plan, say)) as bench,
     ):
         todo: dict[str, Callable[[], Any]] = {

@@ -29,7 +29,7 @@ from kvcast.perf.counters import Counters
 from kvcast.perf.experiments import Plan, Row
 from kvcast.perf.peers.race import Field, Worker, start_workers
 from kvcast.perf.processes import read_model_memory
-from kvcast.perf.variants import make_variant, set_cache
+from kvcast.runtime.options import CACHE_BUDGET
 from kvcast.runtime.user_kv_cache import Arrays, UserKVCache
 from kvcast.server import ServerSettings, TritonServer
 from kvcast.server.repository import find_free_ports
@@ -48,7 +48,7 @@ BOOKKEEPING_CALLS = 300
 
 
 class Lab:
-    """Starts servers on variants of one exported repository."""
+    """Starts servers on one exported repository, with caches of any size."""
 
     def __init__(self, settings: ServerSettings, config: ModelConfig, plan: Plan, field: Field) -> None:
         self.settings, self.config, self.plan, self.field = settings, config, plan, field
@@ -62,20 +62,17 @@ class Lab:
     @contextlib.contextmanager
     def serve(self, models: list[str], users: float) -> Iterator[TritonServer]:
         """Serve models with a cache for so many users (0: off), on ports of the system's choice."""
-        with tempfile.TemporaryDirectory() as folder:
-            parameters = set_cache(self.count_megabytes(users))
-            repository = make_variant(self.settings.repository, Path(folder) / "repository", parameters)
-            http, grpc, metrics = find_free_ports(3)
-            own = replace(
-                self.settings,
-                repository=repository,
-                models=models,
-                http_port=http,
-                grpc_port=grpc,
-                metrics_port=metrics,
-            )
-            with TritonServer(own) as server:
-                yield server
+        http, grpc, metrics = find_free_ports(3)
+        own = replace(
+            self.settings,
+            parameters={CACHE_BUDGET: f"{self.count_megabytes(users):g}"},
+            models=models,
+            http_port=http,
+            grpc_port=grpc,
+            metrics_port=metrics,
+        )
+        with TritonServer(own) as server:
+            yield server
 
 
 # ---- warm against cold ----------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ Every process is sampled: memory of its own, file handles, threads; and the serv
 
 import contextlib
 import statistics
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -14,7 +13,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +25,7 @@ from kvcast.contract.errors import InvalidRequestError, KvcastError, TryAgainErr
 from kvcast.contract.tensors import CANDIDATES, HISTORY, RANKER, RANKER_RESIDENT, SCORE_TOLERANCE, SCORES
 from kvcast.perf.experiments import Row
 from kvcast.perf.processes import ProcessUse, read_shared_memory, read_uses
-from kvcast.perf.variants import make_variant, set_cache
+from kvcast.runtime.options import CACHE_BUDGET
 from kvcast.server import ServerSettings, TritonServer
 from kvcast.server.repository import find_free_ports
 
@@ -45,14 +43,12 @@ SETTLED_AFTER = 1 / 3
 def run_soak(settings: ServerSettings, config: ModelConfig, seconds: float, say: Any) -> Row:
     """Serve mixed load for so long; return samples, slopes an hour, and what came of the requests."""
     http, grpc, metrics = find_free_ports(3)
-    with tempfile.TemporaryDirectory() as folder:
-        variant = make_variant(settings.repository, Path(folder) / "repository", set_cache(CACHE_MEGABYTES))
-        own = replace(
-            settings, repository=variant, models=list(MODELS), is_guarded=True,
-            http_port=http, grpc_port=grpc, metrics_port=metrics,
-        )  # fmt: skip
-        with TritonServer(own) as server:
-            outcomes, samples = soak(server, config, seconds, say)
+    own = replace(
+        settings, parameters={CACHE_BUDGET: f"{CACHE_MEGABYTES}"}, models=list(MODELS), is_guarded=True,
+        http_port=http, grpc_port=grpc, metrics_port=metrics,
+    )  # fmt: skip
+    with TritonServer(own) as server:
+        outcomes, samples = soak(server, config, seconds, say)
     slopes = find_slopes(samples)
     say(f"    {sum(outcomes.values())} requests: {dict(outcomes)}")
     for name, slope in slopes.items():

@@ -9,7 +9,8 @@ from kvcast.runtime.artefact import SessionOptions
 BYTES_PER_MEGABYTE = 1_000_000
 SESSION_PARAMETERS = ("execution_provider", "intra_op_threads")
 QUEUE_PARAMETERS = ("max_waiting_requests",)
-CACHE_PARAMETERS = ("user_kv_cache_megabytes", "user_kv_cache_seconds")
+CACHE_BUDGET = "user_kv_cache_megabytes"
+CACHE_PARAMETERS = (CACHE_BUDGET, "user_kv_cache_seconds")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """`python -m kvcast.server`: serve a model repository in the foreground, until Ctrl-C or SIGTERM."""
 
 import argparse
+import re
 import signal
 import sys
 from pathlib import Path
@@ -25,6 +26,22 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--http-port", type=int, default=8000, metavar="PORT")
     parser.add_argument("--grpc-port", type=int, default=8001, metavar="PORT")
     parser.add_argument("--metrics-port", type=int, default=8002, metavar="PORT")
+    parser.add_argument(
+        "--set",
+        type=read_parameter,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a parameter of config.pbtxt for every model that has it, e.g. user_kv_cache_megabytes=4096; repeatable",
+    )
+    parser.add_argument(
+        "--leave-seconds",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="how long a server that is told to stop is not ready but still answers, until proxies have noticed; "
+        "then it drains (%(default)s)",
+    )
     parser.add_argument(
         "--drain-seconds",
         type=float,
@@ -75,6 +92,8 @@ def main(argv: list[str] | None = None) -> int:
             metrics_port=arguments.metrics_port,
             extra_flags=arguments.extra_flags,
             is_guarded=not arguments.unguarded,
+            parameters=dict(arguments.set),
+            leave_seconds=arguments.leave_seconds,
             drain_seconds=arguments.drain_seconds,
             shadow=arguments.shadow,
             in_flight=arguments.in_flight,
@@ -90,6 +109,18 @@ def main(argv: list[str] | None = None) -> int:
         print("kvcast serve: stopped", file=sys.stderr)
         return 0
     return 1
+
+
+def read_parameter(text: str) -> tuple[str, str]:
+    """Return a parameter's name and value.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not NAME=VALUE, or would not fit into a config.pbtxt.
+    """
+    found = re.fullmatch(r"([a-z_]+)=([\w.:/-]+)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    return found[1], found[2]
 
 
 def serve(settings: ServerSettings) -> None:

@@ -47,7 +47,7 @@ class GuardProcess:
         """
         self._command = make_command(settings, ports, state_file)
         self._environment = {**os.environ, HEADER_VARIABLE: "=".join(header)}
-        self._drain_seconds, self._log = settings.drain_seconds, log
+        self._patience, self._log = settings.leave_seconds + settings.drain_seconds, log
         self._process: subprocess.Popen[str] | None = None
         self._listens, self._is_ready, self._stopping = threading.Event(), threading.Event(), threading.Event()
         self._failures, self._last_line = 0, ""
@@ -88,7 +88,7 @@ class GuardProcess:
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(signal.SIGTERM)
         try:
-            process.wait(self._drain_seconds + KILL_AFTER_SECONDS)
+            process.wait(self._patience + KILL_AFTER_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -133,6 +133,7 @@ def make_command(settings: "ServerSettings", ports: Sequence[int], state_file: P
     command += ["--metrics", f"{settings.host}:{settings.metrics_port}"]
     command += ["--upstream-metrics", f"127.0.0.1:{metrics_port}", "--state", str(state_file)]
     command += ["--drain-seconds", str(settings.drain_seconds), "--shadow", str(settings.shadow)]
+    command += ["--leave-seconds", str(settings.leave_seconds)]
     command += ["--in-flight", str(settings.in_flight), "--waiting", str(settings.waiting)]
     for flag, file in (
         ("--tls-certificate", settings.tls_certificate),

@@ -47,7 +47,10 @@ class ServerSettings:
     config: the name that the export must have, None for any. is_guarded: False leaves Triton's own ports open, without
     checks, gates, shadow or TLS. drain_seconds: how long requests may take that are there when the server is told to
     stop. shadow: the share of rankings that `ranker_full` scores again. in_flight, waiting: requests to a model that
-    Triton holds, and that wait for it. tls_*: files in PEM; with a client CA, callers must have a certificate of it.
+    Triton holds, and that wait for it. parameters: values instead of those in the `config.pbtxt` of each model that has
+    such a parameter. leave_seconds: how long a server that is told to stop says so by its readiness alone, and still
+    answers whoever comes, so that proxies look elsewhere before anybody is refused. tls_*: files in PEM; with a client
+    CA, callers must have a certificate of it.
     """
 
     repository: Path
@@ -64,6 +67,8 @@ class ServerSettings:
     shadow: float = 0.0
     in_flight: int = 16
     waiting: int = 256
+    parameters: dict[str, str] = field(default_factory=dict)
+    leave_seconds: float = 0.0
     tls_certificate: Path | None = None
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
@@ -202,13 +207,13 @@ class TritonServer:
     def stop(self) -> None:
         """Answer who is there, then end everything; remove the workspace and the shared memory.
 
-        It takes at most `drain_seconds` and some 6 s more.
+        It takes at most `leave_seconds`, `drain_seconds` and some 6 s more.
         """
+        if self._guard is not None:
+            self._guard.stop()  # answers or refuses all whom it has let in; what dies meanwhile is still replaced
+            self._guard = None
         if self.supervisor is not None:
             self.supervisor.stop()
-        if self._guard is not None:
-            self._guard.stop()  # answers or refuses all whom it has let in
-            self._guard = None
         if self._triton is not None:
             # Unguarded, Triton has to wait for its callers itself.
             patience = 0.0 if self.settings.is_guarded else self.settings.drain_seconds
@@ -242,7 +247,7 @@ class TritonServer:
 
     def _make_view(self, store: ReleaseStore, release: int) -> View:
         models = find_models(self.settings.loaded_models)
-        view = View(self.settings.repository, self._view_folder, models)
+        view = View(self.settings.repository, self._view_folder, models, self.settings.parameters)
         for model in models:
             if model.steps:
                 view.pin(model.name, dict.fromkeys(model.steps, release))

@@ -96,11 +96,10 @@ class Supervisor:
         self._thread.start()
 
     def stop(self) -> None:
-        """Watch no more, and say that the server is stopping; what is being done has a moment to be finished."""
+        """Watch no more; what is being done has a moment to be finished."""
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join(timeout=STOPPED_WITHIN_SECONDS)
-            self._tell(is_ready=False, reason="the server is stopping", is_draining=True)
 
     def wait(self) -> None:
         """Wait until told to stop.

@@ -23,19 +23,24 @@ VERSION_POLICY = "version_policy { all { } }  # those that lie here"
 class View:
     """A folder that Triton takes for its model repository."""
 
-    def __init__(self, repository: Path, folder: Path, models: Iterable[ModelSpec]) -> None:
+    def __init__(
+        self, repository: Path, folder: Path, models: Iterable[ModelSpec], parameters: Mapping[str, str] | None = None
+    ) -> None:
         """Lay out the models without any version.
 
         Args:
             repository: the operator's repository, whose configurations are used.
             folder: the folder of the view; made.
             models: ensembles and models with artefacts.
+            parameters: values instead of those in the configurations, for each model that has such a parameter.
 
         Raises:
-            ServerError: a configuration cannot be read.
+            ServerError: a configuration cannot be read, or no model has such a parameter.
         """
         self.folder, self.models = folder, list(models)
         self._repository = repository.resolve()
+        self._parameters = dict(parameters or {})
+        self._check_parameters()
         self._loads: dict[str, int] = {}
         for model in self.models:
             (folder / model.name).mkdir(parents=True)
@@ -75,12 +80,29 @@ class View:
         """Remove a model."""
         shutil.rmtree(self.folder / name)
 
+    def _check_parameters(self) -> None:
+        """Check that each parameter is one of some model's.
+
+        Raises:
+            ServerError: one is not.
+        """
+        texts = "".join(self._read(model.name) for model in self.models)
+        known = list(dict.fromkeys(re.findall(r'key: "([a-z_]+)" value', texts)))
+        unknown = [name for name in self._parameters if name not in known]
+        if unknown:
+            raise ServerError(f"parameter {unknown[0]}: expected one of {', '.join(known)}")
+
     def _read(self, model: str) -> str:
+        """Return a model's configuration with the parameters that were asked for."""
         path = self._repository / model / CONFIG_FILE
         try:
-            return path.read_text()
+            text = path.read_text()
         except OSError as error:
             raise ServerError(f"{path}: cannot be read ({error.strerror}): run `make export` again") from error
+        for name, value in self._parameters.items():
+            entry = rf'(key: "{re.escape(name)}" value {{ string_value: ")[^"]*"'
+            text = re.sub(entry, rf'\g<1>{value}"', text)
+        return text
 
     def _write(self, model: str, text: str) -> None:
         # Outside the view, then moved: Triton never sees half of it.

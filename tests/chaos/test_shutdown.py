@@ -1,9 +1,12 @@
 """SIGTERM under load: who is there gets an answer, who comes later is told so, and nothing stays behind."""
 
+import json
 import re
 import signal
 import subprocess
 import time
+import urllib.error
+import urllib.request
 
 import pytest
 
@@ -70,6 +73,36 @@ def test_what_cannot_be_answered_within_the_bound_is_refused_and_not_lost(tiny_r
     assert seconds < 0.5 + 6
     assert set(load.count()) <= {"right", "TryAgainError"}, load.count()
     assert all(each.seconds < seconds + 2 for each in load.outcomes)
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_who_leaves_says_so_first_and_still_answers(tiny_repository, protocol):
+    """Long enough for a proxy's health check to see it: whoever comes meanwhile is answered."""
+    process, addresses = start(tiny_repository, "ranker_resident", "--leave-seconds", "2")
+    requests = draw_requests(8)
+    expected = expect(requests, record_answers(addresses["grpc"], requests, "ranker_resident"))
+    with Load(addresses[protocol], expected, "ranker_resident", protocol, threads=4, deadline=30) as load:
+        load.wait_for(20)
+        assert read_readiness(addresses["http"]) == (200, "")
+        told = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert read_readiness(addresses["http"]) == (503, "the server is stopping")
+        process.wait(2 + BOUND_SECONDS)
+    process.communicate()
+    assert process.returncode == 0
+    came = [each for each in load.outcomes if each.sent < told + 1.8]
+    assert {each.what for each in came} == {"right"}, [each for each in came if each.what != "right"]
+    assert sum(each.sent > told + 0.6 for each in came) > 10, "nobody came while it left"
+
+
+def read_readiness(address: str) -> tuple[int, str]:
+    """Return the status, and the reason for not being ready."""
+    try:
+        with urllib.request.urlopen(f"http://{address}/v2/health/ready", timeout=5) as reply:
+            return reply.status, ""
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)["error"]
 
 
 def start(repository, model: str, *arguments: str) -> tuple[subprocess.Popen[str], dict[str, str]]:

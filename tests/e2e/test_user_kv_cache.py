@@ -40,6 +40,7 @@ from kvcast.contract.tensors import EXPORTED_MODELS
 from kvcast.export.calls import OnnxCalls
 from kvcast.export.pipeline import WeightsSource, export_release
 from kvcast.export.proofs import draw_sample, prove
+from kvcast.runtime.options import CACHE_PARAMETERS
 from kvcast.server import TritonServer
 from tests.conftest import make_settings
 from tests.e2e.test_served_parity import PROTOCOLS, address_of, make_client
@@ -83,20 +84,12 @@ def entry_bytes(tiny_repository: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def start_with(tiny_repository: Path, tmp_path_factory: pytest.TempPathFactory, start: Start) -> Start:
+def start_with(tiny_repository: Path, start: Start) -> Start:
     """Start a server whose caches have another budget."""
 
     def start_one(budget_bytes: float, seconds: float = 0) -> TritonServer:
-        repository = Path(shutil.copytree(tiny_repository, tmp_path_factory.mktemp("budget") / "repository"))
-        values = {"user_kv_cache_megabytes": f"{budget_bytes / 1e6:.6f}", "user_kv_cache_seconds": f"{seconds}"}
-        for model in CACHED_BY.values():
-            config = repository / model / "config.pbtxt"
-            text = config.read_text()
-            for name, value in values.items():
-                text, count = re.subn(rf'("{name}" value {{ string_value: )"\d+"', rf'\1"{value}"', text)
-                assert count == 1
-            config.write_text(text)
-        return start(repository)
+        budget, limit = CACHE_PARAMETERS
+        return start(tiny_repository, parameters={budget: f"{budget_bytes / 1e6:.6f}", limit: f"{seconds}"})
 
     return start_one
 

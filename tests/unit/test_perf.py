@@ -17,7 +17,6 @@ from kvcast.perf.analyzer import PerfError, read_report, write_input_data
 from kvcast.perf.cost_model import CostModel, claimed_gain, claimed_speedup, throughput_drop
 from kvcast.perf.peers.race import Field, RaceError, _summarise, race, start_workers
 from kvcast.perf.reuse import simulate_lru
-from kvcast.perf.variants import make_variant, set_cache
 
 ROOT = Path(__file__).parents[2]
 
@@ -127,21 +126,6 @@ def test_the_perf_command_explains_itself():
     )
     assert "--traditional-limit" in done.stdout
     assert cost_model.__doc__ is not None
-
-
-def test_a_variant_has_other_parameters_and_the_same_artefacts(tiny_repository, tmp_path):
-    before = (tiny_repository / "user_encoder" / "config.pbtxt").read_text()
-    variant = make_variant(tiny_repository, tmp_path / "variant", set_cache(12.5))
-    text = (variant / "user_encoder" / "config.pbtxt").read_text()
-    assert 'key: "user_kv_cache_megabytes" value { string_value: "12.5" }' in text
-    assert len(text.splitlines()) == len(before.splitlines())
-    assert (variant / "doc_fusion" / "config.pbtxt").read_text() == (
-        tiny_repository / "doc_fusion" / "config.pbtxt"
-    ).read_text()
-    assert (variant / "doc_fusion" / "1").resolve() == (tiny_repository / "doc_fusion" / "1").resolve()
-    assert (tiny_repository / "user_encoder" / "config.pbtxt").read_text() == before
-    with pytest.raises(PerfError, match="expected a parameter colour"):
-        make_variant(tiny_repository, tmp_path / "other", {"ranker_full": {"colour": "red"}})
 
 
 def test_a_plain_lru_counts_the_hits_that_its_budget_allows():

@@ -12,9 +12,11 @@ import pytest
 
 from kvcast.contract.manifest import read_manifest
 from kvcast.server import ServerError, shared_memory
+from kvcast.server.__main__ import make_parser
 from kvcast.server.installation import find_installation
 from kvcast.server.repository import check_port, count_shared_memory, ensure_exported, expand_models, read_config_name
 from kvcast.server.triton_process import explain
+from kvcast.server.view import View, find_models
 
 
 @pytest.fixture
@@ -219,3 +221,26 @@ def test_regions_can_be_hidden_from_other_users(regions):
         (regions / name).touch(mode=0o644)
     shared_memory.hide_regions("aa")
     assert [stat.S_IMODE((regions / name).stat().st_mode) for name in ("kvcast_aa_1", "kvcast_bb_1")] == [0o600, 0o644]
+
+
+def test_parameters_are_set_in_the_view_alone(tiny_repository, tmp_path):
+    config = tiny_repository / "user_encoder" / "config.pbtxt"
+    before, models = config.read_text(), find_models(["ranker"])
+    view = View(
+        tiny_repository, tmp_path / "view", models, {"user_kv_cache_megabytes": "12.5", "intra_op_threads": "3"}
+    )
+    view.renew("user_encoder")
+    encoder, fusion = ((view.folder / name / "config.pbtxt").read_text() for name in ("user_encoder", "doc_fusion"))
+    assert 'key: "user_kv_cache_megabytes" value { string_value: "12.5" }' in encoder
+    assert "user_kv_cache_megabytes" not in fusion
+    assert all('key: "intra_op_threads" value { string_value: "3" }' in text for text in (encoder, fusion))
+    assert config.read_text() == before
+    with pytest.raises(ServerError, match=r"parameter colour: expected one of .*user_kv_cache_megabytes"):
+        View(tiny_repository, tmp_path / "other", models, {"colour": "red"})
+
+
+@pytest.mark.parametrize("text", ["colour", "a=b c", 'a="', "=1", "A=1"])
+def test_a_parameter_is_a_name_and_a_value(text, capsys):
+    with pytest.raises(SystemExit):
+        make_parser().parse_args(["--set", text])
+    assert f"expected NAME=VALUE, got {text!r}" in capsys.readouterr().err
