@@ -45,6 +45,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--address", metavar="HOST:PORT", help="(this machine, port 8001 for gRPC, 8000 for HTTP)")
     parser.add_argument("--model", default=RANKER.name, help="model to ask: ranker, ranker_resident, … (%(default)s)")
     parser.add_argument(
+        "--user",
+        metavar="ID",
+        help="whose history it is: a proxy before several servers finds the one that keeps this user (sent hashed)",
+    )
+    parser.add_argument(
         "--report", action="store_true", help="ask how the scores were made: cache, encode and fuse time"
     )
     parser.add_argument(
@@ -97,10 +102,10 @@ def main(argv: list[str] | None = None) -> int:
             manifest = client.get_manifest()
             request = RankRequest.from_json(text, manifest.schema)
             if arguments.prefetch:
-                report = client.prefetch(request.history)
+                report = client.prefetch(request.history, user_id=arguments.user)
                 print(report.to_json() if arguments.json else say_prefetch(report, len(request.history)))
                 return 0
-            ranking = client.rank(request.history, request.candidates, report=arguments.report)
+            ranking = client.rank(request.history, request.candidates, user_id=arguments.user, report=arguments.report)
         where = f"{arguments.model} at {address} ({arguments.protocol})"
         show = to_json if arguments.json else to_table
         print(show(ranking, arguments.top, len(request.history), where, manifest))

@@ -31,6 +31,7 @@ from kvcast.client.transport import (
 from kvcast.contract.errors import InvalidRequestError, KvcastError, ServerFaultError, TryAgainError
 from kvcast.contract.manifest import Manifest, parse_manifest
 from kvcast.contract.report import Report
+from kvcast.contract.routing import hash_history, hash_user
 from kvcast.contract.tensors import (
     CANDIDATES,
     ENCODE_REPORT,
@@ -48,6 +49,7 @@ from kvcast.contract.tensors import (
 from kvcast.contract.validation import check_candidates, check_history
 
 Result = TypeVar("Result")
+UserId = str | int
 
 DEFAULT_DEADLINE = 30.0
 DEFAULT_RETRY = RetryPolicy()
@@ -69,7 +71,14 @@ class Conversation:
         unread: Tensors = {tensor.name: np.zeros((1, 1, 1), np.int64) for tensor in spec.inputs}
         return Call(spec.name, unread, [MANIFEST.name])
 
-    def ask_scores(self, history: npt.ArrayLike, candidates: npt.ArrayLike, *, report: bool = False) -> Call:
+    def ask_scores(
+        self,
+        history: npt.ArrayLike,
+        candidates: npt.ArrayLike,
+        *,
+        user_id: UserId | None = None,
+        report: bool = False,
+    ) -> Call:
         """Return the call that ranks.
 
         Raises:
@@ -83,12 +92,13 @@ class Conversation:
             HISTORY.name: self._check_history(history),
             CANDIDATES.name: check_candidates(rows[None], manifest.candidate_fields, manifest.limits),
         }
+        key = choose_routing_key(user_id, inputs[HISTORY.name])
         if not report:
-            return Call(self.model, inputs, [SCORES.name])
+            return Call(self.model, inputs, [SCORES.name], routing_key=key)
         outputs = [SCORES.name, ENCODE_REPORT.name, FUSE_REPORT.name]
-        return Call(self.model, inputs, outputs, {REPORT_PARAMETER: True})
+        return Call(self.model, inputs, outputs, {REPORT_PARAMETER: True}, routing_key=key)
 
-    def ask_prefetch(self, history: npt.ArrayLike) -> Call:
+    def ask_prefetch(self, history: npt.ArrayLike, *, user_id: UserId | None = None) -> Call:
         """Return the call that encodes and keeps a user: no KV comes back.
 
         Raises:
@@ -96,14 +106,15 @@ class Conversation:
             ValueError: the model keeps no users.
         """
         inputs: Tensors = {HISTORY.name: self._check_history(history)}
+        key = choose_routing_key(user_id, inputs[HISTORY.name])
         if self.model == RANKER.name:
             outputs = [RELEASE.name, ENCODE_REPORT.name]
-            return Call(USER_ENCODER.name, inputs, outputs, {REPORT_PARAMETER: True})
+            return Call(USER_ENCODER.name, inputs, outputs, {REPORT_PARAMETER: True}, routing_key=key)
         if self.model != RANKER_RESIDENT.name:
             raise ValueError(f"prefetch: expected model {RANKER.name} or {RANKER_RESIDENT.name}, got {self.model!r}")
         inputs[CANDIDATES.name] = self._no_candidates[None]
         parameters = {REPORT_PARAMETER: True, PREFETCH_PARAMETER: True}
-        return Call(self.model, inputs, [ENCODE_REPORT.name], parameters)
+        return Call(self.model, inputs, [ENCODE_REPORT.name], parameters, routing_key=key)
 
     @staticmethod
     def conclude(call: Call, answer: Answer) -> Ranking:
@@ -178,16 +189,24 @@ class _Settings:
         return self._retries.start(self._deadline if deadline is None else _check_deadline(deadline))
 
     def _rank(
-        self, history: npt.ArrayLike, candidates: npt.ArrayLike, deadline: float | None, *, report: bool
+        self,
+        history: npt.ArrayLike,
+        candidates: npt.ArrayLike,
+        user_id: UserId | None,
+        deadline: float | None,
+        *,
+        report: bool,
     ) -> Steps[Ranking]:
         whole = self._start(deadline)
-        call = yield from self._prepare(lambda talk: talk.ask_scores(history, candidates, report=report), whole)
+        call = yield from self._prepare(
+            lambda talk: talk.ask_scores(history, candidates, user_id=user_id, report=report), whole
+        )
         answer = yield from self._retries.exchange(call, whole)
         return Conversation.conclude(call, answer)
 
-    def _prefetch(self, history: npt.ArrayLike, deadline: float | None) -> Steps[Report]:
+    def _prefetch(self, history: npt.ArrayLike, user_id: UserId | None, deadline: float | None) -> Steps[Report]:
         whole = self._start(deadline)
-        call = yield from self._prepare(lambda talk: talk.ask_prefetch(history), whole)
+        call = yield from self._prepare(lambda talk: talk.ask_prefetch(history, user_id=user_id), whole)
         answer = yield from self._retries.exchange(call, whole)
         return _expect_report(answer.outputs)
 
@@ -255,6 +274,7 @@ class RankerClient(_Settings):
         history: npt.ArrayLike,
         candidates: npt.ArrayLike,
         *,
+        user_id: UserId | None = None,
         deadline: float | None = None,
         report: bool = False,
     ) -> Ranking:
@@ -263,6 +283,8 @@ class RankerClient(_Settings):
         Args:
             history: integers `[L, history_fields]`, oldest event first; L = 0 is a new user.
             candidates: integers `[N, T]`, N at least 1.
+            user_id: whose history it is; where a proxy stands before several servers, it sends a user to the one
+                that keeps the user's KV. Only a hash of it is sent. Without it, equal histories go to one server.
             deadline: seconds that the whole call may take, with all its attempts.
             report: ask the server how it made the scores; the answer is the ranking's `report`.
 
@@ -275,13 +297,16 @@ class RankerClient(_Settings):
                 (`DeadlineExceededError`), after the attempts that the retry policy allows.
             ServerFaultError: the server's answer cannot be used.
         """
-        return self._follow(self._rank(history, candidates, deadline, report=report))
+        return self._follow(self._rank(history, candidates, user_id, deadline, report=report))
 
-    def prefetch(self, history: npt.ArrayLike, *, deadline: float | None = None) -> Report:
+    def prefetch(
+        self, history: npt.ArrayLike, *, user_id: UserId | None = None, deadline: float | None = None
+    ) -> Report:
         """Encode a user now and keep the KV on the server, while retrieval still runs: a later `rank` finds it.
 
         Args:
             history: integers `[L, history_fields]`, oldest event first, as `rank` will be given it.
+            user_id: as `rank` will be given it, so that both reach the same server.
             deadline: seconds that the whole call may take, with all its attempts.
 
         Returns:
@@ -292,7 +317,7 @@ class RankerClient(_Settings):
             InvalidRequestError, TryAgainError, ServerFaultError: as `rank`.
             ValueError: this client's model keeps no users.
         """
-        return self._follow(self._prefetch(history, deadline))
+        return self._follow(self._prefetch(history, user_id, deadline))
 
     def _follow(self, steps: Steps[Result]) -> Result:
         """Take the steps of a call one after the other; return what they come to."""
@@ -351,15 +376,18 @@ class AsyncRankerClient(_Settings):
         history: npt.ArrayLike,
         candidates: npt.ArrayLike,
         *,
+        user_id: UserId | None = None,
         deadline: float | None = None,
         report: bool = False,
     ) -> Ranking:
         """Score a user's candidates, as `RankerClient.rank`."""
-        return await self._follow(self._rank(history, candidates, deadline, report=report))
+        return await self._follow(self._rank(history, candidates, user_id, deadline, report=report))
 
-    async def prefetch(self, history: npt.ArrayLike, *, deadline: float | None = None) -> Report:
+    async def prefetch(
+        self, history: npt.ArrayLike, *, user_id: UserId | None = None, deadline: float | None = None
+    ) -> Report:
         """Encode a user now and keep the KV on the server, as `RankerClient.prefetch`."""
-        return await self._follow(self._prefetch(history, deadline))
+        return await self._follow(self._prefetch(history, user_id, deadline))
 
     async def _follow(self, steps: Steps[Result]) -> Result:
         """Take the steps of a call one after the other; a cancellation ends them where they are."""
@@ -380,6 +408,11 @@ class AsyncRankerClient(_Settings):
             return await self._transport.infer(step.call, step.deadline)
         await asyncio.sleep(step.seconds)
         return {}
+
+
+def choose_routing_key(user_id: UserId | None, history: npt.NDArray[np.int64]) -> str | None:
+    """Return the key of a user: by id where there is one, else by the history, which is what can be found again."""
+    return hash_user(user_id) if user_id is not None else hash_history(history)
 
 
 def read_report(outputs: Tensors) -> Report | None:

@@ -33,6 +33,7 @@ from kvcast.contract.errors import (
     ServerFaultError,
     TryAgainError,
 )
+from kvcast.contract.routing import ROUTING_HEADER
 
 Protocol = Literal["grpc", "http"]
 Tensors = dict[str, npt.NDArray[Any]]
@@ -114,12 +115,16 @@ class TlsOptions:
 
 @dataclass(frozen=True)
 class Call:
-    """What one inference asks for: arrays by input name (batch axis first), the outputs wanted, request parameters."""
+    """What one inference asks for: arrays by input name (batch axis first), the outputs wanted, request parameters.
+
+    routing_key: by which a proxy before several servers chooses one; None leaves it the choice.
+    """
 
     model: str
     inputs: Tensors
     outputs: Sequence[str]
     parameters: Mapping[str, bool] = field(default_factory=dict)
+    routing_key: str | None = None
 
 
 class Transport(abc.ABC):
@@ -336,6 +341,7 @@ def _make_arguments(library: ModuleType, call: Call, deadline: float) -> dict[st
         "inputs": tensors,
         "outputs": [library.InferRequestedOutput(name) for name in call.outputs],
         "parameters": dict(call.parameters) or None,
+        "headers": {ROUTING_HEADER: call.routing_key} if call.routing_key is not None else None,
         "timeout": max(1, int(waiting * 1e6)),  # microseconds in the server's queue
     }
 

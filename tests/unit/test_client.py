@@ -28,6 +28,7 @@ from kvcast.client.clients import Conversation
 from kvcast.client.retry import Answer
 from kvcast.client.transport import Call, HttpTransport, translate
 from kvcast.contract.manifest import read_manifest
+from kvcast.contract.routing import hash_user
 from tests.support import find_free_ports
 
 
@@ -244,3 +245,25 @@ def test_the_command_without_a_server(tmp_path, capsys):
     ):
         assert main([str(path), *arguments]) == 2
         assert words in capsys.readouterr().err
+
+
+def test_a_user_is_routed_by_a_hash_of_the_id():
+    keys = [hash_user(user) for user in ("ann", "bob", 7, 8)]
+    assert all(re.fullmatch("[0-9a-f]{32}", key) for key in keys)
+    assert len(set(keys)) == len(keys)
+    assert hash_user(7) == hash_user("7")
+    assert "ann" not in hash_user("ann")
+    assert hash_user("ann") == "fb3b98983d3f9bcf0cc3be60699c4489", (
+        "users would move to other servers with a new version of the client"
+    )
+
+
+def test_who_has_no_id_is_routed_by_the_history_and_who_has_none_by_nothing(tiny_repository):
+    talk = Conversation(read_manifest(tiny_repository / "user_encoder" / "1"), "ranker_resident")
+    history, candidates = [[3, 1], [4, 1]], [[1, 1, 1, 1]]
+    rank, prefetch = talk.ask_scores(history, candidates), talk.ask_prefetch(history)
+    assert rank.routing_key == prefetch.routing_key is not None
+    assert talk.ask_scores(history[:1], candidates).routing_key != rank.routing_key
+    assert talk.ask_scores([], candidates).routing_key is None
+    assert talk.ask_scores([], candidates, user_id=5).routing_key == hash_user(5)
+    assert talk.ask_prefetch(history, user_id=5).routing_key == hash_user(5)
