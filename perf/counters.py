@@ -5,15 +5,13 @@ from collections import defaultdict
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from kvcast.server import TritonServer
-
 
 class Counters:
     """One reading: `metric` of a model, summed over its instances and other labels."""
 
-    def __init__(self, server: TritonServer) -> None:
-        """Read the endpoint now."""
-        with urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=10) as reply:
+    def __init__(self, address: str) -> None:
+        """Read the endpoint at `host:port` now."""
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as reply:
             text = reply.read().decode()
         self._values: dict[tuple[str, str], float] = defaultdict(float)
         for family in text_string_to_metric_families(text):

@@ -107,9 +107,9 @@ def measure_round(
     seconds: dict[str, float] = {}
     for state in ("cold", "warm"):
         for model, keeper in KEPT_BY.items():
-            before = Counters(server)
+            before = Counters(server.metrics_address)
             seconds[f"{state}_{model}"] = run_analyzer(model, server.grpc_address, data, Load(requests)).p50
-            after = Counters(server)
+            after = Counters(server.metrics_address)
             hits, misses = (
                 after.get(keeper, f"kvcast_user_kv_{name}_total") - before.get(keeper, f"kvcast_user_kv_{name}_total")
                 for name in ("hits", "misses")
@@ -338,7 +338,7 @@ def run_endurance(lab: Lab, seconds: float, say: Any) -> Row:
 
 def sample_memory(server: TritonServer, seconds: float) -> Row:
     """Return what the keepers of users hold now: by the system's count, and by their own."""
-    counters, memory = Counters(server), read_model_memory(server)
+    counters, memory = Counters(server.metrics_address), read_model_memory(server)
     keepers = list(KEPT_BY.values())
     return {
         "seconds": seconds,

@@ -1,0 +1,405 @@
+"""Several real servers behind a real haproxy: are users found again, who moves when a server goes or comes?
+
+The proxy runs the shipped configuration, with nothing changed but addresses and, to compare, the way of balancing.
+Caches are small and the visitors follow Zipf's law, so that what is found depends on who is sent where. All of it runs
+on one machine, so times mean little here; hit rates and the shares of users who move do not depend on speed.
+"""
+
+import contextlib
+import http.client
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from kvcast.clicklog import ClickLog
+from kvcast.client import RankerClient
+from kvcast.contract.config import ModelConfig
+from kvcast.contract.errors import KvcastError
+from kvcast.contract.request import RankRequest
+from kvcast.contract.routing import ROUTING_HEADER, hash_user
+from kvcast.contract.tensors import CANDIDATES, HISTORY, RANKER_RESIDENT, SCORE_TOLERANCE, SCORES
+from kvcast.perf.analyzer import PerfError
+from kvcast.perf.counters import Counters
+from kvcast.perf.experiments import Row
+from kvcast.perf.programs import explain_absence, find_program, make_environment
+from kvcast.server import ServerError
+from kvcast.server.repository import find_free_ports
+
+HAPROXY_CONFIG = Path(__file__).resolve().parents[1] / "deploy" / "haproxy" / "haproxy.cfg"
+NAMES = ("one", "two", "three")
+SERVER_HEADER = "x-kvcast-server"
+BALANCING = f"balance hash req.hdr({ROUTING_HEADER})"
+# How the proxy balances, as replacements in its configuration.
+POLICIES = {
+    "affinity": {},
+    "unbounded": {"hash-balance-factor 150": "hash-balance-factor 0"},
+    "round robin": {BALANCING: "balance roundrobin", "hash-balance-factor 150": ""},
+}
+MODEL = RANKER_RESIDENT.name
+STARTS_WITHIN_SECONDS = 120
+NOTICED_WITHIN_SECONDS = 20
+# Small, so that three servers keep some of the visitors and not all.
+KEPT_USERS, USERS, EXPONENT = 24, 400, 0.9
+IN_FLIGHT = 4
+HISTORY_EVENTS, CANDIDATE_COUNT = 40, 10
+
+
+@dataclass
+class Member:
+    """One server of the fleet: `kvcast serve` as a process of its own, which can be killed."""
+
+    name: str
+    repository: Path
+    models: str = MODEL
+    flags: Sequence[str] = ()
+    process: subprocess.Popen[bytes] | None = None
+    ports: list[int] = field(default_factory=lambda: find_free_ports(3))
+
+    @property
+    def http_address(self) -> str:
+        """Host and port of HTTP."""
+        return f"127.0.0.1:{self.ports[0]}"
+
+    @property
+    def grpc_address(self) -> str:
+        """Host and port of gRPC."""
+        return f"127.0.0.1:{self.ports[1]}"
+
+    @property
+    def metrics_address(self) -> str:
+        """Host and port of the metrics page."""
+        return f"127.0.0.1:{self.ports[2]}"
+
+    def start(self) -> None:
+        """Start it, on the same ports each time; it is ready later."""
+        names = ("--http-port", "--grpc-port", "--metrics-port")
+        ports = itertools.chain.from_iterable(zip(names, map(str, self.ports), strict=True))
+        command = [sys.executable, "-m", "kvcast.server", "--repository", str(self.repository)]
+        self.process = subprocess.Popen(
+            [*command, "--models", self.models, *ports, *self.flags],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def wait_until_ready(self) -> None:
+        """Wait until it answers.
+
+        Raises:
+            ServerError: it has ended, or takes too long.
+        """
+        deadline = time.monotonic() + STARTS_WITHIN_SECONDS
+        while read_status(self.http_address, "/v2/health/ready") != http.client.OK:
+            if self.process is None or self.process.poll() is not None or time.monotonic() > deadline:
+                raise ServerError(
+                    f"server {self.name} did not start: run `kvcast serve` on {self.repository} to see why"
+                )
+            time.sleep(0.1)
+
+    def kill(self) -> None:
+        """Kill everything of it at once, as a machine that loses its power."""
+        if self.process is not None:
+            for pid in [self.process.pid, *find_descendants(self.process.pid)]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.process.wait()
+
+    def stop(self) -> None:
+        """Stop it cleanly."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait()
+
+
+class Members:
+    """Servers that are started together and stopped together; a context manager."""
+
+    def __init__(self, members: Iterable[Member]) -> None:
+        self.members = list(members)
+
+    def __enter__(self) -> Self:
+        """Start all, and wait until they are ready."""
+        try:
+            for member in self.members:
+                member.start()
+            for member in self.members:
+                member.wait_until_ready()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *ignored: object) -> None:
+        """Stop all."""
+        with ThreadPoolExecutor(len(self.members)) as pool:
+            list(pool.map(Member.stop, self.members))
+
+    def __getitem__(self, name: str) -> Member:
+        """Return the member of a name."""
+        return next(member for member in self.members if member.name == name)
+
+    def count(self, metric: str) -> dict[str, float]:
+        """Return a counter of the model's, by member; those that are away are left out."""
+        found = {}
+        for member in self.members:
+            with contextlib.suppress(OSError):
+                found[member.name] = Counters(member.metrics_address).get(MODEL, metric)
+        return found
+
+
+class Proxy:
+    """A proxy process before the members, on ports of its own; a context manager.
+
+    Where it knows every member to be ready, or not, is asked of the members' health by the proxy itself.
+    """
+
+    def __init__(self, command: Sequence[str], addresses: dict[str, str]) -> None:
+        """Take note of the command, and of where it will listen: `http` and `grpc`."""
+        self.addresses = addresses
+        self._command = command
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        """Start it, and wait until a server behind it is ready."""
+        self._process = subprocess.Popen(
+            self._command, env=make_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + NOTICED_WITHIN_SECONDS
+        while read_status(self.addresses["http"], "/v2/health/ready") != http.client.OK:
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.__exit__()
+                raise PerfError(f"the proxy did not start: {' '.join(self._command)}")
+            time.sleep(0.05)
+        return self
+
+    def __exit__(self, *ignored: object) -> None:
+        """End it."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+
+def make_haproxy(members: Sequence[Member], folder: Path, policy: str = "affinity") -> Proxy:
+    """Return haproxy with the shipped configuration: addresses changed, and the way of balancing if asked for.
+
+    Raises:
+        PerfError: haproxy is not installed, or the configuration has not what is to be changed.
+    """
+    program = find_program("haproxy")
+    if program is None:
+        raise PerfError(explain_absence("haproxy"))
+    text = HAPROXY_CONFIG.read_text()
+    http_port, grpc_port, metrics_port = find_free_ports(3)
+    replacements = {"127.0.0.1:9000": f"127.0.0.1:{http_port}", "127.0.0.1:9001": f"127.0.0.1:{grpc_port}"}
+    replacements |= {"127.0.0.1:9002": f"127.0.0.1:{metrics_port}"} | POLICIES[policy]
+    for place, member in enumerate(members, start=1):
+        replacements[f"10.0.0.1{place}:8000"] = member.http_address
+        replacements[f"10.0.0.1{place}:8001 id {place} check port 8000"] = (
+            f"{member.grpc_address} id {place} check port {member.ports[0]}"
+        )
+    path = folder / f"haproxy-{http_port}.cfg"
+    path.write_text(replace_all(text, replacements))
+    return Proxy([str(program), "-f", str(path)], {"http": f"127.0.0.1:{http_port}", "grpc": f"127.0.0.1:{grpc_port}"})
+
+
+def replace_all(text: str, replacements: dict[str, str]) -> str:
+    """Return the text with other words.
+
+    Raises:
+        PerfError: a word is not in it.
+    """
+    for old, new in replacements.items():
+        if old not in text:
+            raise PerfError(f"the proxy's configuration: expected {old!r} in it")
+        text = text.replace(old, new)
+    return text
+
+
+def read_status(address: str, path: str) -> int:
+    """Return the status of a GET, 0 if there is no answer."""
+    connection = http.client.HTTPConnection(address, timeout=5)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status
+    except (OSError, http.client.HTTPException):
+        return 0
+    finally:
+        connection.close()
+
+
+def find_descendants(pid: int) -> list[int]:
+    """Return the process ids of all that a process has started, and they."""
+    found: list[int] = []
+    for path in Path("/proc").glob(f"{pid}/task/*/children"):
+        with contextlib.suppress(OSError):
+            for child in map(int, path.read_text().split()):
+                found += [child, *find_descendants(child)]
+    return found
+
+
+# ---- who is sent where ----------------------------------------------------------------------------------------------
+
+
+def map_users(proxy: Proxy, users: Iterable[int]) -> dict[int, str]:
+    """Return which server answers each user, asked over HTTP."""
+    body = json.dumps(
+        {
+            "inputs": [
+                {"name": HISTORY.name, "datatype": "INT64", "shape": [1, 1, 2], "data": [1, 1]},
+                {"name": CANDIDATES.name, "datatype": "INT64", "shape": [1, 1, 4], "data": [1, 1, 1, 1]},
+            ],
+            "outputs": [{"name": SCORES.name}],
+        }
+    )
+    connection = http.client.HTTPConnection(proxy.addresses["http"], timeout=10)
+    found = {}
+    for user in users:
+        connection.request("POST", f"/v2/models/{MODEL}/infer", body, {ROUTING_HEADER: hash_user(user)})
+        reply = connection.getresponse()
+        text = reply.read()
+        if reply.status != http.client.OK:
+            raise PerfError(f"user {user}: {reply.status} {text.decode(errors='replace')}")
+        found[user] = reply.headers[SERVER_HEADER]
+    connection.close()
+    return found
+
+
+def find_moves(before: dict[int, str], after: dict[int, str], server: str) -> Row:
+    """Return which share of the users of a server moved, and of those of the others."""
+    own = [user for user, name in before.items() if name == server]
+    others = [user for user, name in before.items() if name != server]
+    moved = {user for user in before if before[user] != after[user]}
+    return {
+        "users": len(before),
+        "share_of_server": len(own) / len(before),
+        "moved_of_server": len(moved.intersection(own)) / max(1, len(own)),
+        "moved_of_others": len(moved.intersection(others)) / max(1, len(others)),
+    }
+
+
+def wait_for_servers(proxy: Proxy, names: set[str]) -> None:
+    """Wait until the proxy sends users to exactly these servers.
+
+    Raises:
+        PerfError: it does not.
+    """
+    deadline = time.monotonic() + NOTICED_WITHIN_SECONDS
+    while True:
+        with contextlib.suppress(PerfError, OSError, http.client.HTTPException):
+            if set(map_users(proxy, range(40)).values()) == names:
+                return
+        if time.monotonic() > deadline:
+            raise PerfError(f"the proxy does not send users to {', '.join(sorted(names))}")
+        time.sleep(0.1)
+
+
+# ---- who is found again ---------------------------------------------------------------------------------------------
+
+
+def draw_visitors(visits: int, seed: int, users: int = USERS, exponent: float = EXPONENT) -> list[int]:
+    """Return whose each visit is: few users come often, most come rarely (Zipf's law)."""
+    popularity = 1 / np.arange(1, users + 1) ** exponent
+    drawn = np.random.default_rng(seed).choice(users, size=visits, p=popularity / popularity.sum())
+    return [int(user) for user in drawn]
+
+
+def draw_requests(config: ModelConfig, users: Iterable[int], seed: int) -> dict[int, RankRequest]:
+    """Return one request a user, each with a history of its own that does not change."""
+    log = ClickLog(config.schema, seed=seed)
+    return {user: log.draw_request(HISTORY_EVENTS, CANDIDATE_COUNT) for user in sorted(set(users))}
+
+
+class Load:
+    """Visits sent by several callers in order, each request to be answered with the right scores; counts and times."""
+
+    def __init__(self, proxy: Proxy, protocol: Any, requests: dict[int, RankRequest], expected: dict[int, Any]) -> None:
+        self._client = RankerClient(proxy.addresses[protocol], protocol=protocol, model=MODEL, deadline=20)
+        self._requests, self._expected = requests, expected
+        self.outcomes: Counter[str] = Counter()
+        self.slowest = 0.0
+
+    def send(self, user: int) -> None:
+        """Send one visit."""
+        request, begun = self._requests[user], time.monotonic()
+        try:
+            scores = self._client.rank(request.history, request.candidates, user_id=user).scores
+        except KvcastError as error:
+            self.outcomes[type(error).__name__] += 1
+        else:
+            right = np.abs(scores - self._expected[user]).max() <= SCORE_TOLERANCE
+            self.outcomes["right" if right else "wrong"] += 1
+        self.slowest = max(self.slowest, time.monotonic() - begun)
+
+    def send_all(self, visits: Sequence[int], in_flight: int = IN_FLIGHT) -> None:
+        """Send visits, so many at a time."""
+        with ThreadPoolExecutor(in_flight) as pool:
+            list(pool.map(self.send, visits))
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+
+@contextlib.contextmanager
+def keep_sending(load: Load, visits: Sequence[int], in_flight: int = IN_FLIGHT) -> Iterator[None]:
+    """Send visits over and over, so many at a time, as long as the block runs."""
+    stop, turn = threading.Event(), itertools.cycle(visits)
+
+    def work() -> None:
+        while not stop.is_set():
+            load.send(next(turn))
+
+    with ThreadPoolExecutor(in_flight) as pool:
+        working = [pool.submit(work) for _ in range(in_flight)]
+        try:
+            yield
+        finally:
+            stop.set()
+        for each in working:
+            each.result()
+
+
+def record_scores(member: Member, requests: dict[int, RankRequest]) -> dict[int, Any]:
+    """Return what one server alone answers each user."""
+    with RankerClient(member.grpc_address, model=MODEL) as client:
+        return {user: client.rank(each.history, each.candidates).scores for user, each in requests.items()}
+
+
+def measure_hit_rate(
+    members: Members,
+    proxy: Proxy,
+    protocol: str,
+    visits: Sequence[int],
+    requests: dict[int, RankRequest],
+    expected: Any,
+) -> Row:
+    """Send visits; return how many found their user kept, and how they spread over the servers."""
+    names = {kind: f"kvcast_user_kv_{kind}_total" for kind in ("hits", "misses", "waits")}
+    before = {kind: members.count(name) for kind, name in names.items()}
+    with contextlib.closing(Load(proxy, protocol, requests, expected)) as load:
+        load.send_all(visits)
+    counts = {
+        kind: {server: value - before[kind][server] for server, value in members.count(name).items()}
+        for kind, name in names.items()
+    }
+    found, encoded = (sum(counts[kind].values()) for kind in ("hits", "misses"))
+    answered = [counts["hits"][name] + counts["misses"][name] + counts["waits"][name] for name in counts["hits"]]
+    return {
+        "protocol": protocol,
+        "visits": len(visits),
+        "outcomes": dict(load.outcomes),
+        "hit_rate": found / max(1.0, found + encoded),
+        "busiest_to_mean": max(answered) * len(answered) / max(1.0, sum(answered)),
+    }
