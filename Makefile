@@ -88,6 +88,7 @@ check: $(READY) ## formatting, lint, types, and known vulnerabilities of what is
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python -m tests.manifests
 	$(BIN)/python -m tests.audit
 
 format: $(READY) ## rewrite the code in the project's format
