@@ -115,19 +115,23 @@ def check_objects(folder: Path) -> Iterator[str]:
 
 def main(folder: Path = FOLDER) -> int:
     """Say what is wrong; return the exit status."""
-    errors = list(check_files(folder)) or list(check_objects(folder))
+    try:
+        errors = list(check_files(folder)) or list(check_objects(folder))
+    except yaml.YAMLError as refusal:
+        errors = [str(refusal)]
     for error in errors:
         print(f"manifests: {error}", file=sys.stderr)
+    if errors:
+        return 1
     objects = [
         thing
         for place, kustomization in list_kustomizations(folder).items()
         for name in kustomization.get(OBJECTS, [])
         for thing in read_objects(place / name)
-        if not errors
     ]
     custom = [thing["kind"] for thing in objects if thing["kind"] in CUSTOM]
     print(f"manifests: {len(objects)} objects, {len(custom)} of them custom resources, without a schema here")
-    return int(bool(errors))
+    return 0
 
 
 if __name__ == "__main__":

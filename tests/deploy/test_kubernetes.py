@@ -1,0 +1,699 @@
+"""What a schema cannot see of deploy/kubernetes: that the parts fit each other, the command line and a real server."""
+
+import contextlib
+import functools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tomllib
+import urllib.request
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from kvcast.contract.routing import ROUTING_HEADER
+from kvcast.deploy.__main__ import main as run_deploy
+from kvcast.deploy.__main__ import make_parser as make_deploy_parser
+from kvcast.deploy.sizes import STOP_SECONDS
+from kvcast.guard.metrics import ASK_SECONDS
+from kvcast.server import ServerSettings
+from kvcast.server.__main__ import make_parser
+from kvcast.server.stubs import list_stubs
+from kvcast.server.view import find_models
+from tests.deploy.pod import __file__ as pod_program
+from tests.deploy.tools import run_tool
+from tests.manifests import CUSTOM, FOLDER, VERSIONS, find_errors, list_kustomizations, main, read_objects
+from tests.processes import find_children, wait_until
+
+ROOT = FOLDER.parents[1]
+OVERLAYS = ["cpu", "gpu"]
+BUILDS = ["overlays/cpu", "overlays/gpu", "repository", "haproxy", "istio"]
+# With the definitions of custom resources (CustomResourceDefinition, YAML), objects are held against them too.
+CRDS_VARIABLE = "KVCAST_CRDS"
+# Names of fields, anywhere in a custom resource's spec, that its project's documentation has: for typing errors.
+FIELDS = {
+    "PodMonitor": "selector matchLabels podMetricsEndpoints port path interval scrapeTimeout",
+    "DestinationRule": "host trafficPolicy loadBalancer consistentHash httpHeaderName ringHash minimumRingSize "
+    "localityLbSetting enabled outlierDetection splitExternalLocalOriginErrors consecutiveLocalOriginFailures "
+    "consecutive5xxErrors consecutiveGatewayErrors interval baseEjectionTime maxEjectionPercent retryBudget percent "
+    "minRetryConcurrency",
+    "VirtualService": "hosts http match port route destination host number retries attempts retryOn "
+    "retryIgnorePreviousHosts",
+    "EnvoyFilter": "configPatches applyTo match context cluster service patch operation value common_lb_config "
+    "consistent_hashing_lb_config hash_balance_factor",
+    "PeerAuthentication": "selector matchLabels portLevelMtls mode",
+}
+LISTENING = "0A"  # in /proc/net/tcp
+
+Object = dict[str, Any]
+
+
+@functools.cache
+def build(name: str, folder: Path = FOLDER) -> list[Object]:
+    """Return what kustomize makes of a folder."""
+    result = run_tool("kubectl", "kustomize", folder / name)
+    assert result.returncode == 0, result.stderr
+    return [each for each in yaml.safe_load_all(result.stdout) if each]
+
+
+def find(objects: list[Object], kind: str, name: str | None = None) -> Object:
+    """Return the only object of a kind, or that of a name."""
+    (found,) = (each for each in objects if each["kind"] == kind and name in (None, each["metadata"]["name"]))
+    return found
+
+
+def find_pod(objects: list[Object]) -> Object:
+    """Return the pod of the only Deployment."""
+    template: Object = find(objects, "Deployment")["spec"]["template"]
+    return template
+
+
+def find_container(objects: list[Object]) -> Object:
+    (container,) = find_pod(objects)["spec"]["containers"]
+    return dict(container)
+
+
+def find_values(thing: Any, key: str) -> Iterator[Any]:
+    """Return what a key has anywhere in an object."""
+    if isinstance(thing, dict):
+        yield from (value for name, value in thing.items() if name == key)
+    for each in thing.values() if isinstance(thing, dict) else thing if isinstance(thing, list) else ():
+        yield from find_values(each, key)
+
+
+def expand(container: Object) -> list[str]:
+    """Return a container's arguments as the kubelet gives them to it."""
+    limits = container["resources"]["limits"]
+    values = {
+        each["name"]: each.get("value") or str(math.ceil(float(limits[find_resource(each)])))
+        for each in container["env"]
+    }
+    return [re.sub(r"\$\((\w+)\)", lambda found: values[found[1]], each) for each in container["args"]]
+
+
+def find_resource(variable: Object) -> str:
+    name: str = variable["valueFrom"]["resourceFieldRef"]["resource"]
+    return name.removeprefix("limits.")
+
+
+def parse_arguments(container: Object) -> Any:
+    """Return the Deployment's arguments as `kvcast serve` reads them."""
+    command, *arguments = expand(container)
+    assert command == "serve"
+    return make_parser().parse_args(arguments)
+
+
+@pytest.fixture(scope="module", params=OVERLAYS)
+def overlay(request: pytest.FixtureRequest) -> list[Object]:
+    """What would be applied."""
+    return build(f"overlays/{request.param}")
+
+
+# -- all that is built
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_what_is_built_is_what_kubernetes_takes(name):
+    objects = build(name)
+    assert {each["kind"] for each in objects} & {"Deployment", "Pod", "DestinationRule"}
+    for thing, version in product(objects, VERSIONS):
+        if thing["kind"] not in CUSTOM:
+            assert find_errors(thing, version) == [], (thing["kind"], version)
+
+
+def test_every_folder_with_a_kustomization_is_built_here():
+    folders = {str(place.relative_to(FOLDER)) for place in list_kustomizations(FOLDER)}
+    assert folders == {*BUILDS, "base"}
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_selectors_find_pods_and_ports_have_names_that_the_pods_have(name):
+    objects = build(name) + (build("overlays/cpu") if name == "istio" else [])
+    pods = [each["spec"]["template"] for each in objects if each["kind"] == "Deployment"]
+    pods += [each for each in objects if each["kind"] == "Pod"]
+    selectors = [labels for each in objects for labels in find_values(each, "matchLabels")]
+    selectors += [each["spec"]["selector"] for each in objects if each["kind"] == "Service"]
+    ours = [each for each in selectors if "app.kubernetes.io/name" in each]
+    assert ours or name == "repository"
+    servers = find_pod(build("overlays/cpu"))
+    for labels in ours:
+        assert any(labels.items() <= pod["metadata"]["labels"].items() for pod in [*pods, servers]), labels
+    ports = {port["name"]: port["containerPort"] for pod in pods for port in find_ports(pod)}
+    used = [
+        port
+        for thing in objects
+        for key in ("port", "targetPort")
+        for port in find_values(thing, key)
+        if isinstance(port, str)
+    ]
+    assert {*used} <= {*ports}
+
+
+def find_ports(pod: Object) -> list[Object]:
+    return [port for container in pod["spec"]["containers"] for port in container.get("ports", [])]
+
+
+def test_images_are_pinned_and_ours_is_of_this_version():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    images = {image for name in BUILDS for each in build(name) for image in find_values(each, "image")}
+    for image in images:
+        repository, _, tag = image.partition(":")
+        assert re.fullmatch(r"\d+\.\d+\.\d+(-\w+)?", tag), image
+        assert "kvcast" not in repository or tag.startswith(f"{version}-"), image
+    assert {image.rpartition("-")[2] for image in images if "kvcast" in image} == {*OVERLAYS}
+
+
+def test_names_that_objects_call_each_other_by_exist(overlay):
+    pod = find_pod(overlay)["spec"]
+    assert find(overlay, "ServiceAccount")["metadata"]["name"] == pod["serviceAccountName"]
+    target = find(overlay, "HorizontalPodAutoscaler")["spec"]["scaleTargetRef"]
+    assert (target["kind"], target["name"]) == ("Deployment", find(overlay, "Deployment")["metadata"]["name"])
+    claim = find(build("repository"), "PersistentVolumeClaim")["metadata"]["name"]
+    claims = {*find_values(overlay, "claimName"), *find_values(build("repository"), "claimName")}
+    assert claims == {claim}
+    proxy = build("haproxy")
+    (volume,) = find_pod(proxy)["spec"]["volumes"]
+    assert volume["configMap"]["name"] == find(proxy, "ConfigMap")["metadata"]["name"] != "kvcast-proxy"
+
+
+# -- the server's pod
+
+
+def test_the_command_is_one_that_kvcast_serve_takes_and_opens_the_ports_of_the_pod(overlay):
+    container = find_container(overlay)
+    arguments = parse_arguments(container)
+    ports = {each["name"]: each["containerPort"] for each in container["ports"]}
+    opened = {name: getattr(arguments, f"{name}_port") for name in ports}
+    assert opened == ports
+    assert (arguments.host, arguments.unguarded) == ("0.0.0.0", False)  # noqa: S104 in the pod
+    assert find_models(arguments.models.split())
+    assert dict(arguments.set) == {"intra_op_threads": container["resources"]["limits"]["cpu"]}
+    services = [each for each in overlay if each["kind"] == "Service"]
+    assert len(services) == 2
+    for port in (port for each in services for port in each["spec"]["ports"]):
+        assert port["port"] == ports[port["targetPort"]]
+
+
+def test_the_image_starts_with_the_command_as_the_user_that_the_pod_wants(overlay):
+    dockerfile = (ROOT / "deploy" / "Dockerfile").read_text()
+    entrypoint = json.loads(re.findall(r"^ENTRYPOINT (.+)$", dockerfile, re.MULTILINE)[-1])
+    assert entrypoint[-1] == "kvcast"
+    context = find_pod(overlay)["spec"]["securityContext"]
+    assert f"USER {context['runAsUser']}:{context['runAsGroup']}\n" in dockerfile
+
+
+def test_nothing_runs_as_root_or_may_become_it():
+    pods = [
+        each["spec"].get("template", each)["spec"]
+        for name in BUILDS
+        for each in build(name)
+        if each["kind"] in ("Deployment", "Pod")
+    ]
+    assert len(pods) == 4
+    for pod in pods:
+        assert pod["securityContext"]["runAsNonRoot"]
+        assert pod["securityContext"]["runAsUser"] > 0
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert pod["automountServiceAccountToken"] is False
+        for container in pod["containers"]:
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
+
+
+def test_what_is_mounted_exists_and_the_repository_is_only_read(overlay):
+    pod, container = find_pod(overlay)["spec"], find_container(overlay)
+    volumes = {each["name"]: each for each in pod["volumes"]}
+    mounts = {each["mountPath"]: each for each in container["volumeMounts"]}
+    assert {each["name"] for each in mounts.values()} == {*volumes}
+    repository = mounts[str(parse_arguments(container).repository)]
+    assert repository["readOnly"] is True
+    assert volumes[repository["name"]]["persistentVolumeClaim"]["readOnly"] is True
+    for mount in mounts.values():
+        assert mount is repository or "sizeLimit" in volumes[mount["name"]]["emptyDir"], "a node's disk has an end"
+    assert volumes[mounts["/dev/shm"]["name"]]["emptyDir"]["medium"] == "Memory"  # noqa: S108
+
+
+def budget(probe: Object) -> int:
+    """Return after how many seconds a probe has failed."""
+    return int(probe["periodSeconds"] * probe["failureThreshold"])
+
+
+def test_the_times_fit_into_each_other(overlay):
+    deployment, container = find(overlay, "Deployment")["spec"], find_container(overlay)
+    arguments = parse_arguments(container)
+    pre_stop = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+    stopping = arguments.leave_seconds + arguments.drain_seconds + STOP_SECONDS
+    assert find_pod(overlay)["spec"]["terminationGracePeriodSeconds"] >= pre_stop + stopping
+    # `kvcast serve` gives up first, and says why.
+    assert budget(container["startupProbe"]) > ServerSettings.start_timeout_seconds + 30
+    assert deployment["progressDeadlineSeconds"] > budget(container["startupProbe"]) + deployment["minReadySeconds"]
+    # Callers are led away at once; the server has time to mend itself.
+    assert budget(container["readinessProbe"]) <= 5
+    assert budget(container["livenessProbe"]) >= 300
+    (endpoint,) = find(overlay, "PodMonitor")["spec"]["podMetricsEndpoints"]
+    timeout, interval = (int(endpoint[name].removesuffix("s")) for name in ("scrapeTimeout", "interval"))
+    assert ASK_SECONDS < timeout <= interval
+
+
+def test_the_autoscaler_adds_servers_before_the_queue_is_full_and_takes_them_away_slowly(overlay):
+    autoscaler = find(overlay, "HorizontalPodAutoscaler")["spec"]
+    (metric,) = autoscaler["metrics"]
+    assert 0 < float(metric["pods"]["target"]["averageValue"]) < parse_arguments(find_container(overlay)).in_flight
+    up, down = (autoscaler["behavior"][name] for name in ("scaleUp", "scaleDown"))
+    assert down["stabilizationWindowSeconds"] >= 10 * up["stabilizationWindowSeconds"]
+    (policy,) = down["policies"]
+    assert (policy["type"], policy["value"]) == ("Pods", 1)
+    assert find(overlay, "PodDisruptionBudget")["spec"]["maxUnavailable"] < autoscaler["minReplicas"]
+    assert "replicas" not in find(overlay, "Deployment")["spec"]
+
+
+def test_callers_and_prometheus_reach_their_ports_and_a_server_reaches_nobody(overlay):
+    policy = find(overlay, "NetworkPolicy")["spec"]
+    assert {*policy["policyTypes"]} == {"Ingress", "Egress"}
+    assert policy["egress"] == []
+    assert all(each["from"] for each in policy["ingress"]), "nobody means everybody"
+    assert [[port["port"] for port in each["ports"]] for each in policy["ingress"]] == [["http", "grpc"], ["metrics"]]
+    (selector,) = (each["podSelector"] for each in policy["ingress"][0]["from"] if "podSelector" in each)
+    callers = [find(build("repository"), "Pod")["metadata"], find_pod(build("haproxy"))["metadata"]]
+    assert all(selector["matchLabels"].items() <= each["labels"].items() for each in callers)
+
+
+# -- sizes
+
+
+def test_what_depends_on_the_model_is_in_the_sizes_alone():
+    text = (FOLDER / "base" / "deployment.yaml").read_text()
+    deployment = yaml.safe_load(text)
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    assert "resources" not in container
+    assert not list(find_values(deployment, "terminationGracePeriodSeconds"))
+    volumes = {each["name"]: each["emptyDir"] for each in deployment["spec"]["template"]["spec"]["volumes"][1:]}
+    assert "sizeLimit" not in volumes["shared-memory"]
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_the_sizes_were_made_for_what_the_deployment_serves(name):
+    command = (FOLDER / "overlays" / name / "sizes.yaml").read_text().splitlines()[0]
+    program, room, *words = command.removeprefix("# Made by: ").split()
+    assert (program, room) == ("kvcast", "deploy")
+    made = make_deploy_parser().parse_args(words)
+    container = find_container(build(f"overlays/{name}"))
+    served = parse_arguments(container)
+    assert (made.models, made.device) == (served.models, name)
+    assert made.pre_stop_seconds == container["lifecycle"]["preStop"]["sleep"]["seconds"] + served.leave_seconds
+    assert (made.drain_seconds, made.in_flight) == (served.drain_seconds, served.in_flight)
+    assert made.kustomize == Path("deploy/kubernetes/overlays") / name / "sizes.yaml"
+
+
+@pytest.fixture
+def own_overlays(tiny_repository: Path, tmp_path: Path) -> Path:
+    """The folder with sizes for the `tiny` export."""
+    folder = Path(shutil.copytree(FOLDER, tmp_path / "kubernetes"))
+    for name in OVERLAYS:
+        patch = folder / "overlays" / name / "sizes.yaml"
+        served = ["--models", parse_arguments(find_container(build(f"overlays/{name}"))).models]
+        sized = ["size", "--repository", str(tiny_repository), *served, "--device", name, "--pre-stop-seconds", "15"]
+        assert run_deploy([*sized, "--cores", "2", "--kustomize", str(patch)]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_sizes_of_another_export_become_part_of_what_is_applied(own_overlays, name):
+    ours, theirs = build(f"overlays/{name}", own_overlays), build(f"overlays/{name}")
+    for version in VERSIONS:
+        assert find_errors(find(ours, "Deployment"), version) == []
+    small, usual = (find_container(each)["resources"] for each in (ours, theirs))
+    assert small["limits"]["cpu"] == "2" != usual["limits"]["cpu"]
+    assert mebibytes(small["limits"]["memory"]) < mebibytes(usual["limits"]["memory"])
+    assert small["limits"].get("nvidia.com/gpu") == usual["limits"].get("nvidia.com/gpu")
+    others = [[each for each in objects if each["kind"] != "Deployment"] for objects in (ours, theirs)]
+    assert others[0] == others[1]
+
+
+def mebibytes(size: str) -> int:
+    assert size.endswith("Mi")
+    return int(size.removesuffix("Mi"))
+
+
+# -- against a real server
+
+
+def ask_as_kubelet(address: str, path: str) -> int:
+    request = urllib.request.Request(
+        f"http://{address}{path}",
+        headers={"User-Agent": "kube-probe/1.35", "Accept": "*/*", "Connection": "close"},
+    )
+    with urllib.request.urlopen(request, timeout=5) as reply:  # noqa: S310
+        return int(reply.status)
+
+
+def test_probes_and_scrapes_are_answered_by_a_server(server, overlay):
+    addresses = {"http": server.http_address, "metrics": server.metrics_address}
+    container = find_container(overlay)
+    asked = [container[f"{name}Probe"]["httpGet"] for name in ("startup", "readiness", "liveness")]
+    asked += find(overlay, "PodMonitor")["spec"]["podMetricsEndpoints"]
+    for each in asked:
+        assert ask_as_kubelet(addresses[each["port"]], each["path"]) == 200
+
+
+def read_rule() -> Object:
+    """Return the rule of prometheus-adapter."""
+    (rule,) = yaml.safe_load((FOLDER / "prometheus-adapter" / "values.yaml").read_text())["rules"]["custom"]
+    return dict(rule)
+
+
+def test_the_autoscalers_metric_is_made_of_what_a_server_has(server, overlay):
+    rule = read_rule()
+    (metric,) = find(overlay, "HorizontalPodAutoscaler")["spec"]["metrics"]
+    assert rule["name"] == {"as": metric["pods"]["metric"]["name"]}
+    with urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=5) as reply:
+        page = reply.read().decode()
+    for name in re.findall(r"kvcast_\w+", f"{rule['seriesQuery']} {rule['metricsQuery']}"):
+        assert f"\n{name}{{model=" in page, name
+
+
+def test_the_autoscalers_query_gives_each_pod_its_requests_of_all_models(tmp_path):
+    query = read_rule()["metricsQuery"]
+    for placeholder, text in (("LabelMatchers", 'namespace="ours",pod=~"one|two"'), ("GroupBy", "pod")):
+        query = query.replace(f"<<.{placeholder}>>", text)
+    assert "<<" not in query
+    series = {
+        'kvcast_guard_waiting{model="ranker",namespace="ours",pod="one"}': "6 2 10 2 10",
+        'kvcast_guard_in_flight{model="ranker",namespace="ours",pod="one"}': "16x4",
+        'kvcast_guard_waiting{model="ranker_resident",namespace="ours",pod="one"}': "2x4",
+        'kvcast_guard_in_flight{model="ranker_resident",namespace="ours",pod="one"}': "0x4",
+        'kvcast_guard_waiting{model="ranker",namespace="ours",pod="two"}': "0x4",
+        'kvcast_guard_in_flight{model="ranker",namespace="ours",pod="two"}': "1x4",
+        'kvcast_guard_waiting{model="ranker",namespace="theirs",pod="one"}': "100x4",
+        'kvcast_guard_in_flight{model="ranker",namespace="theirs",pod="one"}': "100x4",
+    }
+    expected = [{"labels": 'pending{pod="one"}', "value": 24.0}, {"labels": 'pending{pod="two"}', "value": 1.0}]
+    groups = [{"name": "adapter", "rules": [{"record": "pending", "expr": query}]}]
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump({"groups": groups}))
+    case = {
+        "interval": "15s",
+        "input_series": [{"series": name, "values": values} for name, values in series.items()],
+        "promql_expr_test": [{"expr": "pending", "eval_time": "1m", "exp_samples": expected}],
+    }
+    test = {"rule_files": ["rules.yml"], "evaluation_interval": "15s", "tests": [case]}
+    (tmp_path / "test.yml").write_text(yaml.safe_dump(test))
+    result = run_tool("promtool", "test", "rules", tmp_path / "test.yml")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+class Pod:
+    """The Deployment's container, in namespaces of its own."""
+
+    def __init__(self, objects: list[Object], repository: Path, folder: Path) -> None:
+        pod, container = find_pod(objects)["spec"], find_container(objects)
+        volumes = {each["name"]: each for each in pod["volumes"]}
+        mounts = {each["mountPath"]: volumes[each["name"]] for each in container["volumeMounts"]}
+        writable = {path: each["emptyDir"]["sizeLimit"] for path, each in mounts.items() if "emptyDir" in each}
+        context = pod["securityContext"]
+        variables = {each["name"]: each["value"] for each in container["env"] if "value" in each}
+        root = folder / "root"
+        root.mkdir()
+        spec = {
+            "root": str(root),
+            "volumes": {path: str(repository) for path in mounts if path not in writable},
+            "writable": {path: f"size={mebibytes(size) << 20}" for path, size in writable.items()},
+            "keep": [str(ROOT), sys.prefix, sys.base_prefix],
+            "user": context["runAsUser"],
+            "group": context["runAsGroup"],
+            "environment": {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **variables},
+            "command": [str(Path(sys.executable).with_name("kvcast")), *expand(container)],
+        }
+        (folder / "spec.json").write_text(json.dumps(spec))
+        command = [*NAMESPACES, sys.executable, pod_program, str(folder / "spec.json")]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def wait_until_it_serves(self) -> None:
+        assert self.process.stdout is not None
+        lines = []
+        for line in self.process.stdout:
+            lines.append(line)
+            if "Ctrl-C" in line:
+                return
+        raise AssertionError("".join(lines[-20:]))
+
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        """Run something in the pod's network."""
+        enter = ["nsenter", "--preserve-credentials", "-t", str(self.process.pid), "-U", "-n", "--"]
+        return subprocess.run([*enter, *command], capture_output=True, text=True, check=False, timeout=30)
+
+    def get(self, path: str) -> tuple[int, str]:
+        """Ask as the kubelet does."""
+        result = self.run(sys.executable, "-c", GET, f"http://127.0.0.1:8000{path}")
+        assert result.returncode == 0, result.stderr
+        status, _, body = result.stdout.partition(" ")
+        return int(status), body
+
+    def find_listeners(self) -> set[tuple[bool, int]]:
+        """Return whether it is on the loopback only, and the port, of each socket that listens."""
+        rows = [line.split() for line in self.run("cat", "/proc/net/tcp", "/proc/net/tcp6").stdout.splitlines()]
+        addresses = [row[1].partition(":") for row in rows if row[3] == LISTENING]
+        return {(bool(int(host, 16)), int(port, 16)) for host, _, port in addresses}
+
+
+NAMESPACES = ["unshare", "--user", "--map-root-user", "--mount", "--net"]
+GET = """
+import sys, urllib.error, urllib.request
+try:
+    reply = urllib.request.urlopen(sys.argv[1], timeout=5)
+except urllib.error.HTTPError as error:
+    reply = error
+print(reply.status, reply.read().decode())
+"""
+
+
+@pytest.fixture
+def make_pod(tmp_path: Path) -> Iterator[Callable[[list[Object], Path], Pod]]:
+    tried = subprocess.run([*NAMESPACES, "true"], capture_output=True, check=False) if shutil.which("unshare") else None
+    if tried is None or tried.returncode or shutil.which("nsenter") is None:
+        pytest.skip("this machine does not allow namespaces of one's own (unshare)")
+    with contextlib.ExitStack() as stack:
+
+        def make(objects: list[Object], repository: Path) -> Pod:
+            pod = Pod(objects, repository, tmp_path)
+            stack.callback(pod.process.communicate)
+            stack.callback(pod.process.terminate)
+            return pod
+
+        yield make
+
+
+def test_the_pod_serves_and_repairs_itself_and_leaves_with_nothing_writable_but_its_volumes(
+    make_pod, own_overlays, tiny_repository
+):
+    objects = build("overlays/cpu", own_overlays)
+    model = parse_arguments(find_container(objects)).models
+    pod = make_pod(objects, tiny_repository)
+    pod.wait_until_it_serves()
+    assert pod.get("/v2/health/ready")[0] == 200
+    public = {port for is_loopback, port in pod.find_listeners() if not is_loopback}
+    assert public == {each["containerPort"] for each in find_container(objects)["ports"]}
+    triton = next(pid for pid in find_children(pod.process.pid) if list_stubs(pid))
+    status = Path(f"/proc/{triton}/status").read_text()
+    assert re.search(r"^CapEff:\s+0+$", status, re.MULTILINE)
+    assert re.search(r"^NoNewPrivs:\s+1$", status, re.MULTILINE)
+
+    (stub,) = list_stubs(triton)
+    os.kill(stub, signal.SIGKILL)
+    wait_until(lambda: json.loads(pod.get("/kvcast/state")[1])["repairs"] == 1, 20)
+    kvcast = str(Path(sys.executable).with_name("kvcast"))
+    probe = pod.run(kvcast, "probe", "--address", "127.0.0.1:8001", "--model", model)
+    assert probe.returncode == 0, probe.stderr
+
+    pod.process.terminate()
+    wait_until(lambda: pod.get("/v2/health/ready")[0] == 503, 5)
+    assert pod.run(kvcast, "probe", "--live", "--address", "127.0.0.1:8001", "--model", model).returncode == 0
+    assert pod.process.wait(20) == 0
+
+
+# -- custom resources
+
+
+def list_custom() -> list[Object]:
+    paths = [path for place in list_kustomizations(FOLDER) for path in place.glob("*.yaml")]
+    return [thing for path in paths for thing in read_objects(path) if thing["kind"] in CUSTOM]
+
+
+def list_keys(thing: Any) -> Iterator[str]:
+    """Return the names of fields, without labels."""
+    if isinstance(thing, dict):
+        yield from (name for name in thing if not re.fullmatch(r"\d+|.*[./].*", name))
+    for each in thing.values() if isinstance(thing, dict) else thing if isinstance(thing, list) else ():
+        yield from list_keys(each)
+
+
+def test_fields_of_custom_resources_are_spelt_as_their_projects_spell_them():
+    custom = list_custom()
+    assert {each["kind"] for each in custom} == CUSTOM == {*FIELDS}
+    for thing in custom:
+        assert {*list_keys(thing["spec"])} <= {*FIELDS[thing["kind"]].split()}, thing["kind"]
+
+
+def test_custom_resources_fit_their_definitions():
+    folder = os.environ.get(CRDS_VARIABLE)
+    if not folder:
+        pytest.skip(f"set {CRDS_VARIABLE} to a folder with the definitions of Istio and of the Prometheus operator")
+    known = {
+        (f"{each['spec']['group']}/{version['name']}", each["spec"]["names"]["kind"]): version["schema"]
+        for path in Path(folder).rglob("*.yaml")
+        for each in yaml.safe_load_all(path.read_text())
+        if each and each["kind"] == "CustomResourceDefinition"
+        for version in each["spec"]["versions"]
+    }
+    for thing in list_custom():
+        schema = close(known[thing["apiVersion"], thing["kind"]]["openAPIV3Schema"]["properties"]["spec"])
+        errors = [error.message for error in jsonschema.Draft202012Validator(schema).iter_errors(thing["spec"])]
+        assert errors == [], thing["kind"]
+
+
+def close(schema: Any) -> Any:
+    """Return a schema that takes no fields but its own, as Kubernetes would prune others."""
+    if isinstance(schema, list):
+        return [close(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {name: close(each) for name, each in schema.items()}
+    is_open = "additionalProperties" in schema or schema.get("x-kubernetes-preserve-unknown-fields")
+    if schema.get("type") == "object" and "properties" in schema and not is_open:
+        closed["additionalProperties"] = False
+    return closed
+
+
+# -- affinity
+
+
+def test_istio_hashes_the_clients_header_and_names_services_and_ports_that_exist():
+    objects = build("istio")
+    rule, routes = find(objects, "DestinationRule")["spec"], find(objects, "VirtualService")["spec"]
+    assert rule["trafficPolicy"]["loadBalancer"]["consistentHash"]["httpHeaderName"] == ROUTING_HEADER
+    assert rule["trafficPolicy"]["loadBalancer"]["localityLbSetting"] == {"enabled": False}
+    service = find(build("overlays/cpu"), "Service", "kvcast")
+    hosts = {rule["host"], *routes["hosts"], *(each["host"] for each in find_values(routes, "destination"))}
+    assert hosts == {service["metadata"]["name"]}
+    ports = {each["port"] for each in service["spec"]["ports"]}
+    assert {*find_values(routes, "number")} == ports
+    for route in routes["http"]:
+        (match,) = route["match"]
+        (target,) = route["route"]
+        assert match["port"] == target["destination"]["port"]["number"]
+        assert route["retries"]["retryIgnorePreviousHosts"]
+    (patch,) = find(objects, "EnvoyFilter")["spec"]["configPatches"]
+    assert patch["match"]["cluster"]["service"].startswith(f"{service['metadata']['name']}.")
+    (port,) = find(objects, "PeerAuthentication")["spec"]["portLevelMtls"]
+    assert int(port) in {
+        each["port"] for each in find(build("overlays/cpu"), "Service", "kvcast-servers")["spec"]["ports"]
+    }
+
+
+def test_envoy_takes_the_patch_on_the_cluster_that_istio_makes_of_the_rule(tmp_path):
+    envoy = Path(sys.executable).with_name("envoy")
+    if not envoy.exists():
+        pytest.skip("envoy is not installed: make setup")
+    objects = build("istio")
+    (patch,) = find(objects, "EnvoyFilter")["spec"]["configPatches"]
+    balancer = find(objects, "DestinationRule")["spec"]["trafficPolicy"]["loadBalancer"]["consistentHash"]
+    cluster = {
+        "name": "outbound|8001||kvcast",
+        "type": "STATIC",
+        "lb_policy": "RING_HASH",
+        "ring_hash_lb_config": {"minimum_ring_size": balancer["ringHash"]["minimumRingSize"]},
+        **patch["patch"]["value"],
+    }
+    check = functools.partial(check_with_envoy, envoy, tmp_path)
+    assert check(cluster) == 0
+    wrong = {"consistent_hashing_lb_config": {"hash_balance_factor": 99}}
+    assert check(cluster | {"common_lb_config": wrong}) == 1
+
+
+def check_with_envoy(envoy: Path, folder: Path, cluster: Object) -> int:
+    path = folder / "envoy.yaml"
+    path.write_text(yaml.safe_dump({"static_resources": {"clusters": [cluster]}}))
+    command = [envoy, "--mode", "validate", "--config-path", path, "--log-level", "off"]
+    return subprocess.run(command, capture_output=True, check=False, timeout=30).returncode
+
+
+def read_sections(path: Path) -> dict[str, list[str]]:
+    """Return the sections of haproxy's configuration without comments."""
+    sections: dict[str, list[str]] = {}
+    for line in (line.partition("#")[0].rstrip() for line in path.read_text().splitlines()):
+        if line and not line[0].isspace() and not line.startswith("."):
+            sections[line] = lines = []
+        elif line.strip():
+            lines.append(" ".join(line.split()))
+    return sections
+
+
+def test_haproxy_in_the_cluster_differs_from_haproxy_before_it_in_addresses_alone():
+    ours, plain = (read_sections(path / "haproxy" / "haproxy.cfg") for path in (FOLDER, FOLDER.parent))
+    assert "parse-resolv-conf" in ours.pop("resolvers cluster")
+    conditional = [".if version_atleast(3.0)", "default-server hash-key addr", ".endif"]
+    assert [line for line in ours["defaults"] if line in conditional] == conditional
+    ours["defaults"] = [line for line in ours["defaults"] if line not in conditional]
+    for sections in (ours, plain):
+        for name, lines in sections.items():
+            kept = [line for line in lines if not re.match(r"server(-template)? ", line)]
+            sections[name] = [re.sub(r"^bind \S*:", "bind :", line) for line in kept]
+    assert ours == plain, "a change of deploy/haproxy/haproxy.cfg belongs into deploy/kubernetes/haproxy/ too"
+
+
+def test_haproxy_reads_its_configuration_and_has_room_for_all_servers(monkeypatch):
+    monkeypatch.setenv("NAMESPACE", "ours")
+    path = FOLDER / "haproxy" / "haproxy.cfg"
+    result = run_tool("haproxy", "-c", "-f", path)
+    assert result.returncode == 0, result.stderr
+    servers = [line.split() for lines in read_sections(path).values() for line in lines if "server-template" in line]
+    overlay = build("overlays/cpu")
+    most = find(overlay, "HorizontalPodAutoscaler")["spec"]["maxReplicas"]
+    surge = find(overlay, "Deployment")["spec"]["strategy"]["rollingUpdate"]["maxSurge"]
+    service = find(overlay, "Service", "kvcast-servers")
+    ports = [str(each["port"]) for each in service["spec"]["ports"]]
+    assert len(servers) == 2
+    for (_, _, slots, address, *_), port in zip(servers, ports, strict=False):
+        assert int(slots) >= most + surge
+        assert address == f'"{service["metadata"]["name"]}.${{NAMESPACE}}.svc.cluster.local:{port}"'
+    proxied = {each["name"]: each["port"] for each in find(build("haproxy"), "Service")["spec"]["ports"]}
+    assert proxied == {each["name"]: each["port"] for each in find(overlay, "Service", "kvcast")["spec"]["ports"]}
+
+
+# -- the check itself
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "words"),
+    [
+        ("base/deployment.yaml", "periodSeconds: 5", "periodSecond: 5", "'periodSecond' was unexpected"),
+        ("base/deployment.yaml", "path: /v2/health/live", "paths: /v2/health/live", "'paths' was unexpected"),
+        ("base/services.yaml", "clusterIP: None", "clusterIP: None\n  clusterIP: None", "clusterIP: is there twice"),
+        ("base/disruption-budget.yaml", "policy/v1", "policy/v1beta1", "there is no PodDisruptionBudget"),
+        ("base/kustomization.yaml", "- autoscaler.yaml\n", "", "autoscaler.yaml: no kustomization names it"),
+        ("base/kustomization.yaml", "autoscaler.yaml", "hpa.yaml", "hpa.yaml: there is no such file"),
+        ("overlays/cpu/kustomization.yaml", "../../base", "../base", "there is no kustomization in ../base"),
+        ("overlays/cpu/sizes.yaml", "sizeLimit", "size", "'size' was unexpected"),
+        ("overlays/gpu/gpu.yaml", "effect: NoSchedule", "effects: NoSchedule", "'effects' was unexpected"),
+    ],
+)
+def test_the_check_refuses_what_kubernetes_would(tmp_path, capsys, file, old, new, words):
+    folder = Path(shutil.copytree(FOLDER, tmp_path / "kubernetes"))
+    assert main(folder) == 0
+    text = (folder / file).read_text()
+    assert old in text
+    (folder / file).write_text(text.replace(old, new, 1))
+    assert main(folder) == 1
+    assert words in capsys.readouterr().err
