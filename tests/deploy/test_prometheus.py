@@ -86,6 +86,18 @@ def test_rules_ask_for_recorded_series_that_are_there():
         assert find_recorded(rule["expr"]) <= RECORDED.keys()
 
 
+def test_the_rules_know_the_pods_of_the_pod_monitor_by_their_labels():
+    monitor = yaml.safe_load((ROOT / "deploy" / "kubernetes" / "base" / "pod-monitor.yaml").read_text())
+    assert not any(each.get("honorLabels") for each in monitor["spec"]["podMetricsEndpoints"])
+    assert "jobLabel" not in monitor["spec"]
+    job = f"any-namespace/{monitor['metadata']['name']}"
+    for alert in ("KvcastTargetDown", "KvcastNoServerReady"):
+        (pattern,) = re.findall(r'up\{job=~"([^"]+)"\}', ALERTS[alert]["expr"])
+        assert re.fullmatch(pattern, job)
+        assert re.fullmatch(pattern, "kvcast")
+        assert not re.fullmatch(pattern, f"{job}-proxy"), "a proxy is not a server"
+
+
 @pytest.fixture(scope="module")
 def watched(tiny_repository, tmp_path_factory):
     """A server of this module's own, all of whose rankings are shadowed, and which is hurt at the end."""
