@@ -8,6 +8,7 @@ does not know how many servers are needed, or how fast they are.
 import argparse
 import dataclasses
 import json
+import math
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ class Wishes:
 
     models: tuple[str, ...] = ("ranker",)
     users_kept: int | None = None
-    cache_megabytes: float | None = None
+    cache_megabytes: int | None = None
     instances: int | None = None
     history: int | None = None
     candidates: int | None = None
@@ -77,7 +78,10 @@ class Wishes:
 
 @dataclass(frozen=True)
 class Part:
-    """Something that takes memory: bytes with usual requests, bytes at most, and how they come about."""
+    """Something that takes memory: bytes with usual requests, bytes at most, and how they come about.
+
+    At most: one request as large as the limits allow, on top of the usual ones, at a switch to another release.
+    """
 
     name: str
     usual: int
@@ -122,6 +126,13 @@ class Demand:
     def largest_kv(self) -> int:
         """Bytes of the KV of the largest request: several users of the longest history."""
         return MAX_BATCH_SIZE * self.manifest.user_kv.bytes_of(self.manifest.limits.history)
+
+    @property
+    def requests_in_flight(self) -> int:
+        """Bytes of all requests that Triton holds, if every one is the largest."""
+        limits, fields = self.manifest.limits, len(self.manifest.history_fields)
+        ids = limits.history * fields + limits.candidates * self.manifest.dims.candidate_tokens
+        return self.in_flight * MAX_BATCH_SIZE * ids * 8
 
     @property
     def kv_in_flight(self) -> int:
@@ -183,7 +194,7 @@ def compute_sizes(repository: Path, wishes: Wishes) -> Sizes:
         cores=wishes.cores,
         threads={each.name: each.threads or max(1, wishes.cores // each.instances) for each in folders},
         grace_seconds=round(wishes.pre_stop_seconds + wishes.drain_seconds + STOP_SECONDS),
-        notes=tuple(find_notes(repository, configured, folders, wishes)),
+        notes=tuple(find_notes(configured, folders, wishes)),
     )
 
 
@@ -222,9 +233,9 @@ def apply_wishes(folder: ServedFolder, demand: Demand, wishes: Wishes) -> Served
     """Return a model as it would be with the operator's instances and cache."""
     cache = folder.cache_bytes
     if cache is not None and wishes.users_kept is not None:
-        cache = int(wishes.users_kept * demand.kv * CACHE_HOLES)
+        cache = MEGABYTE * math.ceil(wishes.users_kept * demand.kv * CACHE_HOLES / MEGABYTE)
     elif cache is not None and wishes.cache_megabytes is not None:
-        cache = int(wishes.cache_megabytes * MEGABYTE)
+        cache = MEGABYTE * wishes.cache_megabytes
     return dataclasses.replace(folder, cache_bytes=cache, instances=wishes.instances or folder.instances)
 
 
@@ -291,13 +302,16 @@ def size_servers(demand: Demand, folders: Sequence[ServedFolder]) -> list[Part]:
 
 
 def size_shared_memory(demand: Demand, folders: Sequence[ServedFolder], region: int) -> Part:
-    """Return what lies in `/dev/shm`: a region a process, which grows to what was ever there at a time."""
+    """Return what lies in `/dev/shm`: a region a process, which grows by what no hole in it is large enough for.
+
+    So the largest request comes on top of what usual ones have left (measured at `bench`: 34 MB at the start, 50 MB
+    after usual requests, 328 MB after the largest).
+    """
     usual = most = 0
     for folder in folders:
-        at_a_time = demand.kv_in_flight if folder.moves_kv else 0
-        largest = max(at_a_time, demand.largest_kv) if folder.moves_kv else 0
-        usual += folder.instances * max(region, REQUESTS_REGION + at_a_time)
-        most += folder.instances * max(region, REQUESTS_REGION + largest)
+        kv = (demand.kv_in_flight, demand.largest_kv) if folder.moves_kv else (0, 0)
+        usual += folder.instances * max(region, REQUESTS_REGION + kv[0])
+        most += folder.instances * (region + demand.requests_in_flight + sum(kv))
     return Part("shared memory", usual, most, f"a region a process, {megabytes(region)} at the start; it never shrinks")
 
 
@@ -314,19 +328,23 @@ def size_second_release(demand: Demand, folders: Sequence[ServedFolder], device:
     return Part("a second release", 0, most, "processes, files and regions, while a switch lasts")
 
 
-def find_notes(
-    repository: Path, configured: Iterable[ServedFolder], wanted: Iterable[ServedFolder], wishes: Wishes
-) -> Iterator[str]:
-    """Say what has to be set by hand for these sizes to be true."""
-    for before, after in zip(configured, wanted, strict=True):
-        path = repository / before.name / CONFIG_FILE
-        if after.cache_bytes != before.cache_bytes:
-            yield f"set {CACHE_PARAMETER} to {(after.cache_bytes or 0) / MEGABYTE:.0f} in {path}"
+def find_notes(configured: Iterable[ServedFolder], wanted: Iterable[ServedFolder], wishes: Wishes) -> Iterator[str]:
+    """Say what has to be set for these sizes to be true: flags of `kvcast serve`, or lines of `config.pbtxt`."""
+    pairs = list(zip(configured, wanted, strict=True))
+    flags = []
+    for before, after in pairs:
         if after.instances != before.instances:
-            yield f"set count to {after.instances} in the instance_group of {path}"
-        if not before.threads:
-            threads = max(1, wishes.cores // after.instances)
-            yield f"set {THREADS_PARAMETER} to {threads} in {path}, or pin the cores: 0 takes all that it sees"
+            yield f"instances: set count to {after.instances} in the instance_group of {before.name}/{CONFIG_FILE}"
+    caches = {after.cache_bytes for before, after in pairs if after.cache_bytes != before.cache_bytes}
+    flags += [f"--set {CACHE_PARAMETER}={(size or 0) // MEGABYTE}" for size in caches]
+    threads = [max(1, wishes.cores // after.instances) for before, after in pairs if not before.threads]
+    flags += [f"--set {THREADS_PARAMETER}={min(threads)}"] if threads else []
+    if wishes.in_flight != Wishes.in_flight:
+        flags.append(f"--in-flight {wishes.in_flight}")
+    if wishes.drain_seconds != Wishes.drain_seconds:
+        flags.append(f"--drain-seconds {wishes.drain_seconds:g}")
+    if flags:
+        yield f"serve with {' '.join(flags)}"
 
 
 def round_up(size: int) -> int:
@@ -414,7 +432,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", default="ranker", help="as for `kvcast serve` (%(default)s)")
     cache = parser.add_mutually_exclusive_group()
     cache.add_argument("--users-kept", type=int, metavar="N", help="users whose KV each process keeps")
-    cache.add_argument("--cache-megabytes", type=float, metavar="MB", help="budget of each process's user KV cache")
+    cache.add_argument("--cache-megabytes", type=int, metavar="MB", help="budget of each process's user KV cache")
     parser.add_argument("--instances", type=int, metavar="N", help="processes of each model")
     parser.add_argument("--history", type=int, metavar="L", help="events of a usual user (as the export was told)")
     parser.add_argument("--candidates", type=int, metavar="N", help="candidates of a usual request (likewise)")
