@@ -1,4 +1,7 @@
-"""`kvcast perf run`: the proof, side by side, with a report and plots. `kvcast perf model`: the arithmetic alone."""
+"""`kvcast perf run`: the proof, side by side, with a report and plots. `kvcast perf model`: the arithmetic alone.
+
+`kvcast perf plan` and `kvcast perf simulate` say what many servers would do.
+"""
 
 import argparse
 import contextlib
@@ -17,7 +20,7 @@ from typing import Any, NoReturn
 from kvcast.contract.config import ModelConfig, load_config
 from kvcast.contract.errors import KvcastError
 from kvcast.contract.tensors import RANKER_RESIDENT
-from kvcast.perf import cost_model, experiments, guard_cost, reuse, soak
+from kvcast.perf import cost_model, experiments, fleet_plan, fleet_report, guard_cost, reuse, simulate, soak
 from kvcast.perf.analyzer import PerfError, find_analyzer
 from kvcast.perf.environment import describe_machine
 from kvcast.perf.experiments import Bench, Plan
@@ -74,6 +77,8 @@ def make_parser() -> argparse.ArgumentParser:
     report.add_argument("result", type=Path, metavar="RESULT.json")
     model = commands.add_parser("model", help="print FLOPs, bytes and ideal speedups; runs nothing")
     model.add_argument("--config", default="bench")
+    fleet_plan.add_parser(commands)
+    simulate.add_parser(commands)
     return parser
 
 
@@ -85,6 +90,12 @@ def main(argv: list[str] | None = None) -> int:
             print(cost_model.describe(load_config(arguments.config)))
         elif arguments.command == "report":
             write_files(json.loads(arguments.result.read_text()), arguments.result.parent)
+        elif arguments.command == "plan":
+            fleet_plan.run_plan(arguments)
+        elif arguments.command == "simulate":
+            study = simulate.run_simulate(arguments)
+            if study:
+                write_files(study, arguments.results)
         else:
             run(arguments)
     except (PerfError, RaceError, ServerError, KvcastError) as error:
@@ -271,8 +282,10 @@ def save_raw(result: dict[str, Any], folder: Path) -> None:
 def write_files(result: dict[str, Any], folder: Path) -> None:
     """Write the raw result, the report and the plots."""
     save_raw(result, folder)
-    (folder / f"{result['name']}.md").write_text(write_report(result))
-    plots = draw_all(result, folder)
+    is_fleet = result.get("kind") == fleet_report.KIND
+    report, draw = (fleet_report.write_fleet, fleet_report.draw_fleet) if is_fleet else (write_report, draw_all)
+    (folder / f"{result['name']}.md").write_text(report(result))
+    plots = draw(result, folder)
     print(f"\nwritten: {folder}/{result['name']}.json, .md and {len(plots)} plots")
     for row in result.get("table", []):
         print(json.dumps({key: row[key] for key in ("candidates", "speedup", "ideal_speedup", "claimed_speedup")}))
