@@ -13,10 +13,11 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from kvcast.clicklog import ClickLog
 from kvcast.client import RankerClient
 from kvcast.contract.config import ModelConfig
 from kvcast.contract.errors import KvcastError
+from kvcast.contract.manifest import Manifest, read_manifest
 from kvcast.contract.request import RankRequest
 from kvcast.contract.routing import ROUTING_HEADER, hash_user
 from kvcast.contract.tensors import CANDIDATES, HISTORY, RANKER_RESIDENT, SCORE_TOLERANCE, SCORES
@@ -35,6 +37,8 @@ from kvcast.perf.analyzer import PerfError
 from kvcast.perf.counters import Counters
 from kvcast.perf.experiments import Row
 from kvcast.perf.programs import explain_absence, find_program, make_environment
+from kvcast.runtime.options import CACHE_BUDGET
+from kvcast.runtime.user_kv_cache import ENTRY_OVERHEAD_BYTES
 from kvcast.server import ServerError
 from kvcast.server.repository import find_free_ports
 
@@ -42,11 +46,13 @@ HAPROXY_CONFIG = Path(__file__).resolve().parents[1] / "deploy" / "haproxy" / "h
 NAMES = ("one", "two", "three")
 SERVER_HEADER = "x-kvcast-server"
 BALANCING = f"balance hash req.hdr({ROUTING_HEADER})"
+BOUND = "hash-balance-factor 200"
 # How the proxy balances, as replacements in its configuration.
-POLICIES = {
+POLICIES: dict[str, dict[str, str]] = {
     "affinity": {},
-    "unbounded": {"hash-balance-factor 150": "hash-balance-factor 0"},
-    "round robin": {BALANCING: "balance roundrobin", "hash-balance-factor 150": ""},
+    "affinity, no bound": {BOUND: "hash-balance-factor 0"},
+    "affinity, bound 125": {BOUND: "hash-balance-factor 125"},
+    "round robin": {BALANCING: "balance roundrobin", BOUND: ""},
 }
 MODEL = RANKER_RESIDENT.name
 STARTS_WITHIN_SECONDS = 120
@@ -55,6 +61,8 @@ NOTICED_WITHIN_SECONDS = 20
 KEPT_USERS, USERS, EXPONENT = 24, 400, 0.9
 IN_FLIGHT = 4
 HISTORY_EVENTS, CANDIDATE_COUNT = 40, 10
+MAPPED_USERS = 300
+SETTLED_SECONDS = 1.0
 
 
 @dataclass
@@ -63,7 +71,7 @@ class Member:
 
     name: str
     repository: Path
-    models: str = MODEL
+    log: Path
     flags: Sequence[str] = ()
     process: subprocess.Popen[bytes] | None = None
     ports: list[int] = field(default_factory=lambda: find_free_ports(3))
@@ -88,11 +96,10 @@ class Member:
         names = ("--http-port", "--grpc-port", "--metrics-port")
         ports = itertools.chain.from_iterable(zip(names, map(str, self.ports), strict=True))
         command = [sys.executable, "-m", "kvcast.server", "--repository", str(self.repository)]
-        self.process = subprocess.Popen(
-            [*command, "--models", self.models, *ports, *self.flags],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*command, "--models", MODEL, *ports, *self.flags], stdout=log, stderr=subprocess.STDOUT
+            )
 
     def wait_until_ready(self) -> None:
         """Wait until it answers.
@@ -103,9 +110,8 @@ class Member:
         deadline = time.monotonic() + STARTS_WITHIN_SECONDS
         while read_status(self.http_address, "/v2/health/ready") != http.client.OK:
             if self.process is None or self.process.poll() is not None or time.monotonic() > deadline:
-                raise ServerError(
-                    f"server {self.name} did not start: run `kvcast serve` on {self.repository} to see why"
-                )
+                last = self.log.read_text(errors="replace").strip().rpartition("\n")[2]
+                raise ServerError(f"server {self.name} did not start: {last or 'it wrote nothing'}")
             time.sleep(0.1)
 
     def kill(self) -> None:
@@ -206,9 +212,7 @@ def make_haproxy(members: Sequence[Member], folder: Path, policy: str = "affinit
     replacements |= {"127.0.0.1:9002": f"127.0.0.1:{metrics_port}"} | POLICIES[policy]
     for place, member in enumerate(members, start=1):
         replacements[f"10.0.0.1{place}:8000"] = member.http_address
-        replacements[f"10.0.0.1{place}:8001 id {place} check port 8000"] = (
-            f"{member.grpc_address} id {place} check port {member.ports[0]}"
-        )
+        replacements[f"10.0.0.1{place}:8001"] = member.grpc_address
     path = folder / f"haproxy-{http_port}.cfg"
     path.write_text(replace_all(text, replacements))
     return Proxy([str(program), "-f", str(path)], {"http": f"127.0.0.1:{http_port}", "grpc": f"127.0.0.1:{grpc_port}"})
@@ -322,12 +326,13 @@ def draw_requests(config: ModelConfig, users: Iterable[int], seed: int) -> dict[
 
 
 class Load:
-    """Visits sent by several callers in order, each request to be answered with the right scores; counts and times."""
+    """Visits sent by several callers in order: their scores, what went wrong, the longest wait."""
 
-    def __init__(self, proxy: Proxy, protocol: Any, requests: dict[int, RankRequest], expected: dict[int, Any]) -> None:
+    def __init__(self, proxy: Proxy, protocol: Any, requests: dict[int, RankRequest]) -> None:
         self._client = RankerClient(proxy.addresses[protocol], protocol=protocol, model=MODEL, deadline=20)
-        self._requests, self._expected = requests, expected
-        self.outcomes: Counter[str] = Counter()
+        self._requests = requests
+        self._answers: list[tuple[int, Any]] = []
+        self.errors: Counter[str] = Counter()
         self.slowest = 0.0
 
     def send(self, user: int) -> None:
@@ -336,10 +341,9 @@ class Load:
         try:
             scores = self._client.rank(request.history, request.candidates, user_id=user).scores
         except KvcastError as error:
-            self.outcomes[type(error).__name__] += 1
+            self.errors[type(error).__name__] += 1
         else:
-            right = np.abs(scores - self._expected[user]).max() <= SCORE_TOLERANCE
-            self.outcomes["right" if right else "wrong"] += 1
+            self._answers.append((user, scores))
         self.slowest = max(self.slowest, time.monotonic() - begun)
 
     def send_all(self, visits: Sequence[int], in_flight: int = IN_FLIGHT) -> None:
@@ -347,24 +351,34 @@ class Load:
         with ThreadPoolExecutor(in_flight) as pool:
             list(pool.map(self.send, visits))
 
+    def count(self, expected: dict[int, Any]) -> dict[str, int]:
+        """Return how many answers were right, and what became of the others."""
+        right = sum(bool(np.abs(scores - expected[user]).max() <= SCORE_TOLERANCE) for user, scores in self._answers)
+        return {"right": right, "wrong": len(self._answers) - right, **self.errors}
+
     def close(self) -> None:
         """Close the connections."""
         self._client.close()
 
 
 @contextlib.contextmanager
-def keep_sending(load: Load, visits: Sequence[int], in_flight: int = IN_FLIGHT) -> Iterator[None]:
-    """Send visits over and over, so many at a time, as long as the block runs."""
-    stop, turn = threading.Event(), itertools.cycle(visits)
+def keep_sending(loads: Collection[Load], visits: Sequence[int], in_flight: int = IN_FLIGHT) -> Iterator[None]:
+    """Send visits over and over, so many at a time over all, as long as the block runs and a moment around it."""
+    stop = threading.Event()
 
-    def work() -> None:
-        while not stop.is_set():
-            load.send(next(turn))
+    def work(load: Load, start: int) -> None:
+        for user in itertools.islice(itertools.cycle(visits), start, None):
+            if stop.is_set():
+                return
+            load.send(user)
 
     with ThreadPoolExecutor(in_flight) as pool:
-        working = [pool.submit(work) for _ in range(in_flight)]
+        sending = itertools.islice(itertools.cycle(loads), in_flight)
+        working = [pool.submit(work, load, place) for place, load in enumerate(sending)]
         try:
+            time.sleep(SETTLED_SECONDS)
             yield
+            time.sleep(SETTLED_SECONDS)
         finally:
             stop.set()
         for each in working:
@@ -378,28 +392,100 @@ def record_scores(member: Member, requests: dict[int, RankRequest]) -> dict[int,
 
 
 def measure_hit_rate(
-    members: Members,
-    proxy: Proxy,
-    protocol: str,
-    visits: Sequence[int],
-    requests: dict[int, RankRequest],
-    expected: Any,
+    members: Members, proxy: Proxy, protocol: str, visits: Sequence[int], requests: dict[int, RankRequest]
 ) -> Row:
-    """Send visits; return how many found their user kept, and how they spread over the servers."""
+    """Send visits; return how many found their user kept, how they spread over the servers, what was answered."""
     names = {kind: f"kvcast_user_kv_{kind}_total" for kind in ("hits", "misses", "waits")}
     before = {kind: members.count(name) for kind, name in names.items()}
-    with contextlib.closing(Load(proxy, protocol, requests, expected)) as load:
+    with contextlib.closing(Load(proxy, protocol, requests)) as load:
         load.send_all(visits)
     counts = {
         kind: {server: value - before[kind][server] for server, value in members.count(name).items()}
         for kind, name in names.items()
     }
-    found, encoded = (sum(counts[kind].values()) for kind in ("hits", "misses"))
-    answered = [counts["hits"][name] + counts["misses"][name] + counts["waits"][name] for name in counts["hits"]]
+    answered = [sum(counts[kind][server] for kind in names) for server in counts["hits"]]
+    # Asked only now, so that nobody was kept because of it.
+    outcomes = load.count(record_scores(members.members[0], requests))
     return {
         "protocol": protocol,
         "visits": len(visits),
-        "outcomes": dict(load.outcomes),
-        "hit_rate": found / max(1.0, found + encoded),
+        "outcomes": outcomes,
+        "hit_rate": sum(counts["hits"].values()) / max(1.0, sum(answered)),
         "busiest_to_mean": max(answered) * len(answered) / max(1.0, sum(answered)),
+    }
+
+
+# ---- the experiment -------------------------------------------------------------------------------------------------
+
+
+def count_megabytes(manifest: Manifest, users: int) -> float:
+    """Return the cache budget that holds so many of the visitors, and not one more."""
+    history_bytes = HISTORY_EVENTS * len(manifest.history_fields) * np.dtype(np.int64).itemsize
+    entry = manifest.user_kv.bytes_of(HISTORY_EVENTS) + history_bytes + ENTRY_OVERHEAD_BYTES
+    return float((users + 0.5) * entry / 1e6)
+
+
+def make_members(repository: Path, folder: Path, kept_users: int = KEPT_USERS) -> Members:
+    """Return servers on one repository, each with room for so many users, and with a log in the folder."""
+    manifest = read_manifest(repository / MODEL / "1")
+    flags = ["--set", f"{CACHE_BUDGET}={count_megabytes(manifest, kept_users):.6f}", "--set", "intra_op_threads=1"]
+    return Members(Member(name, repository, folder / f"{name}.log", flags) for name in NAMES)
+
+
+def run_affinity(repository: Path, config: ModelConfig, visits: int, seed: int, say: Any) -> Row:
+    """Measure hit rates by policy and protocol, then lose a server under load and take it back."""
+    with tempfile.TemporaryDirectory() as name, make_members(repository, Path(name)) as members:
+        rows = measure_policies(members, Path(name), config, visits, seed, say)
+        with make_haproxy(members.members, Path(name)) as proxy:
+            lost = lose_a_server(members, proxy, config, seed, say)
+    return {
+        "seed": seed, "servers": len(NAMES), "kept_users": KEPT_USERS, "users": USERS, "exponent": EXPONENT,
+        "in_flight": IN_FLIGHT, "policies": rows, "lost": lost,
+    }  # fmt: skip
+
+
+def measure_policies(
+    members: Members, folder: Path, config: ModelConfig, visits: int, seed: int, say: Any
+) -> list[Row]:
+    """Send the same sequence of visits under every policy, over both protocols; histories are new each time."""
+    rows = []
+    visitors = draw_visitors(visits, seed)
+    for place, (policy, protocol) in enumerate(itertools.product(POLICIES, ("grpc", "http"))):
+        requests = draw_requests(config, visitors, seed=1000 * seed + place)
+        with make_haproxy(members.members, folder, policy) as proxy:
+            row = measure_hit_rate(members, proxy, protocol, visitors, requests)
+        rows.append({"policy": policy} | row)
+        say(f"    {policy}, {protocol}: {100 * row['hit_rate']:.1f}% found, busiest {row['busiest_to_mean']:.2f}× mean")
+    return rows
+
+
+def lose_a_server(members: Members, proxy: Proxy, config: ModelConfig, seed: int, say: Any) -> Row:
+    """Kill one server under load, see who moves; start it again, see who comes back."""
+    users, victim = range(MAPPED_USERS), NAMES[-1]
+    visitors = draw_visitors(MAPPED_USERS, seed)
+    requests = draw_requests(config, visitors, seed=1000 * seed + 500)
+    loads = {protocol: Load(proxy, protocol, requests) for protocol in ("grpc", "http")}
+    # Users are mapped without load: a server that has too much to do passes users on for as long.
+    before = map_users(proxy, users)
+    with keep_sending(loads.values(), visitors):
+        say(f"    server {victim} is killed under load")
+        members[victim].kill()
+        wait_for_servers(proxy, set(NAMES) - {victim})
+    without = map_users(proxy, users)
+    with keep_sending(loads.values(), visitors):
+        say(f"    server {victim} is started again")
+        members[victim].start()
+        members[victim].wait_until_ready()
+        wait_for_servers(proxy, set(NAMES))
+    after = map_users(proxy, users)
+    expected = record_scores(members.members[0], requests)
+    for load in loads.values():
+        load.close()
+    return {
+        "killed": find_moves(before, without, victim),
+        "added": find_moves(after, without, victim),
+        "came_back": sum(before[user] == after[user] for user in users) / len(users),
+        "load": {
+            name: {"outcomes": load.count(expected), "slowest_seconds": load.slowest} for name, load in loads.items()
+        },
     }
