@@ -262,7 +262,7 @@ def test_the_times_fit_into_each_other(overlay):
     assert deployment["progressDeadlineSeconds"] > budget(container["startupProbe"]) + deployment["minReadySeconds"]
     # Callers are led away at once; the server has time to mend itself.
     assert budget(container["readinessProbe"]) <= 5
-    assert budget(container["livenessProbe"]) >= 300
+    assert budget(container["livenessProbe"]) >= 600
     (endpoint,) = find(overlay, "PodMonitor")["spec"]["podMetricsEndpoints"]
     timeout, interval = (int(endpoint[name].removesuffix("s")) for name in ("scrapeTimeout", "interval"))
     assert ASK_SECONDS < timeout <= interval
@@ -596,6 +596,8 @@ def test_istio_hashes_the_clients_header_and_names_services_and_ports_that_exist
         assert route["retries"]["retryIgnorePreviousHosts"]
     (patch,) = find(objects, "EnvoyFilter")["spec"]["configPatches"]
     assert patch["match"]["cluster"]["service"].startswith(f"{service['metadata']['name']}.")
+    (factor,) = find_values(patch, "hash_balance_factor")
+    assert f"hash-balance-factor {factor}" in read_sections(FOLDER.parent / "haproxy" / "haproxy.cfg")["backend http"]
     (port,) = find(objects, "PeerAuthentication")["spec"]["portLevelMtls"]
     assert int(port) in {
         each["port"] for each in find(build("overlays/cpu"), "Service", "kvcast-servers")["spec"]["ports"]
@@ -640,17 +642,27 @@ def read_sections(path: Path) -> dict[str, list[str]]:
     return sections
 
 
-def test_haproxy_in_the_cluster_differs_from_haproxy_before_it_in_addresses_alone():
+def test_haproxy_in_the_cluster_is_haproxy_before_it_but_for_how_servers_are_found():
     ours, plain = (read_sections(path / "haproxy" / "haproxy.cfg") for path in (FOLDER, FOLDER.parent))
     assert "parse-resolv-conf" in ours.pop("resolvers cluster")
     conditional = [".if version_atleast(3.0)", "default-server hash-key addr", ".endif"]
     assert [line for line in ours["defaults"] if line in conditional] == conditional
     ours["defaults"] = [line for line in ours["defaults"] if line not in conditional]
+    # Servers from DNS cannot track each other's health by name: here each backend asks for itself, in the same way.
+    checks = [{*find_checks(ours[f"backend {name}"])} for name in ("http", "grpc")]
+    assert checks[0] == {*find_checks(plain["backend http"])}
+    assert {line.removesuffix(" proto h2 check-proto h1") for line in checks[1]} == checks[0]
     for sections in (ours, plain):
         for name, lines in sections.items():
             kept = [line for line in lines if not re.match(r"server(-template)? ", line)]
+            kept = [line for line in kept if line not in find_checks(lines)]
             sections[name] = [re.sub(r"^bind \S*:", "bind :", line) for line in kept]
     assert ours == plain, "a change of deploy/haproxy/haproxy.cfg belongs into deploy/kubernetes/haproxy/ too"
+
+
+def find_checks(lines: list[str]) -> list[str]:
+    """Return the lines of a backend that say how its servers are asked."""
+    return [line for line in lines if line.startswith(("default-server", "option httpchk"))]
 
 
 def test_haproxy_reads_its_configuration_and_has_room_for_all_servers(monkeypatch):
@@ -679,7 +691,7 @@ def test_haproxy_reads_its_configuration_and_has_room_for_all_servers(monkeypatc
     ("file", "old", "new", "words"),
     [
         ("base/deployment.yaml", "periodSeconds: 5", "periodSecond: 5", "'periodSecond' was unexpected"),
-        ("base/deployment.yaml", "path: /v2/health/live", "paths: /v2/health/live", "'paths' was unexpected"),
+        ("base/deployment.yaml", "path: /v2/health/ready", "paths: /v2/health/ready", "'paths' was unexpected"),
         ("base/services.yaml", "clusterIP: None", "clusterIP: None\n  clusterIP: None", "clusterIP: is there twice"),
         ("base/disruption-budget.yaml", "policy/v1", "policy/v1beta1", "there is no PodDisruptionBudget"),
         ("base/kustomization.yaml", "- autoscaler.yaml\n", "", "autoscaler.yaml: no kustomization names it"),
