@@ -7,6 +7,7 @@ which refuses to load what does not fit: names, dtypes, and dims that it compare
 
 import argparse
 import dataclasses
+import importlib.util
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -201,13 +202,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path("build/native"), metavar="DIR", help="what to write (%(default)s)"
     )
     parser.add_argument("--device", choices=("cpu", "gpu"), default=NativeOptions.device)
-    parser.add_argument("--threads", type=int, default=NativeOptions.threads, metavar="N", help="of each instance")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=NativeOptions.threads,
+        metavar="N",
+        help="of each instance: cores that it may use",
+    )
     parser.add_argument("--instances", type=int, default=NativeOptions.instances, metavar="N")
     parser.add_argument("--check", action="store_true", help="write nothing: hold what lies in --out against its graph")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write or check the repository."""
+    """Write or check the repository.
+
+    Raises:
+        ServerError, ArtefactError: what is asked cannot be done.
+    """
+    if importlib.util.find_spec("onnx") is None:
+        raise ServerError("onnx is not installed, which reads and writes the graph: pip install 'kvcast[export]'")
     if arguments.check:
         graphs = check_native_repository(arguments.out)
         print(f"{arguments.out / USER_ENCODER.name / CONFIG_FILE} fits {', '.join(map(str, graphs))}")

@@ -144,38 +144,41 @@ def make_native_graph(exported: onnx.ModelProto, manifest: Manifest) -> onnx.Mod
         ArtefactError: it is not the graph of a `user_encoder`.
     """
     _check_exported(exported, manifest)
-    names = {"prefix": PREFIX, "history": HISTORY.name, "release": RELEASE.name}
-    fields = manifest.history_fields
-    sizes = {"width": len(fields), "limit": manifest.limits.history}
-    vocabularies = ", ".join(str(field.vocab_size) for field in fields)
-    checks = parser.parse_graph(CHECKS.format(**names, **sizes, vocabularies=vocabularies))
-    reply = parser.parse_graph(REPLY.format(**names, manifest=MANIFEST.name, report=ENCODE_REPORT.name))
+    checks, reply = _make_checks(manifest), _make_reply(manifest)
+    body = onnx.ModelProto()
+    body.CopyFrom(exported)
+    _rename(body.graph, {HISTORY.name: EVENTS, RELEASE.name: FINGERPRINT})
+    outputs = {output.name: output for output in (*body.graph.output, *reply.output)}  # the release is the reply's
+    for name in (USER_KEYS.name, USER_VALUES.name):
+        _name_slots(outputs[name])
     native = onnx.ModelProto()
-    native.CopyFrom(exported)
+    native.CopyFrom(body)
     graph = native.graph
-    _rename(graph, {HISTORY.name: EVENTS, RELEASE.name: FINGERPRINT})
-    body, kv = (
-        list(graph.node),
-        [output for output in graph.output if output.name in (USER_KEYS.name, USER_VALUES.name)],
-    )
-    small = {output.name: output for output in reply.output}
     del graph.node[:], graph.input[:], graph.output[:]
-    graph.node.extend([*checks.node, *body, *reply.node])
+    graph.node.extend([*checks.node, *body.graph.node, *reply.node])
     graph.input.extend(checks.input)
-    for output in kv:
-        _name_slots(output)
-    by_name = {output.name: output for output in kv} | small
-    graph.output.extend(by_name[tensor.name] for tensor in USER_ENCODER.outputs)
+    graph.output.extend(outputs[tensor.name] for tensor in USER_ENCODER.outputs)
     graph.initializer.extend([*checks.initializer, *reply.initializer])
-    graph.initializer.extend(
-        numpy_helper.from_array(np.array([[text]], np.object_), name)
-        for name, text in (
-            (f"{PREFIX}manifest", manifest.to_json()),
-            (f"{PREFIX}report", Report(CacheResult.OFF).to_json()),
-        )
-    )
     graph.value_info.append(checks.output[0])
     return native
+
+
+def _make_checks(manifest: Manifest) -> onnx.GraphProto:
+    """Return what comes before the exported graph."""
+    fields = manifest.history_fields
+    vocabularies = ", ".join(str(field.vocab_size) for field in fields)
+    sizes = {"width": len(fields), "limit": manifest.limits.history, "vocabularies": vocabularies}
+    return parser.parse_graph(CHECKS.format(prefix=PREFIX, history=HISTORY.name, **sizes))
+
+
+def _make_reply(manifest: Manifest) -> onnx.GraphProto:
+    """Return what comes behind it, with its texts: the manifest, and a report that there is no cache."""
+    names = {"release": RELEASE.name, "manifest": MANIFEST.name, "report": ENCODE_REPORT.name}
+    reply = parser.parse_graph(REPLY.format(prefix=PREFIX, **names))
+    texts = {"manifest": manifest.to_json(), "report": Report(CacheResult.OFF).to_json()}
+    for name, text in texts.items():
+        reply.initializer.append(numpy_helper.from_array(np.array([[text]], np.object_), f"{PREFIX}{name}"))
+    return reply
 
 
 def _check_exported(exported: onnx.ModelProto, manifest: Manifest) -> None:
