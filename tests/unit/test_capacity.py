@@ -279,3 +279,15 @@ def test_a_result_that_lacks_what_is_needed_says_which_command_makes_it(tmp_path
     (tmp_path / "none.json").write_text("[]")
     assert main(["plan", "--users", "9", "--qps", "1", "--budget", "1", "--from", str(tmp_path / "none.json")]) == 1
     assert "expected a result file of `kvcast perf run`" in capsys.readouterr().err
+
+
+def test_a_server_that_was_measured_reached_most_of_what_the_formula_allows():
+    """In bench-trace.json: histories of 500 to 1000 events, the callers on the same two cores."""
+    measured = read_measurements([KEPT])
+    warm, cold = measured.estimate_warm(750, 50).seconds, measured.estimate_cold(750, 50).seconds
+    rows = json.loads((RESULTS / "bench-trace.json").read_text())["trace"]["rows"]
+    reached = [
+        row["throughput"] * Service(warm, cold, row["hit_rate"]).mean for row in rows if row["model"] == measured.model
+    ]
+    assert len(reached) == 3
+    assert 0.7 < min(reached) < max(reached) < 0.85

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +17,15 @@ from kvcast.perf.analyzer import PerfError
 from kvcast.perf.capacity import Visitors
 from kvcast.perf.fleet import Cache, Change, Fleet, Policy, Simulation, count_moved, follow_hits, simulate, summarise
 from kvcast.perf.ring import Ring, count_slots, mix
-from kvcast.perf.visits import Visits, draw_visits, read_visits
+from kvcast.perf.visits import Visits, draw_visits, read_visits, space_visits
 
 USERS = np.arange(100_000)
 
 
-def make_visits(users: list[int], step: float = 1.0, sizes: list[float] | None = None) -> Visits:
-    ids = np.array(users, np.int64)
-    return Visits(step * np.arange(len(ids)), ids, ids, None if sizes is None else np.array(sizes))
+def make_visits(users: list[int], sizes: list[float] | None = None) -> Visits:
+    """Return one visit a second."""
+    visits = space_visits(users, rate=1)
+    return visits if sizes is None else replace(visits, sizes=np.array(sizes))
 
 
 def replay_plainly(contents: list[int], sizes: list[float], budget: float, time_to_live: float = 0) -> list[bool]:
@@ -188,7 +190,7 @@ def test_a_bound_costs_hits_and_levels_load():
     fleet = Fleet(10, 500, warm_seconds=0.0142, cold_seconds=0.0475)
     rows = {}
     for policy, factor in ((Policy.BOUNDED, 1.25), (Policy.BOUNDED, 4.0), (Policy.AFFINITY, 4.0)):
-        simulation = simulate(Fleet(**(vars(fleet) | {"policy": policy, "factor": factor})), visits)
+        simulation = simulate(replace(fleet, policy=policy, factor=factor), visits)
         rows[policy, factor] = summarise(simulation, 100)
     tight, wide, none = rows.values()
     assert tight["hit_rate"] < wide["hit_rate"] - 0.1 < none["hit_rate"]
