@@ -26,7 +26,8 @@ from typing import Any, Self
 import numpy as np
 
 from kvcast.clicklog import ClickLog
-from kvcast.client import RankerClient
+from kvcast.client import RankerClient, RetryPolicy
+from kvcast.client.clients import DEFAULT_RETRY
 from kvcast.contract.config import ModelConfig
 from kvcast.contract.errors import KvcastError
 from kvcast.contract.manifest import Manifest, read_manifest
@@ -46,7 +47,7 @@ HAPROXY_CONFIG = Path(__file__).resolve().parents[1] / "deploy" / "haproxy" / "h
 NAMES = ("one", "two", "three")
 SERVER_HEADER = "x-kvcast-server"
 BALANCING = f"balance hash req.hdr({ROUTING_HEADER})"
-BOUND = "hash-balance-factor 200"
+BOUND = "hash-balance-factor 400"
 # How the proxy balances, as replacements in its configuration.
 POLICIES: dict[str, dict[str, str]] = {
     "affinity": {},
@@ -328,8 +329,15 @@ def draw_requests(config: ModelConfig, users: Iterable[int], seed: int) -> dict[
 class Load:
     """Visits sent by several callers in order: their scores, what went wrong, the longest wait."""
 
-    def __init__(self, proxy: Proxy, protocol: Any, requests: dict[int, RankRequest]) -> None:
-        self._client = RankerClient(proxy.addresses[protocol], protocol=protocol, model=MODEL, deadline=20)
+    def __init__(
+        self,
+        proxy: Proxy,
+        protocol: Any,
+        requests: dict[int, RankRequest],
+        retry: RetryPolicy = DEFAULT_RETRY,
+    ) -> None:
+        address = proxy.addresses[protocol]
+        self._client = RankerClient(address, protocol=protocol, model=MODEL, deadline=20, retry=retry)
         self._requests = requests
         self._answers: list[tuple[int, Any]] = []
         self.errors: Counter[str] = Counter()
@@ -392,13 +400,18 @@ def record_scores(member: Member, requests: dict[int, RankRequest]) -> dict[int,
 
 
 def measure_hit_rate(
-    members: Members, proxy: Proxy, protocol: str, visits: Sequence[int], requests: dict[int, RankRequest]
+    members: Members,
+    proxy: Proxy,
+    protocol: str,
+    visits: Sequence[int],
+    requests: dict[int, RankRequest],
+    in_flight: int = IN_FLIGHT,
 ) -> Row:
     """Send visits; return how many found their user kept, how they spread over the servers, what was answered."""
     names = {kind: f"kvcast_user_kv_{kind}_total" for kind in ("hits", "misses", "waits")}
     before = {kind: members.count(name) for kind, name in names.items()}
     with contextlib.closing(Load(proxy, protocol, requests)) as load:
-        load.send_all(visits)
+        load.send_all(visits, in_flight)
     counts = {
         kind: {server: value - before[kind][server] for server, value in members.count(name).items()}
         for kind, name in names.items()
@@ -425,11 +438,11 @@ def count_megabytes(manifest: Manifest, users: int) -> float:
     return float((users + 0.5) * entry / 1e6)
 
 
-def make_members(repository: Path, folder: Path, kept_users: int = KEPT_USERS) -> Members:
-    """Return servers on one repository, each with room for so many users, and with a log in the folder."""
+def make_members(repository: Path, folder: Path, flags: Sequence[str] = ()) -> Members:
+    """Return servers on one repository, each with room for KEPT_USERS users, and with a log in the folder."""
     manifest = read_manifest(repository / MODEL / "1")
-    flags = ["--set", f"{CACHE_BUDGET}={count_megabytes(manifest, kept_users):.6f}", "--set", "intra_op_threads=1"]
-    return Members(Member(name, repository, folder / f"{name}.log", flags) for name in NAMES)
+    budget = ["--set", f"{CACHE_BUDGET}={count_megabytes(manifest, KEPT_USERS):.6f}", "--set", "intra_op_threads=1"]
+    return Members(Member(name, repository, folder / f"{name}.log", [*budget, *flags]) for name in NAMES)
 
 
 def run_affinity(repository: Path, config: ModelConfig, visits: int, seed: int, say: Any) -> Row:

@@ -1,0 +1,221 @@
+"""User affinity for real: three tritonservers behind haproxy, and behind Envoy, both with the shipped configuration."""
+
+import asyncio
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from tritonclient.grpc import service_pb2
+
+from kvcast.client import NO_RETRIES, AsyncRankerClient, CacheResult, RankerClient
+from kvcast.contract.config import load_config
+from kvcast.contract.routing import ROUTING_HEADER, hash_user
+from kvcast.contract.tensors import CANDIDATES, HISTORY, SCORES
+from kvcast.perf import affinity
+from kvcast.perf.affinity import KEPT_USERS, MODEL, NAMES, SERVER_HEADER, Load, Members, Proxy
+from kvcast.perf.fleet import Cache
+from kvcast.server.repository import find_free_ports
+from tests.deploy.tools import require_tool, run_tool
+
+ROOT = Path(__file__).parents[2]
+ENVOY_CONFIG = ROOT / "deploy" / "envoy" / "envoy.yaml"
+VISITS = int(os.environ.get("KVCAST_AFFINITY_VISITS", "240"))
+SEED = int(os.environ.get("KVCAST_AFFINITY_SEED", "5"))
+LEAVE_SECONDS = 3
+
+
+@pytest.fixture(scope="module")
+def members(tiny_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Members]:
+    """Three servers."""
+    require_tool("haproxy")
+    folder = tmp_path_factory.mktemp("fleet")
+    with affinity.make_members(tiny_repository, folder, ["--leave-seconds", str(LEAVE_SECONDS)]) as running:
+        yield running
+
+
+@pytest.fixture(params=["haproxy", "envoy"])
+def proxy(members: Members, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Proxy]:
+    """A proxy before them."""
+    make = {"haproxy": affinity.make_haproxy, "envoy": make_envoy}[request.param]
+    with make(members.members, tmp_path) as running:
+        affinity.wait_for_servers(running, set(NAMES))
+        yield running
+
+
+def make_envoy(members: list[affinity.Member], folder: Path) -> Proxy:
+    """Return Envoy with the shipped configuration, addresses changed."""
+    port, admin_port = find_free_ports(2)
+    words = {"port_value: 9900": f"port_value: {port}", "port_value: 9902": f"port_value: {admin_port}"}
+    for place, member in enumerate(members, start=1):
+        http_port, grpc_port, _ = member.ports
+        words[f"address: 10.0.0.1{place}, port_value: 8000"] = f"address: 127.0.0.1, port_value: {http_port}"
+        words[
+            f"address: {{ socket_address: {{ address: 10.0.0.1{place}, port_value: 8001 }} }}\n"
+            "                  health_check_config: { port_value: 8000 }"
+        ] = (
+            f"address: {{ socket_address: {{ address: 127.0.0.1, port_value: {grpc_port} }} }}\n"
+            f"                  health_check_config: {{ port_value: {http_port} }}"
+        )
+    path = folder / "envoy.yaml"
+    path.write_text(affinity.replace_all(ENVOY_CONFIG.read_text(), words))
+    command = [
+        str(find_envoy()),
+        "--concurrency",
+        "1",
+        "--use-dynamic-base-id",
+        "--log-level",
+        "error",
+        "-c",
+        str(path),
+    ]
+    return Proxy(command, {"http": f"127.0.0.1:{port}", "grpc": f"127.0.0.1:{port}"})
+
+
+def find_envoy() -> Path:
+    """Return Envoy of this environment, which the deploy extra brings."""
+    found = shutil.which("envoy", path=str(Path(sys.executable).parent))
+    assert found, "pip install 'kvcast[deploy]'"
+    return Path(found)
+
+
+def test_haproxy_finds_nothing_to_say_about_its_configuration():
+    done = run_tool("haproxy", "-c", "-f", affinity.HAPROXY_CONFIG)
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stdout + done.stderr
+
+
+def test_envoy_takes_its_configuration_and_both_proxies_bound_the_load_alike():
+    command = [find_envoy(), "--mode", "validate", "-c", ENVOY_CONFIG]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "deprecated" not in done.stderr.lower()
+    bound = affinity.BOUND.rpartition(" ")[2]
+    assert ENVOY_CONFIG.read_text().count(f"hash_balance_factor: {bound} ") == 1
+    assert affinity.HAPROXY_CONFIG.read_text().count(affinity.BOUND) == 2
+
+
+def map_users_over_grpc(proxy: Proxy, users: range) -> dict[int, str]:
+    message = service_pb2.ModelInferRequest(model_name=MODEL)
+    for name, shape in ((HISTORY.name, [1, 1, 2]), (CANDIDATES.name, [1, 1, 4])):
+        message.inputs.add(name=name, datatype="INT64", shape=shape).contents.int64_contents.extend([1] * shape[-1])
+    message.outputs.add(name=SCORES.name)
+    with grpc.insecure_channel(proxy.addresses["grpc"]) as channel:
+        call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        found = {}
+        for user in users:
+            metadata = [(ROUTING_HEADER, hash_user(user))]
+            _, done = call.with_call(message.SerializeToString(), metadata=metadata, timeout=10)
+            found[user] = dict(done.initial_metadata())[SERVER_HEADER]
+    return found
+
+
+def test_a_user_has_one_server_over_both_protocols_and_each_server_has_users(proxy):
+    users = range(150)
+    first, over_grpc, again = (
+        affinity.map_users(proxy, users),
+        map_users_over_grpc(proxy, users),
+        affinity.map_users(proxy, users),
+    )
+    assert first == again == over_grpc
+    counts = Counter(first.values())
+    assert set(counts) == set(NAMES)
+    assert max(counts.values()) < 2 * len(users) / len(NAMES), counts
+
+
+def test_every_client_finds_the_users_of_the_others(proxy):
+    """Each of twelve users is encoded once, whichever client asks: by chance that happens once in half a million."""
+    requests = affinity.draw_requests(load_config("tiny"), range(12), seed=time.monotonic_ns())
+
+    async def rank_all(protocol) -> list[CacheResult]:
+        async with AsyncRankerClient(proxy.addresses[protocol], protocol=protocol, model=MODEL) as client:
+            return [(await ask(client, user)).report.cache for user in requests]
+
+    def ask(client, user):
+        return client.rank(requests[user].history, requests[user].candidates, user_id=user, report=True)
+
+    with RankerClient(proxy.addresses["grpc"], model=MODEL) as client:
+        for user, each in requests.items():
+            assert client.prefetch(each.history, user_id=user).cache == CacheResult.MISS
+        assert {ask(client, user).report.cache for user in requests} == {CacheResult.HIT}
+    with RankerClient(proxy.addresses["http"], protocol="http", model=MODEL) as client:
+        assert {ask(client, user).report.cache for user in requests} == {CacheResult.HIT}
+    for protocol in ("grpc", "http"):
+        assert set(asyncio.run(rank_all(protocol))) == {CacheResult.HIT}
+
+
+def test_who_gives_no_name_is_known_by_the_history(proxy):
+    requests = affinity.draw_requests(load_config("tiny"), range(12), seed=time.monotonic_ns())
+    with RankerClient(proxy.addresses["grpc"], model=MODEL) as client:
+        for expected in (CacheResult.MISS, CacheResult.HIT):
+            asked = [client.rank(each.history, each.candidates, report=True) for each in requests.values()]
+            assert {each.report.cache for each in asked} == {expected}
+
+
+def test_only_the_users_of_a_lost_server_move_and_come_back_and_nobody_sees_a_failure(members, proxy, request):
+    # Envoy fills its ring up to the same size with more points of those who stay, which moves some of their users too.
+    moved_at_most = {"haproxy": 0.0, "envoy": 1 / len(NAMES)}[request.node.callspec.params["proxy"]]
+    result = affinity.lose_a_server(members, proxy, load_config("tiny"), seed=SEED, say=print)
+    for moves in (result["killed"], result["added"]):
+        assert moves["moved_of_server"] == 1
+        assert moves["moved_of_others"] <= moved_at_most
+        assert 1 / 6 < moves["share_of_server"] < 1 / 2  # about a third
+    assert result["came_back"] == 1
+    for protocol, load in result["load"].items():
+        outcomes = load["outcomes"]
+        assert set(outcomes) == {"right", "wrong"}, f"{protocol}: {outcomes}"
+        assert outcomes["wrong"] == 0
+        assert outcomes["right"] > 50
+
+
+def test_a_server_that_leaves_is_left_before_it_refuses_anybody(members, proxy):
+    """Without one retry of the client's: the proxy has seen the readiness go while the server still answered."""
+    member = members[NAMES[1]]
+    requests = affinity.draw_requests(load_config("tiny"), range(40), seed=SEED)
+    loads = [Load(proxy, protocol, requests, NO_RETRIES) for protocol in ("grpc", "http")]
+    with affinity.keep_sending(loads, list(requests)):
+        stopping = threading.Thread(target=member.stop)
+        stopping.start()
+        affinity.wait_for_servers(proxy, set(NAMES) - {member.name})
+        stopping.join()
+    expected = affinity.record_scores(members[NAMES[0]], requests)
+    outcomes = [load.count(expected) for load in loads]
+    for load in loads:
+        load.close()
+    member.start()
+    member.wait_until_ready()
+    affinity.wait_for_servers(proxy, set(NAMES))
+    assert all(set(each) == {"right", "wrong"} and each["wrong"] == 0 for each in outcomes), outcomes
+
+
+def test_affinity_finds_more_than_round_robin_and_as_many_as_an_lru_says(members, tmp_path):
+    config, visitors = load_config("tiny"), affinity.draw_visitors(VISITS, SEED)
+    rates = {}
+    for place, policy in enumerate(("affinity, no bound", "affinity", "round robin")):
+        requests = affinity.draw_requests(config, visitors, seed=1000 * SEED + place)
+        with affinity.make_haproxy(members.members, tmp_path, policy) as proxy:
+            affinity.wait_for_servers(proxy, set(NAMES))
+            # One at a time, what is found can be said beforehand.
+            in_flight = 1 if policy == "affinity, no bound" else affinity.IN_FLIGHT
+            row = affinity.measure_hit_rate(members, proxy, "http", visitors, requests, in_flight)
+            assert row["outcomes"] == {"right": VISITS, "wrong": 0}
+            rates[policy] = row["hit_rate"]
+            if policy == "affinity, no bound":
+                expected = replay(visitors, affinity.map_users(proxy, sorted(set(visitors))))
+                assert row["hit_rate"] == pytest.approx(expected, abs=1e-9)
+    assert rates["affinity"] > rates["round robin"] + 0.05, rates
+
+
+def replay(visitors: list[int], servers: dict[int, str]) -> float:
+    """Return the share of visits that find their user, each server a cache of the simulator's."""
+    caches = {name: Cache(budget=KEPT_USERS) for name in NAMES}
+    found = [caches[servers[user]].ask(user, 1.0, 0.0) for user in visitors]
+    return float(np.mean(found))
