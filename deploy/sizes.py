@@ -51,6 +51,9 @@ REQUESTS_REGION = 16 << 20
 PACKED_EVENTS = 1024
 # Free space between kept users of different lengths, on top of what they take.
 CACHE_HOLES = 1.1
+# A process that dies with a request leaves its region to Triton, which never lets go of it: room for so many of each
+# until the next restart, or the process that replaces it finds none.
+SPARE_REGIONS = 3
 # `kvcast serve` takes that much beyond the time for requests that are there.
 STOP_SECONDS = 10
 CACHE_PARAMETER, THREADS_PARAMETER = "user_kv_cache_megabytes", "intra_op_threads"
@@ -191,7 +194,7 @@ def compute_sizes(repository: Path, wishes: Wishes) -> Sizes:
         models=wishes.models,
         parts=tuple(parts),
         shared_memory_start=region * processes,
-        shared_memory=round_up(shared.most + region * processes),
+        shared_memory=round_up(shared.most),
         cores=wishes.cores,
         threads={each.name: each.threads or max(1, wishes.cores // each.instances) for each in folders},
         grace_seconds=round(wishes.pre_stop_seconds + wishes.drain_seconds + STOP_SECONDS),
@@ -307,15 +310,16 @@ def size_servers(demand: Demand, folders: Sequence[ServedFolder]) -> list[Part]:
 def size_shared_memory(demand: Demand, folders: Sequence[ServedFolder], region: int) -> Part:
     """Return what lies in `/dev/shm`: a region a process, which grows by what no hole in it is large enough for.
 
-    So the largest request comes on top of what usual ones have left (measured at `bench`: 34 MB at the start, 50 MB
-    after usual requests, 328 MB after the largest).
+    It never shrinks. So the largest request comes on top of what usual ones have left (measured at `bench`: 34 MB at
+    the start, 50 MB after usual requests, 328 MB after the largest).
     """
     usual = most = 0
     for folder in folders:
         kv = (demand.kv_in_flight, demand.largest_kv) if folder.moves_kv else (0, 0)
         usual += folder.instances * max(region, REQUESTS_REGION + kv[0])
-        most += folder.instances * (region + demand.requests_in_flight + sum(kv))
-    return Part("shared memory", usual, most, f"a region a process, {megabytes(region)} at the start; it never shrinks")
+        most += folder.instances * ((1 + SPARE_REGIONS) * region + demand.requests_in_flight + sum(kv))
+    how = f"a region a process, {megabytes(region)} at the start, and {SPARE_REGIONS} of processes that died"
+    return Part("shared memory", usual, most, how)
 
 
 def size_second_release(demand: Demand, folders: Sequence[ServedFolder], device: str, region: int) -> Part:

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import functools
 import os
 import signal
 import ssl
@@ -18,6 +19,7 @@ from kvcast.guard.grpc_proxy import GrpcProxy, open_server
 from kvcast.guard.http_proxy import CONNECT_SECONDS, KEEP_ALIVE_SECONDS, GuardServer, HttpProxy
 from kvcast.guard.metrics import MetricsPage
 from kvcast.guard.passage import Passage
+from kvcast.guard.request_log import RequestLog
 from kvcast.guard.shadow import Shadow
 from kvcast.guard.state import State
 from kvcast.guard.wording import say
@@ -46,6 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--in-flight", type=int, default=16, metavar="N", help="requests to a model that Triton holds")
     parser.add_argument("--waiting", type=int, default=256, metavar="N", help="requests to a model that may wait")
     parser.add_argument("--shadow", type=float, default=0.0, metavar="SHARE", help="rankings scored by ranker_full too")
+    parser.add_argument("--log-requests", type=float, default=0.0, metavar="SHARE", help="requests logged as JSON")
     parser.add_argument("--tls-certificate", type=Path, metavar="FILE.pem")
     parser.add_argument("--tls-key", type=Path, metavar="FILE.pem")
     parser.add_argument("--tls-client-ca", type=Path, metavar="FILE.pem", help="callers must have a certificate of it")
@@ -77,6 +80,7 @@ async def serve(arguments: argparse.Namespace) -> None:
     async with contextlib.AsyncExitStack() as stack:
         session = await stack.enter_async_context(open_session())
         passage = Passage(GateLimits(arguments.in_flight, arguments.waiting))
+        passage.log = RequestLog(arguments.log_requests, functools.partial(print, flush=True))
         grpc_proxy = GrpcProxy(join_address(arguments.upstream_grpc), passage)
         stack.push_async_callback(grpc_proxy.close)
         passage.shadow = Shadow(arguments.shadow, grpc_proxy.send_infer, lambda: passage.state.fingerprint)

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from kvcast.contract.errors import DeadlineExceededError, TryAgainError
+from kvcast.contract.errors import DeadlineExceededError, KvcastError, TryAgainError
 
 Reply = TypeVar("Reply")
 
@@ -61,17 +61,23 @@ class GateCounts:
 class Gate:
     """Lets requests through. For one event loop."""
 
-    def __init__(self, limits: GateLimits, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        limits: GateLimits,
+        clock: Callable[[], float] = time.monotonic,
+        observe: Callable[[float], object] | None = None,
+    ) -> None:
         """Open the gate.
 
         Args:
             limits: how many are let through at once, and how many may wait.
             clock: seconds from any start.
+            observe: is told how long each answer took from the request's arrival.
         """
         self.limits, self.counts = limits, GateCounts()
         self.in_flight = 0
         self.is_draining = False
-        self._clock = clock
+        self._clock, self._observe = clock, observe
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._seconds_an_answer = 0.0
         self._busy_since = 0.0
@@ -119,14 +125,25 @@ class Gate:
             DeadlineExceededError: it could not be answered in time, and was not computed.
             TryAgainError: too many wait, the server is stopping, or model processes died under it.
         """
-        deadline = self._clock() + seconds
+        begun = self._clock()
+        deadline = begun + seconds
         await self._enter(deadline)
         try:
             reply = await self._send(model, deadline, send)
+        except (KvcastError, ConnectionError):
+            raise
+        except Exception:
+            self._count_answer(begun)  # an error of Triton's, in the words of its protocol, is an answer too
+            raise
         finally:
             self._leave()
-        self.counts.answered += 1
+        self._count_answer(begun)
         return reply
+
+    def _count_answer(self, begun: float) -> None:
+        self.counts.answered += 1
+        if self._observe is not None:
+            self._observe(self._clock() - begun)
 
     async def _enter(self, deadline: float) -> None:
         """Wait for a turn; whoever returns from here has been counted in."""

@@ -13,8 +13,10 @@ from google.protobuf.message import DecodeError, Message
 from tritonclient.grpc import service_pb2
 
 from kvcast.contract.errors import InvalidRequestError, KvcastError
+from kvcast.contract.tensors import REPORT_PARAMETER
 from kvcast.guard.gate import ModelDiedError, UnansweredError
 from kvcast.guard.passage import LONGEST_SECONDS, Passage
+from kvcast.guard.request_log import REPORTS, Entry, needs_reports, read_string
 from kvcast.guard.wording import (
     DEAD_PROCESS,
     LOST_CONNECTION,
@@ -132,8 +134,20 @@ class GrpcProxy(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no ty
         return reply
 
     async def _infer(self, message: Any, size: int, rpc: Rpc) -> bytes:
-        check_infer(message)
-        metadata = read_metadata(rpc)
+        passage = self._passage
+        with passage.log.follow("grpc", message.model_name, lambda: passage.state.fingerprint) as entry:
+            check_infer(message)
+            metadata = read_metadata(rpc)
+            if entry is None:
+                return await self._rank(message, size, rpc, metadata)
+            trace = str(dict(metadata).get("traceparent", ""))
+            entry.describe(message.id, size, trace, {tensor.name: list(tensor.shape) for tensor in message.inputs})
+            is_ours = ask_for_reports(message)
+            reply = await self._rank(message, size, rpc, metadata, entry)
+            return take_reports(reply, entry, remove=is_ours)
+
+    async def _rank(self, message: Any, size: int, rpc: Rpc, metadata: Any, entry: Entry | None = None) -> bytes:
+        """Send an inference when its turn has come."""
 
         async def send(seconds: float) -> bytes:
             timeout = None
@@ -142,6 +156,8 @@ class GrpcProxy(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no ty
                 message.parameters["timeout"].int64_param = max(1, int(seconds * MICROSECONDS))
                 # The gate ends the wait; were Triton to do so at the same moment, its own word would get out.
                 timeout = seconds + CANCELLED_WITHIN_SECONDS
+            if entry is not None:
+                entry.note_sending()
             try:
                 reply: bytes = await self._calls["ModelInfer"](
                     message.SerializeToString(), timeout=timeout, metadata=metadata
@@ -172,6 +188,29 @@ class GrpcProxy(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no ty
         if code == grpc.StatusCode.UNAVAILABLE and LOST_CONNECTION.search(text):
             return code, UNREACHABLE
         return code, conceal(text)
+
+
+def ask_for_reports(message: Any) -> bool:
+    """Have a request's models report how they made the reply, for the log; return whether its caller did not ask."""
+    is_ours = needs_reports(message.model_name, {output.name for output in message.outputs}, message.parameters)
+    if is_ours:
+        message.parameters[REPORT_PARAMETER].bool_param = True
+        for name in REPORTS if message.outputs else ():
+            message.outputs.add(name=name)
+    return is_ours
+
+
+def take_reports(reply: bytes, entry: Entry, *, remove: bool) -> bytes:
+    """Read the reports in a reply into the log's entry; return the reply, without them if they are to be removed."""
+    message = service_pb2.ModelInferResponse.FromString(reply)
+    places = [place for place, output in enumerate(message.outputs) if output.name in REPORTS]
+    entry.reports = [read_string(message.raw_output_contents[place]) for place in places]
+    if not remove or not places:
+        return reply
+    for place in reversed(places):
+        del message.outputs[place]
+        del message.raw_output_contents[place]
+    return bytes(message.SerializeToString())
 
 
 def read_metadata(rpc: Rpc) -> list[tuple[str, str | bytes]]:

@@ -10,6 +10,7 @@ It knows the KServe v2 paths; it does not know who may call, or how to start a s
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Awaitable, Callable, Mapping
@@ -21,9 +22,18 @@ from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
 from kvcast.contract.errors import InvalidRequestError, KvcastError
+from kvcast.contract.tensors import REPORT_PARAMETER
 from kvcast.guard.gate import ModelDiedError
-from kvcast.guard.inference_body import check_body, parse_json_object, read_header_length
+from kvcast.guard.inference_body import (
+    BINARY_DATA_SIZE,
+    InferenceBody,
+    check_body,
+    dump_header,
+    parse_json_object,
+    read_header_length,
+)
 from kvcast.guard.passage import LONGEST_SECONDS, Passage
+from kvcast.guard.request_log import REPORTS, Entry, name_status, needs_reports, read_string
 from kvcast.guard.shadow import make_request
 from kvcast.guard.wording import DEAD_PROCESS, NO_SHARED_MEMORY, SHARED_MEMORY_IS_FULL, UNREACHABLE, conceal, hide
 
@@ -73,6 +83,8 @@ REPLY_HEADERS = ("Content-Type", HEADER_LENGTH, "Retry-After")
 PARSE_ERROR = re.compile(r"(?i)failed to parse|unable to parse|parse error|JSON object|JSON value")
 
 Response = TypeVar("Response", bound=web.StreamResponse)
+# Takes a reply's body and the length of its JSON, and returns those of the reply that the caller gets.
+Edit = Callable[[bytes, int | None], tuple[bytes, int | None]]
 
 
 class RefusedError(Exception):
@@ -270,12 +282,27 @@ class HttpProxy:
 
     async def _infer(self, request: web.BaseRequest, path: str) -> web.StreamResponse:
         """Check the body and send on what was checked, when its turn has come."""
+        found = MODEL_NAME.match(path)
+        model = found[1] if found else ""
+        with self._passage.log.follow("http", model, lambda: self._passage.state.fingerprint) as entry:
+            response = await self._rank(request, path, model, entry)
+            if entry is not None:
+                entry.code = name_status(response.status)
+            return response
+
+    async def _rank(self, request: web.BaseRequest, path: str, model: str, entry: Entry | None) -> web.StreamResponse:
         body = await self.bodies.read(request, self._max_body_bytes)
         lengths = request.headers.getall(HEADER_LENGTH, [])
         if len(lengths) > 1:
             raise InvalidRequestError(f"{HEADER_LENGTH}: expected it once, got it {len(lengths)} times")
         checked = check_body(body, read_header_length(lengths[0] if lengths else None, len(body)))
         headers = {name: request.headers[name] for name in TRACE_HEADERS if name in request.headers}
+        sent, edit = checked, None
+        if entry is not None:
+            shapes = {each["name"]: each["shape"] for each in checked.header["inputs"]}
+            entry.describe(checked.header.get("id", ""), len(body), headers.get("traceparent", ""), shapes)
+            sent = ask_for_reports(model, checked)
+            edit = functools.partial(take_reports, entry=entry, remove=sent is not checked)
         timeout = checked.header.get("parameters", {}).get("timeout", 0)
         seconds = timeout / MICROSECONDS if timeout else float("inf")
 
@@ -283,13 +310,13 @@ class HttpProxy:
             if is_begun(request):  # and the model has died since: what has been sent cannot be taken back
                 raise ConnectionResetError("an answer has been begun already")
             if left != float("inf"):
-                checked.header["parameters"]["timeout"] = max(1, int(min(left, LONGEST_SECONDS) * MICROSECONDS))
-            data, header_length = checked.encode()
+                sent.header["parameters"]["timeout"] = max(1, int(min(left, LONGEST_SECONDS) * MICROSECONDS))
+            if entry is not None:
+                entry.note_sending()
+            data, header_length = sent.encode()
             own = {HEADER_LENGTH: str(header_length), "Content-Type": "application/octet-stream"}
-            return await self._forward(request, path, {**headers, **own}, data)
+            return await self._forward(request, path, {**headers, **own}, data, edit)
 
-        found = MODEL_NAME.match(path)
-        model = found[1] if found else ""
         release = self._passage.state.fingerprint
         response = await self._passage.ask(model, len(body), seconds, send)
         shadow = self._passage.shadow
@@ -325,7 +352,12 @@ class HttpProxy:
         return web.json_response(dataclasses.asdict(self._passage.state))
 
     async def _forward(
-        self, request: web.BaseRequest, path: str, headers: Mapping[str, str], body: bytes | None
+        self,
+        request: web.BaseRequest,
+        path: str,
+        headers: Mapping[str, str],
+        body: bytes | None,
+        edit: Edit | None = None,
     ) -> web.StreamResponse:
         """Ask the upstream; a caller who goes away takes that question along, connection and all."""
         own = dict([self._upstream_header] if self._upstream_header else [])
@@ -334,14 +366,21 @@ class HttpProxy:
             async with self._session.request(
                 request.method, self._upstream + path, headers={**kept, **own}, data=body, allow_redirects=False
             ) as reply:
-                return await self._pass_back(request, reply)
+                return await self._pass_back(request, reply, edit)
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, aiohttp.ServerTimeoutError):
             raise ModelDiedError(UNREACHABLE) from None  # the gate knows whether to send it again
 
-    async def _pass_back(self, request: web.BaseRequest, reply: aiohttp.ClientResponse) -> web.StreamResponse:
+    async def _pass_back(
+        self, request: web.BaseRequest, reply: aiohttp.ClientResponse, edit: Edit | None
+    ) -> web.StreamResponse:
         headers = {name: reply.headers[name] for name in REPLY_HEADERS if name in reply.headers}
         if reply.status >= 400:
             return translate_error(reply.status, await reply.read())
+        if edit is not None:
+            whole, header_length = edit(await reply.read(), read_length(reply))
+            if header_length is not None:
+                headers[HEADER_LENGTH] = str(header_length)
+            return compress(request, web.Response(status=reply.status, headers=headers, body=whole))
         if reply.content_length is not None and reply.content_length <= WHOLE_REPLY_BYTES:
             return compress(request, web.Response(status=reply.status, headers=headers, body=await reply.read()))
         stream = web.StreamResponse(status=reply.status, headers=headers)
@@ -356,6 +395,12 @@ class HttpProxy:
             # The status has been sent already: a connection that breaks off is all that can be said.
             raise ConnectionResetError("the upstream broke off") from None
         return stream
+
+
+def read_length(reply: aiohttp.ClientResponse) -> int | None:
+    """Return the length of the JSON before binary data; None if all is JSON."""
+    text = reply.headers.get(HEADER_LENGTH)
+    return None if text is None else int(text)
 
 
 def is_begun(request: web.BaseRequest) -> bool:
@@ -391,6 +436,38 @@ def read_error(body: bytes) -> str:
         if isinstance(table, dict) and isinstance(table.get("error"), str):
             return str(table["error"])
     return text.strip() or "the server refused this request"
+
+
+def ask_for_reports(model: str, body: InferenceBody) -> InferenceBody:
+    """Return a request whose models report how they made the reply; the same one if its caller asks for that."""
+    header = body.header
+    outputs = header.get("outputs", [])
+    parameters = header.get("parameters", {})
+    if not needs_reports(model, [output["name"] for output in outputs], parameters):
+        return body
+    header = {**header, "parameters": {**parameters, REPORT_PARAMETER: True}}
+    if outputs:
+        header["outputs"] = [*outputs, *({"name": name, "parameters": {"binary_data": False}} for name in REPORTS)]
+    return InferenceBody(header, body.tensors)
+
+
+def take_reports(body: bytes, header_length: int | None, *, entry: Entry, remove: bool) -> tuple[bytes, int | None]:
+    """Read the reports in a reply into the log's entry; return the reply, without them if they are to be removed."""
+    length = len(body) if header_length is None else header_length
+    table, rest = json.loads(body[:length]), memoryview(body)[length:]
+    outputs, pieces = [], []
+    for output in table.get("outputs", []):
+        size = output.get("parameters", {}).get(BINARY_DATA_SIZE, 0)
+        piece, rest = rest[:size], rest[size:]
+        if output["name"] in REPORTS:
+            entry.reports.append(read_string(piece) if size else output["data"][0])
+        if not remove or output["name"] not in REPORTS:
+            outputs.append(output)
+            pieces.append(piece)
+    if not remove:
+        return body, header_length
+    header = dump_header({**table, "outputs": outputs})
+    return b"".join([header, *pieces]), None if header_length is None else len(header)
 
 
 def make_error(status: int, message: str) -> web.Response:

@@ -102,8 +102,13 @@ class InferenceBody:
 
     def encode(self) -> tuple[bytes, int]:
         """Return the body, and the length of its JSON header."""
-        header = json.dumps(self.header, separators=(",", ":"), allow_nan=False).encode()
+        header = dump_header(self.header)
         return b"".join([header, *self.tensors]), len(header)
+
+
+def dump_header(header: Object) -> bytes:
+    """Return a header's JSON."""
+    return json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
 
 
 def read_header_length(text: str | None, body_length: int) -> int | None:

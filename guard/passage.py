@@ -1,6 +1,5 @@
-"""What the guard's two protocols share: the launcher's word on what is broken, a gate for each model, the shadow."""
+"""What the guard's two protocols share: the launcher's word on what is broken, gates for the models, shadow, log."""
 
-import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -9,6 +8,7 @@ from prometheus_client import Histogram
 from kvcast.contract.errors import TryAgainError
 from kvcast.contract.tensors import MODELS
 from kvcast.guard.gate import Gate, GateLimits
+from kvcast.guard.request_log import RequestLog
 from kvcast.guard.shadow import Shadow
 from kvcast.guard.state import State
 
@@ -27,11 +27,6 @@ class Passage:
 
     def __init__(self, limits: GateLimits) -> None:
         """Open a gate before each model."""
-        self.gates = {model.name: Gate(limits) for model in MODELS}
-        self.shadow: Shadow | None = None
-        self.held_bytes = 0
-        self.is_leaving = False  # still answers, but says that it is not ready
-        self.state = State()
         self.seconds = Histogram(
             "kvcast_guard_request_seconds",
             "From a request's arrival to its answer, of those that Triton answered",
@@ -39,8 +34,12 @@ class Passage:
             registry=None,
             buckets=BUCKETS,
         )
-        for name in self.gates:
-            self.seconds.labels(name)  # there from the start, at 0
+        self.gates = {model.name: Gate(limits, observe=self.seconds.labels(model.name).observe) for model in MODELS}
+        self.shadow: Shadow | None = None
+        self.log = RequestLog(0.0, print)
+        self.held_bytes = 0
+        self.is_leaving = False  # still answers, but says that it is not ready
+        self.state = State()
         self._steps = {model.name: model.steps or (model.name,) for model in MODELS}
 
     @property
@@ -96,11 +95,6 @@ class Passage:
             raise gate.count_refusal("full", error) if gate is not None else error
         self.held_bytes += size
         try:
-            if gate is None:
-                return await send(seconds)
-            start = time.monotonic()
-            reply = await gate.ask(model, seconds, send)
-            self.seconds.labels(model).observe(time.monotonic() - start)
-            return reply
+            return await (gate.ask(model, seconds, send) if gate is not None else send(seconds))
         finally:
             self.held_bytes -= size

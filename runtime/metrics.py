@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvcast.contract.errors import KvcastError
+from kvcast.contract.errors import ErrorKind, KvcastError
 from kvcast.runtime.user_kv_cache import Counts, UserKVCache
 
 BUCKETS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0]
@@ -61,6 +61,9 @@ class Metrics:
     def start(self, cache: UserKVCache | None) -> None:
         """Write what should be there before anything has happened."""
         self._set(WAITING, 0)
+        # Prometheus sees no increase in what begins with 1.
+        for kind in ErrorKind:
+            self._find(ERRORS, code=kind.grpc_status).increment(0)
         if cache is not None:
             for description in CACHE_COUNTERS.values():
                 self._find(description).increment(0)

@@ -57,6 +57,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="share of rankings that ranker_full scores again, off the caller's path",
     )
     parser.add_argument(
+        "--log-requests",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="share of requests of which the log gets a line of JSON: sizes, cache, times of each stage; no user data",
+    )
+    parser.add_argument(
         "--in-flight", type=int, default=16, metavar="N", help="requests to a model that Triton holds (%(default)s)"
     )
     parser.add_argument(
@@ -96,6 +103,7 @@ def main(argv: list[str] | None = None) -> int:
             leave_seconds=arguments.leave_seconds,
             drain_seconds=arguments.drain_seconds,
             shadow=arguments.shadow,
+            log_requests=arguments.log_requests,
             in_flight=arguments.in_flight,
             waiting=arguments.waiting,
             tls_certificate=arguments.tls_certificate,

@@ -133,6 +133,7 @@ def make_command(settings: "ServerSettings", ports: Sequence[int], state_file: P
     command += ["--metrics", f"{settings.host}:{settings.metrics_port}"]
     command += ["--upstream-metrics", f"127.0.0.1:{metrics_port}", "--state", str(state_file)]
     command += ["--drain-seconds", str(settings.drain_seconds), "--shadow", str(settings.shadow)]
+    command += ["--log-requests", str(settings.log_requests)]
     command += ["--leave-seconds", str(settings.leave_seconds)]
     command += ["--in-flight", str(settings.in_flight), "--waiting", str(settings.waiting)]
     for flag, file in (

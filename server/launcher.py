@@ -46,11 +46,11 @@ class ServerSettings:
 
     config: the name that the export must have, None for any. is_guarded: False leaves Triton's own ports open, without
     checks, gates, shadow or TLS. drain_seconds: how long requests may take that are there when the server is told to
-    stop. shadow: the share of rankings that `ranker_full` scores again. in_flight, waiting: requests to a model that
-    Triton holds, and that wait for it. parameters: values instead of those in the `config.pbtxt` of each model that has
-    such a parameter. leave_seconds: how long a server that is told to stop says so by its readiness alone, and still
-    answers whoever comes, so that proxies look elsewhere before anybody is refused. tls_*: files in PEM; with a client
-    CA, callers must have a certificate of it.
+    stop. shadow: the share of rankings that `ranker_full` scores again. log_requests: the share of requests that are
+    logged as JSON. in_flight, waiting: requests to a model that Triton holds, and that wait for it. parameters: values
+    instead of those in the `config.pbtxt` of each model that has such a parameter. leave_seconds: how long a server
+    that is told to stop says so by its readiness alone, and still answers whoever comes, so that proxies look elsewhere
+    before anybody is refused. tls_*: files in PEM; with a client CA, callers must have a certificate of it.
     """
 
     repository: Path
@@ -65,6 +65,7 @@ class ServerSettings:
     is_guarded: bool = True
     drain_seconds: float = 30
     shadow: float = 0.0
+    log_requests: float = 0.0
     in_flight: int = 16
     waiting: int = 256
     parameters: dict[str, str] = field(default_factory=dict)

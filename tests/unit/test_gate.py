@@ -1,6 +1,7 @@
 """The gate: who goes in, who waits, who is refused, and that no place is ever lost."""
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -132,6 +133,26 @@ def test_more_than_may_wait_are_refused():
         await asyncio.gather(*tasks[:3])
         assert triton.sent == ["a", "b", "c"]
         assert gate.counts.refused == {"full": 1, "deadline": 0, "stopping": 0, "broken": 0}
+
+    run(scenario)
+
+
+def test_an_error_of_tritons_is_an_answer_and_a_refusal_is_none():
+    async def scenario() -> None:
+        seconds: list[float] = []
+        clock = iter(range(100))
+        gate = Gate(GateLimits(in_flight=1, waiting=2), lambda: float(next(clock)), seconds.append)
+        for error, answers in ((ValueError, 1), (TryAgainError, 1), (ConnectionResetError, 1), (None, 2)):
+
+            async def send(left: float, error=error) -> str:
+                if error is not None:
+                    raise error
+                return "scores"
+
+            with contextlib.nullcontext() if error is None else pytest.raises(error):
+                await gate.ask(MODEL, FOREVER, send)
+            assert gate.counts.answered == len(seconds) == answers
+        assert all(each > 0 for each in seconds)
 
     run(scenario)
 
@@ -344,7 +365,7 @@ def test_whatever_happens_in_whatever_order_no_place_is_lost(in_flight, waiting,
         outcomes = await story.answer_all()
         assert (gate.in_flight, gate.waiting, story.triton.inside) == (0, 0, 0)
         assert story.triton.most_inside <= in_flight
-        assert gate.counts.answered == outcomes.count("")
+        assert gate.counts.answered == sum(each == "" or isinstance(each, ValueError) for each in outcomes)
         refusals = [each for each in outcomes if isinstance(each, KvcastError)]
         assert sum(gate.counts.refused.values()) == len(refusals)
         assert not any(isinstance(each, ModelDiedError | AssertionError) for each in outcomes)
@@ -521,7 +542,7 @@ def test_an_error_that_is_an_answer_is_passed_on():
         with pytest.raises(ValueError, match="wrong"):
             await task
         assert triton.sent == ["a"]
-        assert (gate.is_idle, gate.counts.answered) == (True, 0)
+        assert (gate.is_idle, gate.counts.answered) == (True, 1)
 
     run(scenario)
 

@@ -7,7 +7,13 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from kvcast.contract.errors import DeadlineExceededError, InvalidRequestError, ServerFaultError, TryAgainError
+from kvcast.contract.errors import (
+    DeadlineExceededError,
+    ErrorKind,
+    InvalidRequestError,
+    ServerFaultError,
+    TryAgainError,
+)
 from kvcast.runtime.metrics import BUCKETS, CACHE_COUNTERS, CACHE_GAUGES, ERRORS, SECONDS, WAITING, Metrics, Stopwatch
 from kvcast.runtime.user_kv_cache import ENTRY_OVERHEAD_BYTES, Arrays, UserKVCache
 
@@ -128,7 +134,7 @@ def test_everything_of_the_cache_is_there_as_zero_before_anything_has_happened()
     setting.check()
     assert setting.triton.read(WAITING) == 0
     assert set(setting.triton.families) == {
-        each[0] for each in (WAITING, *CACHE_COUNTERS.values(), *CACHE_GAUGES.values())
+        each[0] for each in (WAITING, ERRORS, *CACHE_COUNTERS.values(), *CACHE_GAUGES.values())
     }
 
 
@@ -137,7 +143,7 @@ def test_a_model_without_a_cache_shows_nothing_of_one():
     metrics = Metrics(triton, LABELS)
     metrics.start(None)
     metrics.publish(Stopwatch(wait=[0.5]), None, waiting=2)
-    assert set(triton.families) == {WAITING[0], SECONDS["wait"][0]}
+    assert set(triton.families) == {WAITING[0], ERRORS[0], SECONDS["wait"][0]}
     assert triton.read(WAITING) == 2
 
 
@@ -245,8 +251,9 @@ def test_series_carry_the_labels_of_their_instance_and_histograms_their_buckets(
     setting.metrics.start(setting.cache)
     setting.stopwatch.encode.append(1.0)
     setting.publish(InvalidRequestError("a"))
-    assert all(labels in (LABELS, LABELS | {"code": "INVALID_ARGUMENT"}) for labels in setting.triton.labels)
-    assert LABELS | {"code": "INVALID_ARGUMENT"} in setting.triton.labels
+    codes = [LABELS | {"code": kind.grpc_status} for kind in ErrorKind]
+    assert all(labels in (LABELS, *codes) for labels in setting.triton.labels)
+    assert all(labels in setting.triton.labels for labels in codes)
     for metric in setting.triton.series.values():
         assert metric.buckets == (BUCKETS if metric.kind == "HISTOGRAM" else None)
 
