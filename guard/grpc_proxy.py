@@ -204,7 +204,7 @@ def take_reports(reply: bytes, entry: Entry, *, remove: bool) -> bytes:
     """Read the reports in a reply into the log's entry; return the reply, without them if they are to be removed."""
     message = service_pb2.ModelInferResponse.FromString(reply)
     places = [place for place, output in enumerate(message.outputs) if output.name in REPORTS]
-    entry.reports = [read_string(message.raw_output_contents[place]) for place in places]
+    entry.reports = {message.outputs[place].name: read_string(message.raw_output_contents[place]) for place in places}
     if not remove or not places:
         return reply
     for place in reversed(places):

@@ -460,7 +460,7 @@ def take_reports(body: bytes, header_length: int | None, *, entry: Entry, remove
         size = output.get("parameters", {}).get(BINARY_DATA_SIZE, 0)
         piece, rest = rest[:size], rest[size:]
         if output["name"] in REPORTS:
-            entry.reports.append(read_string(piece) if size else output["data"][0])
+            entry.reports[output["name"]] = read_string(piece) if size else output["data"][0]
         if not remove or output["name"] not in REPORTS:
             outputs.append(output)
             pieces.append(piece)

@@ -55,7 +55,7 @@ class Entry:
     sent: float = 0.0
     attempts: int = 0
     code: str = "OK"
-    reports: list[str] = field(default_factory=list)
+    reports: dict[str, str] = field(default_factory=dict)
 
     def describe(self, request_id: str, size: int, trace_parent: str, shapes: Mapping[str, Sequence[int]]) -> None:
         """Note what is asked.
@@ -95,7 +95,7 @@ class Entry:
         }
         if self.reports:
             with contextlib.suppress(ServerFaultError):
-                report = Report.merge(*self.reports)
+                report = Report.merge(*(self.reports[name] for name in REPORTS if name in self.reports))
                 line |= {
                     "cache": str(report.cache),
                     "encode_seconds": round(report.encode_seconds, 6),

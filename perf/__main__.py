@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from kvcast.contract.config import ModelConfig, load_config
 from kvcast.contract.errors import KvcastError
 from kvcast.contract.tensors import RANKER_RESIDENT
-from kvcast.perf import cost_model, experiments, fleet_plan, fleet_report, guard_cost, reuse, simulate, soak
+from kvcast.perf import affinity, cost_model, experiments, fleet_plan, fleet_report, guard_cost, reuse, simulate, soak
 from kvcast.perf.analyzer import PerfError, find_analyzer
 from kvcast.perf.environment import describe_machine
 from kvcast.perf.experiments import Bench, Plan
@@ -33,7 +33,7 @@ from kvcast.server.repository import ensure_exported, read_config_name
 
 COLD = ("table", "history_growth", "stages", "load", "packing", "memory", "peers")
 KEPT = ("reuse", "trace", "endurance")
-GUARDED = ("guard", "soak")
+GUARDED = ("guard", "soak", "affinity")
 EXPERIMENTS = COLD + KEPT + GUARDED
 REGIME = """\
 regime: one machine serves and loads; requests are generated, never perf_analyzer's own random data; what is compared
@@ -53,7 +53,8 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("--quick", action="store_true", help="a smaller run: 4 minutes for bench on 2 cores")
     run.add_argument(
         "--experiments",
-        help=f"({','.join(EXPERIMENTS)}; not if quick: endurance, ten minutes; only if named: soak, 30)",
+        help=f"({','.join(EXPERIMENTS)}; not if quick: endurance, ten minutes; only if named: soak, 30, and affinity, "
+        "which needs haproxy)",
     )
     run.add_argument("--counts", help="candidates in the table, e.g. 1,5,10 (1,5,10,50,100,1000)")
     run.add_argument(
@@ -68,6 +69,8 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--soak", type=float, default=soak.SOAK_SECONDS, metavar="SECONDS", help="of mixed load (%(default)s)"
     )
+    run.add_argument("--visits", type=int, default=2000, help="of each policy in affinity (%(default)s)")
+    run.add_argument("--seed", type=int, default=1, help="of the visitors in affinity (%(default)s)")
     run.add_argument("--http-port", type=int, default=8000, metavar="PORT")
     run.add_argument("--grpc-port", type=int, default=8001, metavar="PORT")
     run.add_argument("--metrics-port", type=int, default=8002, metavar="PORT")
@@ -151,13 +154,27 @@ def run(arguments: argparse.Namespace) -> None:
         notes.take("guard", lambda: guard_cost.run_guard(settings, config, plan, counts, notes.say))
     if "soak" in chosen:
         notes.take("soak", lambda: soak.run_soak(settings, config, arguments.soak, notes.say))
+    if "affinity" in chosen:
+        visits, seed = arguments.visits, arguments.seed
+        notes.take("affinity", lambda: affinity.run_affinity(settings.repository, config, visits, seed, notes.say))
     result["seconds"] = time.monotonic() - started
     write_files(result, arguments.results)
 
 
 def describe_command(arguments: argparse.Namespace) -> str:
     """Return the command that measures the same again; where it served and wrote is left out."""
-    options = ("config", "experiments", "counts", "rounds", "requests", "traditional_limit", "endurance", "soak")
+    options = (
+        "config",
+        "experiments",
+        "counts",
+        "rounds",
+        "requests",
+        "traditional_limit",
+        "endurance",
+        "soak",
+        "visits",
+        "seed",
+    )
     parser = make_parser()
     default = parser.parse_args(["run"])
     parts = ["kvcast perf run"] + (["--quick"] if arguments.quick else [])
@@ -202,7 +219,7 @@ def choose_experiments(arguments: argparse.Namespace) -> list[str]:
     Raises:
         PerfError: one is not known.
     """
-    named_only = {"soak", "endurance"} if arguments.quick else {"soak"}
+    named_only = {"soak", "affinity"} | ({"endurance"} if arguments.quick else set())
     default = [name for name in EXPERIMENTS if name not in named_only]
     chosen = arguments.experiments.split(",") if arguments.experiments else default
     unknown = set(chosen) - set(EXPERIMENTS)

@@ -37,7 +37,9 @@ from kvcast.contract.tensors import CANDIDATES, HISTORY, RANKER_RESIDENT, SCORE_
 from kvcast.perf.analyzer import PerfError
 from kvcast.perf.counters import Counters
 from kvcast.perf.experiments import Row
+from kvcast.perf.fleet import Fleet, Policy, simulate, summarise
 from kvcast.perf.programs import explain_absence, find_program, make_environment
+from kvcast.perf.visits import Visits
 from kvcast.runtime.options import CACHE_BUDGET
 from kvcast.runtime.user_kv_cache import ENTRY_OVERHEAD_BYTES
 from kvcast.server import ServerError
@@ -51,7 +53,7 @@ BOUND = "hash-balance-factor 400"
 # How the proxy balances, as replacements in its configuration.
 POLICIES: dict[str, dict[str, str]] = {
     "affinity": {},
-    "affinity, no bound": {BOUND: "hash-balance-factor 0"},
+    "affinity, bound 200": {BOUND: "hash-balance-factor 200"},
     "affinity, bound 125": {BOUND: "hash-balance-factor 125"},
     "round robin": {BALANCING: "balance roundrobin", BOUND: ""},
 }
@@ -446,7 +448,15 @@ def make_members(repository: Path, folder: Path, flags: Sequence[str] = ()) -> M
 
 
 def run_affinity(repository: Path, config: ModelConfig, visits: int, seed: int, say: Any) -> Row:
-    """Measure hit rates by policy and protocol, then lose a server under load and take it back."""
+    """Measure hit rates by policy and protocol, then lose a server under load and take it back.
+
+    Args:
+        repository: an exported repository.
+        config: what is exported there.
+        visits: of each policy over each protocol.
+        seed: of the visitors and their histories.
+        say: is told how it goes.
+    """
     with tempfile.TemporaryDirectory() as name, make_members(repository, Path(name)) as members:
         rows = measure_policies(members, Path(name), config, visits, seed, say)
         with make_haproxy(members.members, Path(name)) as proxy:
@@ -467,9 +477,19 @@ def measure_policies(
         requests = draw_requests(config, visitors, seed=1000 * seed + place)
         with make_haproxy(members.members, folder, policy) as proxy:
             row = measure_hit_rate(members, proxy, protocol, visitors, requests)
-        rows.append({"policy": policy} | row)
+        rows.append({"policy": policy, "simulated_hit_rate": predict_hit_rate(policy, visitors)} | row)
         say(f"    {policy}, {protocol}: {100 * row['hit_rate']:.1f}% found, busiest {row['busiest_to_mean']:.2f}× mean")
     return rows
+
+
+def predict_hit_rate(policy: str, visitors: Sequence[int]) -> float | None:
+    """Return what the simulator says of the same visitors; None where it depends on how long requests take."""
+    simulated = {"affinity": Policy.AFFINITY, "round robin": Policy.ROUND_ROBIN}
+    if policy not in simulated:
+        return None
+    users = np.array(visitors)
+    visits = Visits(np.arange(len(visitors), dtype=np.float64), users, users)
+    return float(summarise(simulate(Fleet(len(NAMES), KEPT_USERS, simulated[policy]), visits))["hit_rate"])
 
 
 def lose_a_server(members: Members, proxy: Proxy, config: ModelConfig, seed: int, say: Any) -> Row:

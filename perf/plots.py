@@ -34,6 +34,7 @@ def draw_all(result: dict[str, Any], folder: Path) -> list[Path]:
         "trace": draw_trace,
         "endurance": draw_endurance,
         "soak": draw_soak,
+        "affinity": draw_affinity,
     }
     files = []
     for name, draw in drawings.items():
@@ -268,3 +269,29 @@ def draw_soak(axes: Axes, result: dict[str, Any]) -> None:
 def has_extrapolation(rows: list[dict[str, Any]]) -> bool:
     """Whether a traditional time was computed and not measured."""
     return any(row["traditional_is_extrapolated"] for row in rows)
+
+
+def draw_affinity(axes: Axes, result: dict[str, Any]) -> None:
+    """How many find their user again?"""
+    affinity = result["affinity"]
+    policies = list(dict.fromkeys(row["policy"] for row in affinity["policies"]))
+    axes.set_title(f"{affinity['servers']} servers behind haproxy: visits that find their user kept")
+    for place, (protocol, colour) in enumerate((("grpc", SHARED), ("http", IDEAL))):
+        rates = {row["policy"]: 100 * row["hit_rate"] for row in affinity["policies"] if row["protocol"] == protocol}
+        bars = axes.bar(
+            [index + 0.36 * (place - 0.5) for index in range(len(policies))],
+            [rates[policy] for policy in policies],
+            width=0.34,
+            color=colour,
+            label={"grpc": "gRPC", "http": "HTTP"}[protocol],
+        )
+        axes.bar_label(bars, fmt="%.0f%%", fontsize=10, padding=4)
+    simulated = {row["policy"]: row["simulated_hit_rate"] for row in affinity["policies"]}
+    known = [index for index, policy in enumerate(policies) if simulated[policy] is not None]
+    heights = [100 * simulated[policies[index]] for index in known]
+    begins, ends = ([index + side for index in known] for side in (-0.4, 0.4))
+    axes.hlines(heights, begins, ends, colors=TRADITIONAL, linestyles="--", linewidth=1.6, label="simulated", zorder=3)
+    axes.set_xticks(range(len(policies)), policies)
+    axes.set_ylabel("% of visits")
+    axes.set_ylim(0, 1.25 * max(100 * row["hit_rate"] for row in affinity["policies"]))
+    axes.legend(frameon=False, ncols=3, loc="upper right")

@@ -19,9 +19,7 @@ def write_report(result: dict[str, Any]) -> str:
         regime(result).replace("\n", "  \n"),
         (
             f"Made by `{result['command']}` in "
-            f"{result['seconds'] / 60:.0f} minutes; everything raw is in `{result['name']}.json`. Served over gRPC "
-            "on one machine, load by perf_analyzer 2.51 with generated click logs. Up to where users come back, "
-            "requests are cold: the user KV cache is off."
+            f"{result['seconds'] / 60:.0f} minutes; everything raw is in `{result['name']}.json`. " + say_load(result)
         ),
     ]
     sections = {
@@ -38,6 +36,7 @@ def write_report(result: dict[str, Any]) -> str:
         "endurance": write_endurance,
         "guard": write_guard,
         "soak": write_soak,
+        "affinity": write_affinity,
     }
     for name, write in sections.items():
         if result.get(name):
@@ -45,6 +44,16 @@ def write_report(result: dict[str, Any]) -> str:
             if name not in ("fusion", "packing", "guard"):
                 parts.append(f"![{name}]({result['name']}-{name}.png)")
     return "\n\n".join(parts) + "\n"
+
+
+def say_load(result: dict[str, Any]) -> str:
+    """Return who sent the requests, and to what."""
+    if "affinity" in result:
+        return "Requests by the client, all on one machine."
+    return (
+        "Served over gRPC on one machine, load by perf_analyzer 2.51 with generated click logs. Up to where users come "
+        "back, requests are cold: the user KV cache is off."
+    )
 
 
 def make_table(header: list[str], rows: list[list[str]]) -> str:
@@ -389,3 +398,49 @@ def write_soak(result: dict[str, Any]) -> str:
         "Both models over both protocols through the guard, users who return and who do not, "
         f"histories of all lengths. Requests: {outcomes}. Slopes are those of the last two thirds, by least squares."
     )
+
+
+def write_affinity(result: dict[str, Any]) -> str:
+    """Who is found again, and who moves when a server is lost."""
+    affinity = result["affinity"]
+    rows = [
+        [
+            row["policy"],
+            row["protocol"],
+            say_share(row["hit_rate"]),
+            say_share(row["simulated_hit_rate"]),
+            f"{row['busiest_to_mean']:.2f}×",
+            f"{row['outcomes']['right']} of {row['visits']}",
+        ]
+        for row in affinity["policies"]
+    ]
+    header = ["balanced by", "over", "found their user", "simulated", "busiest ÷ mean", "right"]
+    return (
+        "## Users behind a proxy\n\n"
+        f"{affinity['servers']} tritonservers behind haproxy with the shipped configuration (*affinity*), each with "
+        f"room for {affinity['kept_users']} of {affinity['users']} users who come by Zipf's law (exponent "
+        f"{affinity['exponent']}), {affinity['in_flight']} requests in flight, seed {affinity['seed']}. *Simulated*: "
+        "`perf/fleet.py` on the same visits; its ring is another than haproxy's.\n\n"
+        f"{make_table(header, rows)}\n\n{write_loss(affinity['lost'])}"
+    )
+
+
+def write_loss(lost: dict[str, Any]) -> str:
+    """What became of users and requests when one server was killed under load and started again."""
+    killed, added = lost["killed"], lost["added"]
+    sent = sum(sum(load["outcomes"].values()) for load in lost["load"].values())
+    right = sum(load["outcomes"]["right"] for load in lost["load"].values())
+    slowest = max(load["slowest_seconds"] for load in lost["load"].values())
+    return (
+        f"One of them was killed (−9) under load and started again. It had {say_share(killed['share_of_server'])} of "
+        f"{killed['users']} users; of these {say_share(killed['moved_of_server'])} moved, of the others "
+        f"{say_share(killed['moved_of_others'])}. When it was back, {say_share(added['share_of_server'])} of all moved "
+        f"to it, {say_share(added['moved_of_others'])} of the others between themselves, and "
+        f"{say_share(lost['came_back'])} of all were where they had been before. Meanwhile {right} of {sent} requests "
+        f"of retrying clients were answered right, the slowest in {say_seconds(slowest)}."
+    )
+
+
+def say_share(value: float | None) -> str:
+    """Return a share in percent."""
+    return "–" if value is None else f"{100 * value:.1f}%"

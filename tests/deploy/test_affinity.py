@@ -199,16 +199,16 @@ def test_a_server_that_leaves_is_left_before_it_refuses_anybody(members, proxy):
 def test_affinity_finds_more_than_round_robin_and_as_many_as_an_lru_says(members, tmp_path):
     config, visitors = load_config("tiny"), affinity.draw_visitors(VISITS, SEED)
     rates = {}
-    for place, policy in enumerate(("affinity, no bound", "affinity", "round robin")):
+    for place, policy in enumerate(("affinity", "affinity, bound 200", "round robin")):
         requests = affinity.draw_requests(config, visitors, seed=1000 * SEED + place)
         with affinity.make_haproxy(members.members, tmp_path, policy) as proxy:
             affinity.wait_for_servers(proxy, set(NAMES))
             # One at a time, what is found can be said beforehand.
-            in_flight = 1 if policy == "affinity, no bound" else affinity.IN_FLIGHT
+            in_flight = 1 if policy == "affinity" else affinity.IN_FLIGHT
             row = affinity.measure_hit_rate(members, proxy, "http", visitors, requests, in_flight)
             assert row["outcomes"] == {"right": VISITS, "wrong": 0}
             rates[policy] = row["hit_rate"]
-            if policy == "affinity, no bound":
+            if policy == "affinity":
                 expected = replay(visitors, affinity.map_users(proxy, sorted(set(visitors))))
                 assert row["hit_rate"] == pytest.approx(expected, abs=1e-9)
     assert rates["affinity"] > rates["round robin"] + 0.05, rates

@@ -100,6 +100,7 @@ def test_a_line_says_how_it_was_made_and_the_reply_is_the_same(server, guard, pr
     ask(guard, protocol, model, history, candidates, outputs)
     again = guard.lines.take()
     assert (again["cache"], again["encode_seconds"]) == ("hit", 0)
+    assert 0 < again["fuse_seconds"] < again["seconds"]
     assert again["request_id"] not in ("", "r-7")
     text = json.dumps([line, again])
     assert USERS_OWN not in text
