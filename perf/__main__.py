@@ -20,10 +20,12 @@ from typing import Any, NoReturn
 from kvcast.contract.config import ModelConfig, load_config
 from kvcast.contract.errors import KvcastError
 from kvcast.contract.tensors import RANKER_RESIDENT
-from kvcast.perf import affinity, cost_model, experiments, fleet_plan, fleet_report, guard_cost, reuse, simulate, soak
+from kvcast.perf import affinity, cost_model, experiments, guard_cost, reuse, soak
 from kvcast.perf.analyzer import PerfError, find_analyzer
 from kvcast.perf.environment import describe_machine
 from kvcast.perf.experiments import Bench, Plan
+from kvcast.perf.fleet import plan, study
+from kvcast.perf.fleet import report as fleet_report
 from kvcast.perf.peers.race import Field, RaceError
 from kvcast.perf.plots import draw_all, regime
 from kvcast.perf.report import write_report
@@ -80,8 +82,8 @@ def make_parser() -> argparse.ArgumentParser:
     report.add_argument("result", type=Path, metavar="RESULT.json")
     model = commands.add_parser("model", help="print FLOPs, bytes and ideal speedups; runs nothing")
     model.add_argument("--config", default="bench")
-    fleet_plan.add_parser(commands)
-    simulate.add_parser(commands)
+    plan.add_parser(commands)
+    study.add_parser(commands)
     return parser
 
 
@@ -94,11 +96,11 @@ def main(argv: list[str] | None = None) -> int:
         elif arguments.command == "report":
             write_files(json.loads(arguments.result.read_text()), arguments.result.parent)
         elif arguments.command == "plan":
-            fleet_plan.run_plan(arguments)
+            plan.run_plan(arguments)
         elif arguments.command == "simulate":
-            study = simulate.run_simulate(arguments)
-            if study:
-                write_files(study, arguments.results)
+            result = study.run_simulate(arguments)
+            if result:
+                write_files(result, arguments.results)
         else:
             run(arguments)
     except (PerfError, RaceError, ServerError, KvcastError) as error:

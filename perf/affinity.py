@@ -37,9 +37,9 @@ from kvcast.contract.tensors import CANDIDATES, HISTORY, RANKER_RESIDENT, SCORE_
 from kvcast.perf.analyzer import PerfError
 from kvcast.perf.counters import Counters
 from kvcast.perf.experiments import Row
-from kvcast.perf.fleet import Fleet, Policy, simulate, summarise
+from kvcast.perf.fleet.simulator import Fleet, Policy, simulate, summarise
+from kvcast.perf.fleet.visits import Visits
 from kvcast.perf.programs import explain_absence, find_program, make_environment
-from kvcast.perf.visits import Visits
 from kvcast.runtime.options import CACHE_BUDGET
 from kvcast.runtime.user_kv_cache import ENTRY_OVERHEAD_BYTES
 from kvcast.server import ServerError

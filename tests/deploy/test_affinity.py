@@ -22,7 +22,7 @@ from kvcast.contract.routing import ROUTING_HEADER, hash_user
 from kvcast.contract.tensors import CANDIDATES, HISTORY, SCORES
 from kvcast.perf import affinity
 from kvcast.perf.affinity import KEPT_USERS, MODEL, NAMES, SERVER_HEADER, Load, Members, Proxy
-from kvcast.perf.fleet import Cache
+from kvcast.perf.fleet.simulator import Cache
 from kvcast.server.repository import find_free_ports
 from tests.deploy.tools import require_tool, run_tool
 

@@ -9,7 +9,8 @@ import pytest
 
 from kvcast.perf.__main__ import main, make_parser
 from kvcast.perf.analyzer import PerfError
-from kvcast.perf.capacity import (
+from kvcast.perf.cost_model import CostModel
+from kvcast.perf.fleet.capacity import (
     LONGEST_SECONDS,
     Reuse,
     Service,
@@ -18,11 +19,10 @@ from kvcast.perf.capacity import (
     count_servers,
     find_servers,
 )
-from kvcast.perf.cost_model import CostModel
-from kvcast.perf.fleet import Fleet, simulate, summarise
-from kvcast.perf.fleet_plan import make_plan
-from kvcast.perf.measured import read_measurements
-from kvcast.perf.visits import draw_visits
+from kvcast.perf.fleet.measured import read_measurements
+from kvcast.perf.fleet.plan import make_plan
+from kvcast.perf.fleet.simulator import Fleet, simulate, summarise
+from kvcast.perf.fleet.visits import draw_visits
 
 RESULTS = Path(__file__).parents[2] / "perf" / "results"
 KEPT, BENCH = RESULTS / "bench-kept.json", RESULTS / "bench.json"

@@ -11,13 +11,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcast.perf import simulate as study
 from kvcast.perf.__main__ import main
 from kvcast.perf.analyzer import PerfError
-from kvcast.perf.capacity import Visitors
-from kvcast.perf.fleet import Cache, Change, Fleet, Policy, Simulation, count_moved, follow_hits, simulate, summarise
-from kvcast.perf.ring import Ring, count_slots, mix
-from kvcast.perf.visits import Visits, draw_visits, read_visits, space_visits
+from kvcast.perf.fleet import study
+from kvcast.perf.fleet.capacity import Visitors
+from kvcast.perf.fleet.ring import Ring, count_slots, mix
+from kvcast.perf.fleet.simulator import (
+    Cache,
+    Change,
+    Fleet,
+    Policy,
+    Simulation,
+    count_moved,
+    follow_hits,
+    simulate,
+    summarise,
+)
+from kvcast.perf.fleet.visits import Visits, draw_visits, read_visits, space_visits
 
 USERS = np.arange(100_000)
 

@@ -7,8 +7,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kvcast.perf.capacity import LONGEST_SECONDS
-from kvcast.perf.fleet_plan import say_time
+from kvcast.perf.fleet.capacity import LONGEST_SECONDS
+from kvcast.perf.fleet.plan import say_time
 from kvcast.perf.plots import CLAIM, IDEAL, SHARED, TRADITIONAL
 from kvcast.perf.report import make_table
 
@@ -101,9 +101,9 @@ def write_budget(result: Row) -> str:
     )
     header = ["users a server", "hits, by user", "the formula's", "hits, round robin"]
     return (
-        f"## What a budget buys\n\n{make_table(header, rows)}\n\nThe formula (`perf/capacity.py`, which `kvcast perf "
-        f"plan` uses) is off by at most {100 * worst:.1f} points. Further pages of a visit come within seconds and "
-        "need little room; the next visit comes after hours, and needs room for everybody who comes meanwhile."
+        f"## What a budget buys\n\n{make_table(header, rows)}\n\nThe formula (`perf/fleet/capacity.py`, which "
+        f"`kvcast perf plan` uses) is off by at most {100 * worst:.1f} points. Further pages of a visit come within "
+        "seconds and need little room; the next visit comes after hours, and needs room for everybody who comes meanwhile."
     )
 
 

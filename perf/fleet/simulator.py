@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvcast.perf.capacity import expect
-from kvcast.perf.ring import Ring, count_slots
-from kvcast.perf.visits import Ids, Visits
+from kvcast.perf.fleet.capacity import expect
+from kvcast.perf.fleet.ring import Ring, count_slots
+from kvcast.perf.fleet.visits import Ids, Visits
 
 Row = dict[str, Any]
 # haproxy puts 16 points on its ring for each unit of a server's weight (BE_WEIGHT_SCALE); this is weight 64.

@@ -1,6 +1,6 @@
 """`kvcast perf simulate`: a fleet under generated or given traffic; `--study` writes the committed report.
 
-It chooses scenarios and runs `fleet` on them; what the numbers mean is for `fleet_report` to say.
+It chooses scenarios and runs the simulator on them; what the numbers mean is for `report` to say.
 """
 
 import argparse
@@ -16,9 +16,12 @@ from typing import Any
 import numpy as np
 
 from kvcast.perf.analyzer import PerfError
-from kvcast.perf.capacity import Reuse, Visitors, expect
 from kvcast.perf.environment import describe_machine
-from kvcast.perf.fleet import (
+from kvcast.perf.fleet.capacity import Reuse, Visitors, expect
+from kvcast.perf.fleet.measured import choose_size, read_measurements
+from kvcast.perf.fleet.plan import add_visitor_options, read_visitors, say_time
+from kvcast.perf.fleet.ring import Ring
+from kvcast.perf.fleet.simulator import (
     FACTOR,
     POINTS,
     Change,
@@ -30,10 +33,7 @@ from kvcast.perf.fleet import (
     simulate,
     summarise,
 )
-from kvcast.perf.fleet_plan import add_visitor_options, read_visitors, say_time
-from kvcast.perf.measured import choose_size, read_measurements
-from kvcast.perf.ring import Ring
-from kvcast.perf.visits import Visits, draw_visits, read_visits
+from kvcast.perf.fleet.visits import Visits, draw_visits, read_visits
 
 Row = dict[str, Any]
 Say = Callable[[str], None]

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from kvcast.network.attention import make_layout
-from kvcast.perf.capacity import LONGEST_SECONDS, Reuse, Service, Visitors, count_servers, expect, find_servers
-from kvcast.perf.measured import Measurements, choose_size, read_measurements
+from kvcast.perf.fleet.capacity import LONGEST_SECONDS, Reuse, Service, Visitors, count_servers, expect, find_servers
+from kvcast.perf.fleet.measured import Measurements, choose_size, read_measurements
 
 Row = dict[str, Any]
 # The busiest of the servers that a proxy hashes users to has up to a quarter more than the mean (hash-balance-factor

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcast.perf.analyzer import PerfError
-from kvcast.perf.capacity import Visitors, expect
+from kvcast.perf.fleet.capacity import Visitors, expect
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
