@@ -103,7 +103,8 @@ def write_budget(result: Row) -> str:
     return (
         f"## What a budget buys\n\n{make_table(header, rows)}\n\nThe formula (`perf/fleet/capacity.py`, which "
         f"`kvcast perf plan` uses) is off by at most {100 * worst:.1f} points. Further pages of a visit come within "
-        "seconds and need little room; the next visit comes after hours, and needs room for everybody who comes meanwhile."
+        "seconds and need little room; the next visit comes after hours, and needs room for everybody who comes "
+        "meanwhile."
     )
 
 
