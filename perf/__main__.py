@@ -73,6 +73,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--visits", type=int, default=2000, help="of each policy in affinity (%(default)s)")
     run.add_argument("--seed", type=int, default=1, help="of the visitors in affinity (%(default)s)")
+    run.add_argument(
+        "--trace", type=Path, metavar="FILE.csv", help="visitors of affinity instead: columns seconds, user (in order)"
+    )
     run.add_argument("--http-port", type=int, default=8000, metavar="PORT")
     run.add_argument("--grpc-port", type=int, default=8001, metavar="PORT")
     run.add_argument("--metrics-port", type=int, default=8002, metavar="PORT")
@@ -157,26 +160,15 @@ def run(arguments: argparse.Namespace) -> None:
     if "soak" in chosen:
         notes.take("soak", lambda: soak.run_soak(settings, config, arguments.soak, notes.say))
     if "affinity" in chosen:
-        visits, seed = arguments.visits, arguments.seed
-        notes.take("affinity", lambda: affinity.run_affinity(settings.repository, config, visits, seed, notes.say))
+        visitors = affinity.choose_visitors(arguments.trace, arguments.visits, arguments.seed)
+        notes.take("affinity", lambda: affinity.run_affinity(settings.repository, config, visitors, notes.say))
     result["seconds"] = time.monotonic() - started
     write_files(result, arguments.results)
 
 
 def describe_command(arguments: argparse.Namespace) -> str:
     """Return the command that measures the same again; where it served and wrote is left out."""
-    options = (
-        "config",
-        "experiments",
-        "counts",
-        "rounds",
-        "requests",
-        "traditional_limit",
-        "endurance",
-        "soak",
-        "visits",
-        "seed",
-    )
+    options = "config experiments counts rounds requests traditional_limit endurance soak visits seed trace".split()
     parser = make_parser()
     default = parser.parse_args(["run"])
     parts = ["kvcast perf run"] + (["--quick"] if arguments.quick else [])

@@ -38,7 +38,7 @@ from kvcast.perf.analyzer import PerfError
 from kvcast.perf.counters import Counters
 from kvcast.perf.experiments import Row
 from kvcast.perf.fleet.simulator import Fleet, Policy, simulate, summarise
-from kvcast.perf.fleet.visits import Visits
+from kvcast.perf.fleet.visits import Visits, read_visits
 from kvcast.perf.programs import explain_absence, find_program, make_environment
 from kvcast.runtime.options import CACHE_BUDGET
 from kvcast.runtime.user_kv_cache import ENTRY_OVERHEAD_BYTES
@@ -66,6 +66,15 @@ IN_FLIGHT = 4
 HISTORY_EVENTS, CANDIDATE_COUNT = 40, 10
 MAPPED_USERS = 300
 SETTLED_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Visitors:
+    """Whose each visit is, in order. seed: of their histories, and of what else is drawn; said: for people."""
+
+    users: list[int]
+    seed: int
+    said: str
 
 
 @dataclass
@@ -315,6 +324,19 @@ def wait_for_servers(proxy: Proxy, names: set[str]) -> None:
 # ---- who is found again ---------------------------------------------------------------------------------------------
 
 
+def choose_visitors(trace: Path | None, visits: int, seed: int) -> Visitors:
+    """Return those of a trace, or, without one, so many that are drawn.
+
+    Raises:
+        PerfError: the trace cannot be read.
+    """
+    if trace is not None:
+        users = [int(user) for user in read_visits(trace).users]
+        return Visitors(users, seed, f"{len(set(users))} users of the trace {trace.name}")
+    said = f"{USERS} users who come by Zipf's law (exponent {EXPONENT}, seed {seed})"
+    return Visitors(draw_visitors(visits, seed), seed, said)
+
+
 def draw_visitors(visits: int, seed: int, users: int = USERS, exponent: float = EXPONENT) -> list[int]:
     """Return whose each visit is: few users come often, most come rarely (Zipf's law)."""
     popularity = 1 / np.arange(1, users + 1) ** exponent
@@ -447,37 +469,33 @@ def make_members(repository: Path, folder: Path, flags: Sequence[str] = ()) -> M
     return Members(Member(name, repository, folder / f"{name}.log", [*budget, *flags]) for name in NAMES)
 
 
-def run_affinity(repository: Path, config: ModelConfig, visits: int, seed: int, say: Any) -> Row:
+def run_affinity(repository: Path, config: ModelConfig, visitors: Visitors, say: Any) -> Row:
     """Measure hit rates by policy and protocol, then lose a server under load and take it back.
 
     Args:
         repository: an exported repository.
         config: what is exported there.
-        visits: of each policy over each protocol.
-        seed: of the visitors and their histories.
+        visitors: who comes, under each policy over each protocol.
         say: is told how it goes.
     """
     with tempfile.TemporaryDirectory() as name, make_members(repository, Path(name)) as members:
-        rows = measure_policies(members, Path(name), config, visits, seed, say)
+        rows = measure_policies(members, Path(name), config, visitors, say)
         with make_haproxy(members.members, Path(name)) as proxy:
-            lost = lose_a_server(members, proxy, config, seed, say)
+            lost = lose_a_server(members, proxy, config, visitors.seed, say)
     return {
-        "seed": seed, "servers": len(NAMES), "kept_users": KEPT_USERS, "users": USERS, "exponent": EXPONENT,
-        "in_flight": IN_FLIGHT, "policies": rows, "lost": lost,
+        "visitors": visitors.said, "servers": len(NAMES), "kept_users": KEPT_USERS, "in_flight": IN_FLIGHT,
+        "policies": rows, "lost": lost,
     }  # fmt: skip
 
 
-def measure_policies(
-    members: Members, folder: Path, config: ModelConfig, visits: int, seed: int, say: Any
-) -> list[Row]:
+def measure_policies(members: Members, folder: Path, config: ModelConfig, visitors: Visitors, say: Any) -> list[Row]:
     """Send the same sequence of visits under every policy, over both protocols; histories are new each time."""
     rows = []
-    visitors = draw_visitors(visits, seed)
     for place, (policy, protocol) in enumerate(itertools.product(POLICIES, ("grpc", "http"))):
-        requests = draw_requests(config, visitors, seed=1000 * seed + place)
+        requests = draw_requests(config, visitors.users, seed=1000 * visitors.seed + place)
         with make_haproxy(members.members, folder, policy) as proxy:
-            row = measure_hit_rate(members, proxy, protocol, visitors, requests)
-        rows.append({"policy": policy, "simulated_hit_rate": predict_hit_rate(policy, visitors)} | row)
+            row = measure_hit_rate(members, proxy, protocol, visitors.users, requests)
+        rows.append({"policy": policy, "simulated_hit_rate": predict_hit_rate(policy, visitors.users)} | row)
         say(f"    {policy}, {protocol}: {100 * row['hit_rate']:.1f}% found, busiest {row['busiest_to_mean']:.2f}× mean")
     return rows
 

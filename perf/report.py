@@ -418,8 +418,8 @@ def write_affinity(result: dict[str, Any]) -> str:
     return (
         "## Users behind a proxy\n\n"
         f"{affinity['servers']} tritonservers behind haproxy with the shipped configuration (*affinity*), each with "
-        f"room for {affinity['kept_users']} of {affinity['users']} users who come by Zipf's law (exponent "
-        f"{affinity['exponent']}), {affinity['in_flight']} requests in flight, seed {affinity['seed']}. *Simulated*: "
+        f"room for {affinity['kept_users']} of {affinity['visitors']}, {affinity['in_flight']} requests in flight. "
+        "*Simulated*: "
         "`perf/fleet/simulator.py` on the same visits; its ring is another than haproxy's.\n\n"
         f"{make_table(header, rows)}\n\n{write_loss(affinity['lost'])}"
     )
