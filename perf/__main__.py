@@ -168,7 +168,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def describe_command(arguments: argparse.Namespace) -> str:
     """Return the command that measures the same again; where it served and wrote is left out."""
-    options = "config experiments counts rounds requests traditional_limit endurance soak visits seed trace".split()
+    measured = ("config", "experiments", "counts", "rounds", "requests", "traditional_limit", "endurance", "soak")
+    options = (*measured, "visits", "seed", "trace")
     parser = make_parser()
     default = parser.parse_args(["run"])
     parts = ["kvcast perf run"] + (["--quick"] if arguments.quick else [])
