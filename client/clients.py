@@ -412,7 +412,7 @@ class AsyncRankerClient(_Settings):
 
 def choose_routing_key(user_id: UserId | None, history: npt.NDArray[np.int64]) -> str | None:
     """Return the key of a user: by id where there is one, else by the history, which is what can be found again."""
-    return hash_user(user_id) if user_id is not None else hash_history(history)
+    return hash_history(history) if user_id in (None, "") else hash_user(user_id)
 
 
 def read_report(outputs: Tensors) -> Report | None:

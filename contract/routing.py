@@ -16,7 +16,7 @@ KEY_BYTES = 16
 
 def hash_user(user_id: str | int) -> str:
     """Return the routing key of a user: 32 hexadecimal digits, the same in every process and for ever."""
-    return _hash(b"user", str(user_id).encode())
+    return _hash(b"user", str(user_id).encode(errors="surrogatepass"))
 
 
 def hash_history(history: npt.NDArray[np.int64]) -> str | None:

@@ -54,8 +54,8 @@ CACHE_HOLES = 1.1
 # A process that dies with a request leaves its region to Triton, which never lets go of it: room for so many of each
 # until the next restart, or the process that replaces it finds none.
 SPARE_REGIONS = 3
-# `kvcast serve` takes that much beyond the time for requests that are there.
-STOP_SECONDS = 10
+# `kvcast serve` takes up to that much beyond the time for requests that are there (guard, supervisor, Triton, log).
+STOP_SECONDS = 20
 CACHE_PARAMETER, THREADS_PARAMETER = "user_kv_cache_megabytes", "intra_op_threads"
 ROUND_TO = 16 << 20
 
@@ -405,10 +405,11 @@ def to_json(sizes: Sizes) -> str:
 
 def to_patch(sizes: Sizes, command: str) -> str:
     """Return a strategic merge patch for the Deployment, as YAML."""
+    notes = "".join(f"# note: {note}\n" for note in sizes.notes)
     return f"""\
 # Made by: {command}
 # from {sizes.config}, release {sizes.release[:12]}. Make it again rather than edit it.
-apiVersion: apps/v1
+{notes}apiVersion: apps/v1
 kind: Deployment
 metadata:
   name: kvcast

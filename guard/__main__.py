@@ -4,10 +4,12 @@ import argparse
 import asyncio
 import contextlib
 import functools
+import math
 import os
 import signal
 import ssl
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import aiohttp
@@ -16,7 +18,7 @@ from aiohttp import web
 
 from kvcast.guard.gate import GateLimits
 from kvcast.guard.grpc_proxy import GrpcProxy, open_server
-from kvcast.guard.http_proxy import CONNECT_SECONDS, KEEP_ALIVE_SECONDS, GuardServer, HttpProxy
+from kvcast.guard.http_proxy import CONNECT_SECONDS, KEEP_ALIVE_SECONDS, READY_PATH, GuardServer, HttpProxy
 from kvcast.guard.metrics import MetricsPage
 from kvcast.guard.passage import Passage
 from kvcast.guard.request_log import RequestLog
@@ -67,16 +69,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 async def serve(arguments: argparse.Namespace) -> None:
-    """Listen until told to stop, then answer who is there.
+    """Listen until told to stop, then answer who is there (SIGTERM), or refuse them (SIGINT: nobody could answer).
 
     Raises:
         OSError: an address cannot be bound, or a TLS file cannot be read.
         ValueError: the header's variable is not name=value.
     """
-    stop = asyncio.Event()
+    stop, hurry = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
+    for number, events in ((signal.SIGTERM, (stop,)), (signal.SIGINT, (stop, hurry))):
+        loop.add_signal_handler(number, set_all, events)
     async with contextlib.AsyncExitStack() as stack:
         session = await stack.enter_async_context(open_session())
         passage = Passage(GateLimits(arguments.in_flight, arguments.waiting))
@@ -90,7 +92,12 @@ async def serve(arguments: argparse.Namespace) -> None:
             session,
             read_header(os.environ.get(HEADER_VARIABLE)),
         )
-        metrics = MetricsPage(passage, session, f"http://{join_address(arguments.upstream_metrics)}/metrics")
+        metrics = MetricsPage(
+            passage,
+            session,
+            f"http://{join_address(arguments.upstream_metrics)}/metrics",
+            f"http://{join_address(arguments.upstream_http)}{READY_PATH}",
+        )
         grpc_server = await open_server(grpc_proxy, join_address(arguments.grpc), read_credentials(arguments))
         runner = web.ServerRunner(GuardServer(http_proxy.answer, handler_cancellation=True), shutdown_timeout=1)
         metrics_runner = web.ServerRunner(GuardServer(metrics.answer), shutdown_timeout=1)
@@ -101,14 +108,24 @@ async def serve(arguments: argparse.Namespace) -> None:
         await listen(metrics_runner, arguments.metrics, None)
         following = asyncio.create_task(follow(arguments.state, passage))
         print(f"kvcast guard: listening on {join_address(arguments.http)}, {join_address(arguments.grpc)}", flush=True)
-        await wait_for_end(stop)
+        parent = os.getppid()
+        await wait_for(stop, parent, math.inf)
         passage.is_leaving = True
-        await asyncio.sleep(arguments.leave_seconds)
+        if not stop.is_set():
+            say("the process that started this one has ended")
+            hurry.set()
+        await wait_for(hurry, parent, arguments.leave_seconds)
         passage.drain()
         http_proxy.is_stopping = True
         http_proxy.bodies.hurry(LAST_BODY_SECONDS)
-        await wait_until_idle(passage, http_proxy, arguments.drain_seconds)
+        await wait_until_idle(passage, http_proxy, 0 if hurry.is_set() else arguments.drain_seconds)
         following.cancel()
+
+
+def set_all(events: Iterable[asyncio.Event]) -> None:
+    """Set events."""
+    for event in events:
+        event.set()
 
 
 def open_session() -> aiohttp.ClientSession:
@@ -155,14 +172,15 @@ async def wait_until_idle(passage: Passage, http_proxy: HttpProxy, seconds: floa
     await asyncio.sleep(LOOK_SECONDS)  # for the answers to leave
 
 
-async def wait_for_end(stop: asyncio.Event) -> None:
-    """Wait for a signal, or for the end of the process that started this one."""
-    parent = os.getppid()
-    while os.getppid() == parent:
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(stop.wait(), PARENT_CHECK_SECONDS)
+async def wait_for(event: asyncio.Event, parent: int, seconds: float) -> None:
+    """Wait for an event, for so many seconds, or until the process that started this one has ended."""
+    deadline = asyncio.get_running_loop().time() + seconds
+    while os.getppid() == parent and not event.is_set():
+        left = deadline - asyncio.get_running_loop().time()
+        if left <= 0:
             return
-    say("the process that started this one has ended")
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(event.wait(), min(left, PARENT_CHECK_SECONDS))
 
 
 def read_credentials(arguments: argparse.Namespace) -> grpc.ServerCredentials | None:

@@ -16,7 +16,7 @@ from kvcast.contract.errors import InvalidRequestError, KvcastError
 from kvcast.contract.tensors import REPORT_PARAMETER
 from kvcast.guard.gate import ModelDiedError, UnansweredError
 from kvcast.guard.passage import LONGEST_SECONDS, Passage
-from kvcast.guard.request_log import REPORTS, Entry, needs_reports, read_string
+from kvcast.guard.request_log import REPORTS, Entry, has_reports, needs_reports, read_string
 from kvcast.guard.wording import (
     DEAD_PROCESS,
     LOST_CONNECTION,
@@ -143,8 +143,12 @@ class GrpcProxy(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no ty
             trace = str(dict(metadata).get("traceparent", ""))
             entry.describe(message.id, size, trace, {tensor.name: list(tensor.shape) for tensor in message.inputs})
             is_ours = ask_for_reports(message)
-            reply = await self._rank(message, size, rpc, metadata, entry)
-            return take_reports(reply, entry, remove=is_ours)
+            try:
+                reply = await self._rank(message, size, rpc, metadata, entry)
+            except grpc.aio.AioRpcError as error:
+                entry.code = self._translate(error)[0].name
+                raise
+            return take_reports(message, reply, entry, remove=is_ours)
 
     async def _rank(self, message: Any, size: int, rpc: Rpc, metadata: Any, entry: Entry | None = None) -> bytes:
         """Send an inference when its turn has come."""
@@ -200,17 +204,20 @@ def ask_for_reports(message: Any) -> bool:
     return is_ours
 
 
-def take_reports(reply: bytes, entry: Entry, *, remove: bool) -> bytes:
+def take_reports(request: Any, reply: bytes, entry: Entry, *, remove: bool) -> bytes:
     """Read the reports in a reply into the log's entry; return the reply, without them if they are to be removed."""
-    message = service_pb2.ModelInferResponse.FromString(reply)
-    places = [place for place, output in enumerate(message.outputs) if output.name in REPORTS]
-    entry.reports = {message.outputs[place].name: read_string(message.raw_output_contents[place]) for place in places}
-    if not remove or not places:
+    if not has_reports(request.model_name, request.parameters):
+        return reply  # which may be hundreds of megabytes
+    try:
+        message = service_pb2.ModelInferResponse.FromString(reply)
+        places = [place for place, output in enumerate(message.outputs) if output.name in REPORTS]
+        for place in reversed(places):
+            entry.reports[message.outputs[place].name] = read_string(message.raw_output_contents[place])
+            del message.outputs[place]
+            del message.raw_output_contents[place]
+        return bytes(message.SerializeToString()) if remove else reply
+    except Exception:  # noqa: BLE001 the caller's answer is there, whatever the log makes of it
         return reply
-    for place in reversed(places):
-        del message.outputs[place]
-        del message.raw_output_contents[place]
-    return bytes(message.SerializeToString())
 
 
 def read_metadata(rpc: Rpc) -> list[tuple[str, str | bytes]]:

@@ -33,7 +33,7 @@ from kvcast.guard.inference_body import (
     read_header_length,
 )
 from kvcast.guard.passage import LONGEST_SECONDS, Passage
-from kvcast.guard.request_log import REPORTS, Entry, name_status, needs_reports, read_string
+from kvcast.guard.request_log import REPORTS, Entry, has_reports, name_status, needs_reports, read_string
 from kvcast.guard.shadow import make_request
 from kvcast.guard.wording import DEAD_PROCESS, NO_SHARED_MEMORY, SHARED_MEMORY_IS_FULL, UNREACHABLE, conceal, hide
 
@@ -301,8 +301,7 @@ class HttpProxy:
         if entry is not None:
             shapes = {each["name"]: each["shape"] for each in checked.header["inputs"]}
             entry.describe(checked.header.get("id", ""), len(body), headers.get("traceparent", ""), shapes)
-            sent = ask_for_reports(model, checked)
-            edit = functools.partial(take_reports, entry=entry, remove=sent is not checked)
+            sent, edit = ask_for_reports(model, checked, entry)
         timeout = checked.header.get("parameters", {}).get("timeout", 0)
         seconds = timeout / MICROSECONDS if timeout else float("inf")
 
@@ -438,21 +437,34 @@ def read_error(body: bytes) -> str:
     return text.strip() or "the server refused this request"
 
 
-def ask_for_reports(model: str, body: InferenceBody) -> InferenceBody:
-    """Return a request whose models report how they made the reply; the same one if its caller asks for that."""
+def ask_for_reports(model: str, body: InferenceBody, entry: Entry) -> tuple[InferenceBody, Edit | None]:
+    """Have a request's models report, for the log; return it, and what reads and removes the reports.
+
+    A request whose caller asks for the reports stays as it is, and so does its reply; so do those of other models.
+    """
     header = body.header
-    outputs = header.get("outputs", [])
-    parameters = header.get("parameters", {})
-    if not needs_reports(model, [output["name"] for output in outputs], parameters):
-        return body
-    header = {**header, "parameters": {**parameters, REPORT_PARAMETER: True}}
-    if outputs:
-        header["outputs"] = [*outputs, *({"name": name, "parameters": {"binary_data": False}} for name in REPORTS)]
-    return InferenceBody(header, body.tensors)
+    outputs, parameters = header.get("outputs", []), header.get("parameters", {})
+    is_ours = needs_reports(model, [output["name"] for output in outputs], parameters)
+    if is_ours:
+        header = {**header, "parameters": {**parameters, REPORT_PARAMETER: True}}
+        if outputs:
+            header["outputs"] = [*outputs, *({"name": name, "parameters": {"binary_data": False}} for name in REPORTS)]
+    if not has_reports(model, header.get("parameters", {})):
+        return body, None
+    return InferenceBody(header, body.tensors), functools.partial(take_reports, entry=entry, remove=is_ours)
 
 
 def take_reports(body: bytes, header_length: int | None, *, entry: Entry, remove: bool) -> tuple[bytes, int | None]:
     """Read the reports in a reply into the log's entry; return the reply, without them if they are to be removed."""
+    try:
+        edited = _take_reports(body, header_length, entry)
+    except Exception:  # noqa: BLE001 the caller's answer is there, whatever the log makes of it
+        return body, header_length
+    return edited if remove else (body, header_length)
+
+
+def _take_reports(body: bytes, header_length: int | None, entry: Entry) -> tuple[bytes, int | None]:
+    """Return a reply without its reports, which go into the entry."""
     length = len(body) if header_length is None else header_length
     table, rest = json.loads(body[:length]), memoryview(body)[length:]
     outputs, pieces = [], []
@@ -461,11 +473,9 @@ def take_reports(body: bytes, header_length: int | None, *, entry: Entry, remove
         piece, rest = rest[:size], rest[size:]
         if output["name"] in REPORTS:
             entry.reports[output["name"]] = read_string(piece) if size else output["data"][0]
-        if not remove or output["name"] not in REPORTS:
+        else:
             outputs.append(output)
             pieces.append(piece)
-    if not remove:
-        return body, header_length
     header = dump_header({**table, "outputs": outputs})
     return b"".join([header, *pieces]), None if header_length is None else len(header)
 

@@ -1,11 +1,12 @@
 """The guard's own metrics, and Triton's, at one address for Prometheus."""
 
+import asyncio
 import shutil
 from collections.abc import Iterable
 
 import aiohttp
 from aiohttp import web
-from prometheus_client import CollectorRegistry, disable_created_metrics, generate_latest
+from prometheus_client import CollectorRegistry, ProcessCollector, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -23,6 +24,7 @@ class GuardMetrics(Collector):
     def __init__(self, passage: Passage) -> None:
         """Take note of what to read."""
         self._passage = passage
+        self.triton_is_ready = False
 
     def collect(self) -> Iterable[Metric]:
         """Return what they say now."""
@@ -31,7 +33,9 @@ class GuardMetrics(Collector):
         yield from collect_shared_memory()
         state = self._passage.state
         yield GaugeMetricFamily(
-            "kvcast_ready", "1 if the server is ready", value=float(not self._passage.explain_unready())
+            "kvcast_ready",
+            "1 if the server is ready, as a probe would be told",
+            value=float(self.triton_is_ready and not self._passage.explain_unready()),
         )
         yield GaugeMetricFamily("kvcast_active_release", "Number of the release that is served", value=state.release)
         yield GaugeMetricFamily(
@@ -94,26 +98,37 @@ def collect_shared_memory() -> Iterable[Metric]:
 class MetricsPage:
     """Answers Prometheus."""
 
-    def __init__(self, passage: Passage, session: aiohttp.ClientSession, upstream: str) -> None:
-        """Take note of Triton's metrics address, `http://host:port/metrics`."""
+    def __init__(self, passage: Passage, session: aiohttp.ClientSession, upstream: str, health: str) -> None:
+        """Take note of Triton's addresses.
+
+        Args:
+            passage: whose metrics are the guard's.
+            session: with which Triton is asked.
+            upstream: of its metrics, `http://host:port/metrics`.
+            health: of its readiness.
+        """
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a series of its own for when a histogram began
         self._registry = CollectorRegistry()
-        self._registry.register(GuardMetrics(passage))
+        self._guard_metrics = GuardMetrics(passage)
+        self._registry.register(self._guard_metrics)
         self._registry.register(passage.seconds)
-        self._session, self._upstream = session, upstream
+        ProcessCollector(registry=self._registry)  # of the guard: among others, when it started
+        self._session, self._upstream, self._health = session, upstream, health
 
     async def answer(self, request: web.BaseRequest) -> web.StreamResponse:
         """Return both pages; ours alone where Triton's is not there."""
         if request.path != "/metrics":
             return web.Response(status=404, text="there is /metrics here\n")
-        return web.Response(
-            body=await self._read_upstream() + generate_latest(self._registry), headers={"Content-Type": CONTENT_TYPE}
-        )
+        page, health = await asyncio.gather(self._read(self._upstream), self._read(self._health))
+        self._guard_metrics.triton_is_ready = health is not None
+        body = (page or b"") + generate_latest(self._registry)
+        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
 
-    async def _read_upstream(self) -> bytes:
+    async def _read(self, address: str) -> bytes | None:
+        """Return what Triton answers, None if it does not, or not with success."""
         try:
             timeout = aiohttp.ClientTimeout(total=ASK_SECONDS)
-            async with self._session.get(self._upstream, timeout=timeout) as reply:
-                return await reply.read() if reply.status == 200 else b""
+            async with self._session.get(address, timeout=timeout) as reply:
+                return await reply.read() if reply.status == 200 else None
         except (aiohttp.ClientError, TimeoutError):
-            return b""
+            return None

@@ -66,6 +66,7 @@ class Entry:
             trace_parent: of the caller's trace, as W3C spells it; empty without one.
             shapes: of the inputs, with the axis of users.
         """
+        self.started = time.monotonic()  # before this the request was on its way
         if request_id:
             self.fields["request_id"] = request_id[:MAX_ID]
         found = TRACE_PARENT.fullmatch(trace_parent)
@@ -138,7 +139,8 @@ class RequestLog:
         try:
             yield entry
         except BaseException as error:
-            entry.code = name_code(error)
+            if entry.code == "OK":  # else who refused it has said how
+                entry.code = name_code(error)
             raise
         finally:
             self._put(entry, get_release())
@@ -147,12 +149,17 @@ class RequestLog:
         try:
             self._lines.put_nowait(entry.to_line(release, self._dropped))
             self._dropped = 0
-        except queue.Full:
+        except Exception:  # noqa: BLE001 no log is worth an answer: the queue is full, or a report is not one of ours
             self._dropped += 1
 
     def _work(self) -> None:
         while True:
             self._write(self._lines.get())
+
+
+def has_reports(model: str, parameters: Mapping[str, Any]) -> bool:
+    """Whether the reply to a request will have reports, asked for by whomever."""
+    return model in REPORTING and REPORT_PARAMETER in parameters
 
 
 def needs_reports(model: str, outputs: Collection[str], parameters: Collection[str]) -> bool:

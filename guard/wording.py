@@ -1,5 +1,6 @@
 """What Triton and gRPC say when something is wrong, and what of it callers are told; both protocols share it."""
 
+import contextlib
 import re
 import secrets
 import sys
@@ -36,4 +37,5 @@ def hide(message: str, error: BaseException | None, details: str = "") -> str:
 
 def say(line: str) -> None:
     """Write a line for the operator."""
-    print(f"kvcast guard: {line}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # who would read it has gone
+        print(f"kvcast guard: {line}", file=sys.stderr, flush=True)

@@ -60,6 +60,7 @@ POLICIES: dict[str, dict[str, str]] = {
 MODEL = RANKER_RESIDENT.name
 STARTS_WITHIN_SECONDS = 120
 NOTICED_WITHIN_SECONDS = 20
+ENDS_WITHIN_SECONDS = 5
 # Small, so that three servers keep some of the visitors and not all.
 KEPT_USERS, USERS, EXPONENT = 24, 400, 0.9
 IN_FLIGHT = 4
@@ -108,7 +109,7 @@ class Member:
         names = ("--http-port", "--grpc-port", "--metrics-port")
         ports = itertools.chain.from_iterable(zip(names, map(str, self.ports), strict=True))
         command = [sys.executable, "-m", "kvcast.server", "--repository", str(self.repository)]
-        with self.log.open("wb") as log:
+        with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [*command, "--models", MODEL, *ports, *self.flags], stdout=log, stderr=subprocess.STDOUT
             )
@@ -169,11 +170,17 @@ class Members:
         return next(member for member in self.members if member.name == name)
 
     def count(self, metric: str) -> dict[str, float]:
-        """Return a counter of the model's, by member; those that are away are left out."""
+        """Return a counter of the model's, by member.
+
+        Raises:
+            PerfError: a member does not tell.
+        """
         found = {}
         for member in self.members:
-            with contextlib.suppress(OSError):
-                found[member.name] = Counters(member.metrics_address).get(MODEL, metric)
+            counters = Counters(member.metrics_address)
+            if not counters.get(MODEL, "kvcast_user_kv_budget_bytes"):
+                raise PerfError(f"server {member.name}: its metrics page has nothing of {MODEL}")
+            found[member.name] = counters.get(MODEL, metric)
         return found
 
 
@@ -194,19 +201,29 @@ class Proxy:
         self._process = subprocess.Popen(
             self._command, env=make_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        deadline = time.monotonic() + NOTICED_WITHIN_SECONDS
-        while read_status(self.addresses["http"], "/v2/health/ready") != http.client.OK:
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                self.__exit__()
-                raise PerfError(f"the proxy did not start: {' '.join(self._command)}")
-            time.sleep(0.05)
+        try:
+            self._wait_until_ready(self._process)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *ignored: object) -> None:
         """End it."""
         if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+            self._process.terminate()  # Envoy leaves files in shared memory if it is killed
+            try:
+                self._process.wait(ENDS_WITHIN_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+
+    def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> None:
+        deadline = time.monotonic() + NOTICED_WITHIN_SECONDS
+        while read_status(self.addresses["http"], "/v2/health/ready") != http.client.OK:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise PerfError(f"the proxy did not start: {' '.join(self._command)}")
+            time.sleep(0.05)
 
 
 def make_haproxy(members: Sequence[Member], folder: Path, policy: str = "affinity") -> Proxy:
@@ -269,7 +286,11 @@ def find_descendants(pid: int) -> list[int]:
 
 
 def map_users(proxy: Proxy, users: Iterable[int]) -> dict[int, str]:
-    """Return which server answers each user, asked over HTTP."""
+    """Return which server answers each user, asked over HTTP for the users of a log with two and four fields.
+
+    Raises:
+        PerfError: one is not answered.
+    """
     body = json.dumps(
         {
             "inputs": [
@@ -311,14 +332,18 @@ def wait_for_servers(proxy: Proxy, names: set[str]) -> None:
     Raises:
         PerfError: it does not.
     """
-    deadline = time.monotonic() + NOTICED_WITHIN_SECONDS
-    while True:
-        with contextlib.suppress(PerfError, OSError, http.client.HTTPException):
-            if set(map_users(proxy, range(40)).values()) == names:
+    deadline, found = time.monotonic() + NOTICED_WITHIN_SECONDS, "nobody was answered"
+    while time.monotonic() < deadline:
+        try:
+            servers = set(map_users(proxy, range(40)).values())
+        except (PerfError, OSError, http.client.HTTPException) as error:
+            found = str(error)
+        else:
+            if servers == names:
                 return
-        if time.monotonic() > deadline:
-            raise PerfError(f"the proxy does not send users to {', '.join(sorted(names))}")
+            found = f"it sends them to {', '.join(sorted(servers))}"
         time.sleep(0.1)
+    raise PerfError(f"the proxy does not send users to {', '.join(sorted(names))}: {found}")
 
 
 # ---- who is found again ---------------------------------------------------------------------------------------------
@@ -363,20 +388,23 @@ class Load:
         address = proxy.addresses[protocol]
         self._client = RankerClient(address, protocol=protocol, model=MODEL, deadline=20, retry=retry)
         self._requests = requests
-        self._answers: list[tuple[int, Any]] = []
-        self.errors: Counter[str] = Counter()
-        self.slowest = 0.0
+        # Appended to by all callers: user, scores or the name of an error, seconds.
+        self._answers: list[tuple[int, Any, float]] = []
+
+    @property
+    def slowest(self) -> float:
+        """Seconds of the longest request."""
+        return max((seconds for _, _, seconds in self._answers), default=0.0)
 
     def send(self, user: int) -> None:
         """Send one visit."""
         request, begun = self._requests[user], time.monotonic()
+        answer: Any
         try:
-            scores = self._client.rank(request.history, request.candidates, user_id=user).scores
+            answer = self._client.rank(request.history, request.candidates, user_id=user).scores
         except KvcastError as error:
-            self.errors[type(error).__name__] += 1
-        else:
-            self._answers.append((user, scores))
-        self.slowest = max(self.slowest, time.monotonic() - begun)
+            answer = type(error).__name__
+        self._answers.append((user, answer, time.monotonic() - begun))
 
     def send_all(self, visits: Sequence[int], in_flight: int = IN_FLIGHT) -> None:
         """Send visits, so many at a time."""
@@ -385,8 +413,13 @@ class Load:
 
     def count(self, expected: dict[int, Any]) -> dict[str, int]:
         """Return how many answers were right, and what became of the others."""
-        right = sum(bool(np.abs(scores - expected[user]).max() <= SCORE_TOLERANCE) for user, scores in self._answers)
-        return {"right": right, "wrong": len(self._answers) - right, **self.errors}
+        outcomes = Counter({"right": 0, "wrong": 0})
+        for user, answer, _ in self._answers:
+            if isinstance(answer, str):
+                outcomes[answer] += 1
+            else:
+                outcomes["right" if np.abs(answer - expected[user]).max() <= SCORE_TOLERANCE else "wrong"] += 1
+        return dict(outcomes)
 
     def close(self) -> None:
         """Close the connections."""

@@ -1,6 +1,7 @@
 """`python -m kvcast.server`: serve a model repository in the foreground, until Ctrl-C or SIGTERM."""
 
 import argparse
+import contextlib
 import re
 import signal
 import sys
@@ -8,7 +9,8 @@ from pathlib import Path
 from types import FrameType
 
 from kvcast.server.installation import ServerError
-from kvcast.server.launcher import ServerSettings, TritonServer, write_line
+from kvcast.server.launcher import ServerSettings, TritonServer
+from kvcast.server.log import Log
 from kvcast.server.repository import read_config_name
 
 
@@ -137,7 +139,7 @@ def serve(settings: ServerSettings) -> None:
     Raises:
         ServerError: it cannot start, ended by itself, or crashed too often.
     """
-    with TritonServer(settings, log=write_line) as server:
+    with contextlib.closing(Log()) as log, TritonServer(settings, log=log) as server:
         print(describe(server), flush=True)
         server.wait()
 

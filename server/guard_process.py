@@ -79,14 +79,14 @@ class GuardProcess:
         if not self._is_ready.wait(LISTENS_WITHIN_SECONDS):
             raise ServerError("the guard did not become ready: its lines in the log say why")
 
-    def stop(self) -> None:
-        """Have it answer who is there, and end."""
+    def stop(self, *, answers: bool = True) -> None:
+        """Have it end: after it has answered who is there, or at once, if nobody could answer."""
         self._stopping.set()
         process = self._process
         if process is None:
             return
         with contextlib.suppress(ProcessLookupError):
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGTERM if answers else signal.SIGINT)
         try:
             process.wait(self._patience + KILL_AFTER_SECONDS)
         except subprocess.TimeoutExpired:

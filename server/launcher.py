@@ -8,7 +8,6 @@ reads. Triton takes the key on its command line alone, so other users of the sam
 
 import secrets
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -173,6 +172,7 @@ class TritonServer:
             ServerError: something is missing, or the server stopped or did not become ready in time.
         """
         settings, models = self.settings, self.settings.loaded_models
+        check_numbers(settings)
         check_tls(settings)
         manifest = check_repository(settings.repository, models, settings.config)
         for port, purpose, variable in (
@@ -208,10 +208,11 @@ class TritonServer:
     def stop(self) -> None:
         """Answer who is there, then end everything; remove the workspace and the shared memory.
 
-        It takes at most `leave_seconds`, `drain_seconds` and some 6 s more.
+        It takes `leave_seconds` and `drain_seconds` at most, and some 6 s more; 20 s if everything hangs.
         """
         if self._guard is not None:
-            self._guard.stop()  # answers or refuses all whom it has let in; what dies meanwhile is still replaced
+            # It answers or refuses all whom it has let in; what dies meanwhile is still replaced.
+            self._guard.stop(answers=self.supervisor is None or not self.supervisor.has_failed)
             self._guard = None
         if self.supervisor is not None:
             self.supervisor.stop()
@@ -289,6 +290,26 @@ class TritonServer:
         ]
 
 
+def check_numbers(settings: ServerSettings) -> None:
+    """Check what the guard is told, here, where a person reads it.
+
+    Raises:
+        ServerError: a number is out of its range, or is for a guard that there is not.
+    """
+    shares = {"--shadow": settings.shadow, "--log-requests": settings.log_requests}
+    for flag, share in shares.items():
+        if not 0 <= share <= 1:
+            raise ServerError(f"{flag}: expected a share of 0 to 1, got {share:g}")
+    least = {"--leave-seconds": settings.leave_seconds, "--drain-seconds": settings.drain_seconds}
+    least |= {"--waiting": settings.waiting, "--in-flight": settings.in_flight - 1}
+    for flag, number in least.items():
+        if not 0 <= number < float("inf"):
+            raise ServerError(f"{flag}: expected {1 if flag == '--in-flight' else 0} or more")
+    unused = [flag for flag in ("--log-requests", "--leave-seconds") if (shares | least)[flag]]
+    if unused and not settings.is_guarded:
+        raise ServerError(f"{unused[0]}: the guard does that: expected no --unguarded")
+
+
 def check_tls(settings: ServerSettings) -> None:
     """Check that TLS is asked for as a whole, lest somebody believes to have it.
 
@@ -313,8 +334,3 @@ def check_tls(settings: ServerSettings) -> None:
     for flag, path in given.items():
         if not path.is_file():
             raise ServerError(f"TLS: {flag} {path}: there is no such file")
-
-
-def write_line(line: str) -> None:
-    """Pass a line of the server's log on to standard error."""
-    print(line, file=sys.stderr, flush=True)

@@ -62,6 +62,9 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.command == "publish":
             release = store.publish(arguments.source)
             print(f"release {release.number} ({release.fingerprint[:12]}, {release.config}) is published")
+            kept = ", ".join(store.find_other_configs(arguments.source))
+            if kept:
+                print(f"the config.pbtxt of {kept} stays as it is in {store.repository}: the export has another")
         elif arguments.command == "list":
             show = to_json if arguments.json else to_table
             print(show(store.read()))

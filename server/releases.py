@@ -248,6 +248,16 @@ class ReleaseStore:
             if model.steps:
                 (target.parent / ENSEMBLE_VERSION).mkdir(exist_ok=True)
 
+    def find_other_configs(self, source: Path) -> list[str]:
+        """Return the models whose configuration here is another than in an export."""
+        return [
+            model.name
+            for model in MODELS
+            if (source / model.name / CONFIG_FILE).is_file()
+            and (source / model.name / CONFIG_FILE).read_bytes()
+            != (self.repository / model.name / CONFIG_FILE).read_bytes()
+        ]
+
     def _list_numbers(self, model: str) -> list[int]:
         return [int(path.parent.name) for path in self.repository.glob(f"{model}/[0-9]*/{MANIFEST_FILE}")]
 

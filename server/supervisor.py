@@ -43,6 +43,10 @@ RESTARTED_WITHIN_SECONDS = 900
 TRIAL_SUFFIX = "_trial"
 
 
+class DiedMeanwhileError(ServerError):
+    """A process died while something was asked of it, which says nothing of what was to be found out."""
+
+
 class Supervisor:
     """Watches one server from a thread."""
 
@@ -101,6 +105,11 @@ class Supervisor:
         if self._thread.is_alive():
             self._thread.join(timeout=STOPPED_WITHIN_SECONDS)
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether Triton is down for good."""
+        return self._failure is not None
+
     def wait(self) -> None:
         """Wait until told to stop.
 
@@ -131,13 +140,18 @@ class Supervisor:
     def _check_golden(self, name: str, ensemble: ModelSpec, release: int) -> None:
         """Ask an ensemble, under whatever name, the golden request of a release."""
         golden = read_golden(self._store.find_folder(ensemble.steps[0], release))
-        self._do_watching(lambda: self._admin.check_golden(name, golden))
+        self._do_watching(lambda: self._admin.check_golden(name, golden), needed=ensemble.steps)
 
-    def _do_watching(self, action: Callable[[], None], being_loaded: str = "") -> None:
+    def _do_watching(self, action: Callable[[], None], being_loaded: str = "", needed: Collection[str] = ()) -> None:
         """Do what takes a while, and look at the processes meanwhile.
 
+        Args:
+            action: what to do.
+            being_loaded: a model whose processes come and go with that.
+            needed: models without whose processes Triton may never be done.
+
         Raises:
-            ServerError: a process has died meanwhile, and Triton may never answer; unless a model is being loaded.
+            DiedMeanwhileError: a process of one that is needed has died meanwhile.
         """
         done: Future[None] = Future()
 
@@ -149,12 +163,13 @@ class Supervisor:
             else:
                 done.set_result(None)
 
-        known = self.state.deaths
+        known = {model: self.state.deaths.get(model, 0) for model in needed}
         threading.Thread(target=work, name="admin", daemon=True).start()
         while not wait((done,), LOOK_SECONDS).done:
             self._notice_dead(being_loaded)
-            if not being_loaded and self.state.deaths != known:
-                raise ServerError("a model process died during the golden request")
+            for model in needed:
+                if self.state.deaths.get(model, 0) != known[model]:
+                    raise DiedMeanwhileError(f"a process of {model} died during the golden request")
         done.result()
 
     # -- dead processes
@@ -229,7 +244,9 @@ class Supervisor:
             for model in models:
                 self._view.renew(model)
                 self._load(model)
-        except ServerError as error:
+            if not {*self.state.broken} - {*models}:  # else that is asked when the others have been replaced too
+                self._check_ensembles(self.state.release)
+        except (ServerError, ArtefactError) as error:
             self._pause = min(max(1.0, 2 * self._pause), LONGEST_PAUSE_SECONDS)
             self._not_before = time.monotonic() + self._pause
             self._log(f"kvcast: {error}; next try in {self._pause:.0f} s")
@@ -292,6 +309,10 @@ class Supervisor:
         try:
             self._store.check(record.find(str(number)))
             self._switch(number)
+        except DiedMeanwhileError as error:
+            self._log(f"kvcast: release {number} could not be tried, and will be again: {error}")
+            self._record_seen = None
+            return
         except (ServerError, ArtefactError) as error:
             self._log(f"kvcast: release {number} is refused, {self.state.release} stays: {error}")
             self._tell(refused_release=number, refused_reason=str(error))

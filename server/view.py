@@ -17,6 +17,9 @@ CONFIG_FILE = "config.pbtxt"
 ENSEMBLE_VERSION = "1"
 # Triton loads a model anew, in the background and with nobody refused, if a parameter has changed.
 LOADED_PARAMETER = "KVCAST_LOADED"
+# What leads to the value, the name, the value; as people write it, on one line or several.
+PARAMETER = re.compile(r'(parameters\s*:?\s*\{\s*key\s*:\s*"([^"]*)"\s*value\s*:?\s*\{\s*string_value\s*:\s*")([^"]*)"')
+COMMENT = re.compile(r"^\s*#.*\n", re.MULTILINE)
 VERSION_POLICY = "version_policy { all { } }  # those that lie here"
 
 
@@ -87,7 +90,7 @@ class View:
             ServerError: one is not.
         """
         texts = "".join(self._read(model.name) for model in self.models)
-        known = list(dict.fromkeys(re.findall(r'key: "([a-z_]+)" value', texts)))
+        known = list(dict.fromkeys(name for _, name, _ in PARAMETER.findall(texts)))
         unknown = [name for name in self._parameters if name not in known]
         if unknown:
             raise ServerError(f"parameter {unknown[0]}: expected one of {', '.join(known)}")
@@ -99,10 +102,11 @@ class View:
             text = path.read_text()
         except OSError as error:
             raise ServerError(f"{path}: cannot be read ({error.strerror}): run `make export` again") from error
-        for name, value in self._parameters.items():
-            entry = rf'(key: "{re.escape(name)}" value {{ string_value: ")[^"]*"'
-            text = re.sub(entry, rf'\g<1>{value}"', text)
-        return text
+        return PARAMETER.sub(self._set_parameter, COMMENT.sub("", text))
+
+    def _set_parameter(self, found: re.Match[str]) -> str:
+        """Return a parameter with the value that was asked for, or with its own."""
+        return f'{found[1]}{self._parameters.get(found[2], found[3])}"'
 
     def _write(self, model: str, text: str) -> None:
         # Outside the view, then moved: Triton never sees half of it.

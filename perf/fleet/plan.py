@@ -14,8 +14,8 @@ from kvcast.perf.fleet.capacity import LONGEST_SECONDS, Reuse, Service, Visitors
 from kvcast.perf.fleet.measured import Measurements, choose_size, read_measurements
 
 Row = dict[str, Any]
-# The busiest of the servers that a proxy hashes users to has up to a quarter more than the mean (hash-balance-factor
-# 125), and at 75% it makes a request wait for one and a half others on average.
+# The busiest of the servers that a proxy hashes users to has up to a quarter more than the mean
+# (`perf/results/fleet.md`), and at 75% it makes a request wait for one and a half others on average.
 UTILISATION = 0.6
 # A kept user's history and bookkeeping beside the KV.
 BESIDE_KV = 1.01
@@ -144,6 +144,9 @@ def check_options(arguments: argparse.Namespace) -> None:
     """
     expect(0 < arguments.utilisation < 1, "utilisation", "a share between 0 and 1", arguments.utilisation)
     expect(arguments.workers >= 1, "workers", "at least 1", arguments.workers)
+    # Each process keeps users of its own, and the guard lets a user come to any of them.
+    keeps = bool(arguments.budget or arguments.hit_rate)
+    expect(arguments.workers == 1 or not keeps, "workers", "1, or no cache (--budget 0)", arguments.workers)
     expect(arguments.spare >= 0, "spare", "at least 0", arguments.spare)
     expect(arguments.budget is None or arguments.budget >= 0, "budget", "at least 0 MB", arguments.budget)
 

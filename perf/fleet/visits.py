@@ -91,6 +91,7 @@ def draw_visits(visitors: Visitors, rate: float, seconds: float, seed: int) -> V
     count = draw.poisson(rate * (1 - visitors.returns) * (before + seconds))
     begun = np.sort(draw.uniform(-before, seconds, count))
     popularity = np.cumsum(np.arange(1, visitors.users + 1, dtype=np.float64) ** -visitors.exponent)
+    expect(count > 0, "visits", "at least one in this time", 0)
     users = np.minimum(np.searchsorted(popularity, draw.uniform(0, popularity[-1], count)), visitors.users - 1)
     contents = number_contents(users, draw.random(count) < visitors.unchanged)
     pages = draw.geometric(1 - visitors.returns, count)

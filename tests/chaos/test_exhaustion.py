@@ -349,7 +349,7 @@ def test_a_damaged_file_is_refused_at_the_start_in_clear_words(own_repository, d
 
 @pytest.mark.parametrize(
     "damage",
-    ["swapped graph", "manifest of another model", "half a golden request, resident", "other scores, resident"],
+    ["swapped graph", "manifest of another model", "half a golden request, resident", "other scores"],
 )
 def test_a_file_that_is_damaged_while_serving_is_not_loaded_and_the_server_is_well_when_it_is_whole(
     own_repository, damage

@@ -71,7 +71,7 @@ def make_envoy(members: list[affinity.Member], folder: Path) -> Proxy:
         str(find_envoy()),
         "--concurrency",
         "1",
-        "--use-dynamic-base-id",
+        "--disable-hot-restart",
         "--log-level",
         "error",
         "-c",
@@ -181,18 +181,20 @@ def test_a_server_that_leaves_is_left_before_it_refuses_anybody(members, proxy):
     member = members[NAMES[1]]
     requests = affinity.draw_requests(load_config("tiny"), range(40), seed=SEED)
     loads = [Load(proxy, protocol, requests, NO_RETRIES) for protocol in ("grpc", "http")]
-    with affinity.keep_sending(loads, list(requests)):
-        stopping = threading.Thread(target=member.stop)
-        stopping.start()
-        affinity.wait_for_servers(proxy, set(NAMES) - {member.name})
-        stopping.join()
+    try:
+        with affinity.keep_sending(loads, list(requests)):
+            stopping = threading.Thread(target=member.stop)
+            stopping.start()
+            affinity.wait_for_servers(proxy, set(NAMES) - {member.name})
+            stopping.join()
+    finally:
+        member.start()
+        member.wait_until_ready()
+        affinity.wait_for_servers(proxy, set(NAMES))
     expected = affinity.record_scores(members[NAMES[0]], requests)
     outcomes = [load.count(expected) for load in loads]
     for load in loads:
         load.close()
-    member.start()
-    member.wait_until_ready()
-    affinity.wait_for_servers(proxy, set(NAMES))
     assert all(set(each) == {"right", "wrong"} and each["wrong"] == 0 for each in outcomes), outcomes
 
 
@@ -212,6 +214,7 @@ def test_affinity_finds_more_than_round_robin_and_as_many_as_an_lru_says(members
                 expected = replay(visitors, affinity.map_users(proxy, sorted(set(visitors))))
                 assert row["hit_rate"] == pytest.approx(expected, abs=1e-9)
     assert rates["affinity"] > rates["round robin"] + 0.05, rates
+    assert rates["affinity"] > rates["affinity, bound 200"] > rates["round robin"] - 0.02, rates
 
 
 def replay(visitors: list[int], servers: dict[int, str]) -> float:

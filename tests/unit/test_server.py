@@ -1,22 +1,29 @@
 """The launcher without a server: what it finds, what it misses, and how it reads a log."""
 
+import dataclasses
 import importlib.util
+import io
 import os
+import re
+import shutil
 import stat
 import subprocess
 import sys
 import sysconfig
+import threading
 from pathlib import Path
 
 import pytest
 
 from kvcast.contract.manifest import read_manifest
-from kvcast.server import ServerError, shared_memory
+from kvcast.server import ServerError, ServerSettings, TritonServer, shared_memory
 from kvcast.server.__main__ import make_parser
 from kvcast.server.installation import find_installation
+from kvcast.server.log import Log
 from kvcast.server.repository import check_port, count_shared_memory, ensure_exported, expand_models, read_config_name
 from kvcast.server.triton_process import explain
 from kvcast.server.view import View, find_models
+from tests.processes import wait_until
 
 
 @pytest.fixture
@@ -244,3 +251,57 @@ def test_a_parameter_is_a_name_and_a_value(text, capsys):
     with pytest.raises(SystemExit):
         make_parser().parse_args(["--set", text])
     assert f"expected NAME=VALUE, got {text!r}" in capsys.readouterr().err
+
+
+def test_a_parameter_is_found_however_it_is_written(tiny_repository, tmp_path):
+    own = Path(shutil.copytree(tiny_repository, tmp_path / "own"))
+    config = own / "doc_fusion" / "config.pbtxt"
+    config.write_text(
+        config.read_text()
+        + '# parameters { key: "remark" value { string_value: "1" } }\n'
+        + 'parameters: {\n  key: "late"\n  value: {\n    string_value: "1"\n  }\n}\n'
+    )
+    view = View(own, tmp_path / "view", find_models(["doc_fusion"]), {"late": "2"})
+    assert 'string_value: "2"' in (view.folder / "doc_fusion" / "config.pbtxt").read_text()
+    for name in ("remark", "history", "scores"):  # a comment, and tensors of an ensemble's maps
+        with pytest.raises(ServerError, match=f"parameter {name}: expected one of .*late"):
+            View(own, tmp_path / name, find_models(["ranker"]), {name: "2"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"log_requests": 1.5}, "--log-requests: expected a share of 0 to 1, got 1.5"),
+        ({"shadow": -0.1}, "--shadow: expected a share of 0 to 1, got -0.1"),
+        ({"leave_seconds": -1}, "--leave-seconds: expected 0 or more"),
+        ({"drain_seconds": float("nan")}, "--drain-seconds: expected 0 or more"),
+        ({"in_flight": 0}, "--in-flight: expected 1 or more"),
+        ({"waiting": -1}, "--waiting: expected 0 or more"),
+        ({"leave_seconds": 3, "is_guarded": False}, "--leave-seconds: the guard does that: expected no --unguarded"),
+        ({"log_requests": 1, "is_guarded": False}, "--log-requests: the guard does that: expected no --unguarded"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_before_anything_starts(tmp_path, changes, words):
+    settings = dataclasses.replace(ServerSettings(tmp_path), **changes)
+    with pytest.raises(ServerError, match=re.escape(words)):
+        TritonServer(settings).start()
+
+
+def test_a_log_that_nobody_reads_holds_nobody_up(monkeypatch):
+    monkeypatch.setattr("kvcast.server.log.WAITING_LINES", 5)
+    monkeypatch.setattr("kvcast.server.log.FLUSHED_WITHIN_SECONDS", 0.1)
+    reads, stream = threading.Event(), io.StringIO()
+    write = stream.write
+    stream.write = lambda text: (reads.wait(10), write(text))[1]  # type: ignore[method-assign]
+    log = Log(stream)
+    for number in range(20):
+        log(f"line {number}")
+    log.close()
+    assert not stream.getvalue()
+    reads.set()
+    log("last")
+    wait_until(lambda: "line 5" in stream.getvalue() or "line 4" in stream.getvalue(), 5)
+    log.close()
+    text = stream.getvalue()
+    assert "line 0\n" in text
+    assert re.search(r"kvcast: 1[45] lines before this one were dropped", text)
