@@ -21,11 +21,13 @@ import jsonschema
 import pytest
 import yaml
 
+from kvcast.client import RankerClient
 from kvcast.contract.routing import ROUTING_HEADER
 from kvcast.deploy.__main__ import main as run_deploy
 from kvcast.deploy.__main__ import make_parser as make_deploy_parser
 from kvcast.deploy.sizes import STOP_SECONDS
 from kvcast.guard.metrics import ASK_SECONDS
+from kvcast.perf.fleet.plan import UTILISATION
 from kvcast.server import ServerSettings
 from kvcast.server.__main__ import make_parser
 from kvcast.server.stubs import list_stubs
@@ -270,8 +272,13 @@ def test_the_times_fit_into_each_other(overlay):
 
 def test_the_autoscaler_adds_servers_before_the_queue_is_full_and_takes_them_away_slowly(overlay):
     autoscaler = find(overlay, "HorizontalPodAutoscaler")["spec"]
-    (metric,) = autoscaler["metrics"]
-    assert 0 < float(metric["pods"]["target"]["averageValue"]) < parse_arguments(find_container(overlay)).in_flight
+    targets = {each["pods"]["metric"]["name"]: each["pods"]["target"] for each in autoscaler["metrics"]}
+    assert {each["type"] for each in targets.values()} == {"AverageValue"}
+    in_flight = parse_arguments(find_container(overlay)).in_flight
+    assert 0 < float(targets["kvcast_pending_requests"]["averageValue"]) < in_flight
+    assert targets["kvcast_busy_ratio"]["averageValue"] == f"{1000 * UTILISATION:.0f}m", "as the plan has it"
+    # One server that is stuck must not ask for servers that cannot help: its share of the mean is bounded.
+    assert f", {in_flight})" in read_rules()["kvcast_pending_requests"]["metricsQuery"]
     up, down = (autoscaler["behavior"][name] for name in ("scaleUp", "scaleDown"))
     assert down["stabilizationWindowSeconds"] >= 10 * up["stabilizationWindowSeconds"]
     (policy,) = down["policies"]
@@ -369,49 +376,70 @@ def test_probes_and_scrapes_are_answered_by_a_server(server, overlay):
         assert ask_as_kubelet(addresses[each["port"]], each["path"]) == 200
 
 
-def read_rule() -> Object:
-    """Return the rule of prometheus-adapter."""
-    (rule,) = yaml.safe_load((FOLDER / "prometheus-adapter" / "values.yaml").read_text())["rules"]["custom"]
-    return dict(rule)
+def read_rules() -> dict[str, Object]:
+    """Return the rules of prometheus-adapter, by the metric that each makes."""
+    rules = yaml.safe_load((FOLDER / "prometheus-adapter" / "values.yaml").read_text())["rules"]["custom"]
+    return {rule["name"]["as"]: rule for rule in rules}
 
 
-def test_the_autoscalers_metric_is_made_of_what_a_server_has(server, overlay):
-    rule = read_rule()
-    (metric,) = find(overlay, "HorizontalPodAutoscaler")["spec"]["metrics"]
-    assert rule["name"] == {"as": metric["pods"]["metric"]["name"]}
+def test_the_autoscalers_metrics_are_made_of_what_a_server_has(server, overlay):
+    metrics = find(overlay, "HorizontalPodAutoscaler")["spec"]["metrics"]
+    rules = read_rules()
+    assert sorted(rules) == sorted(each["pods"]["metric"]["name"] for each in metrics)
+    with RankerClient(server.grpc_address) as client:
+        for _ in range(2):  # encoded, then found: both stages have run
+            client.rank([[1, 1]], [[1, 1, 1, 1]])
     with urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=5) as reply:
         page = reply.read().decode()
-    for name in re.findall(r"kvcast_\w+", f"{rule['seriesQuery']} {rule['metricsQuery']}"):
-        assert f"\n{name}{{model=" in page, name
+    for rule in rules.values():
+        for name in re.findall(r"kvcast_\w+", f"{rule['seriesQuery']} {rule['metricsQuery']}"):
+            assert re.search(rf"^{name}{{.*model=", page, re.MULTILINE), name
 
 
-def test_the_autoscalers_query_gives_each_pod_its_requests_of_all_models(tmp_path):
-    query = read_rule()["metricsQuery"]
+def evaluate(metric: str, series: dict[str, str], expected: dict[str, float], folder: Path) -> None:
+    """Have promtool hold what the adapter's rule makes of series after two minutes against what is expected, by pod."""
+    query = read_rules()[metric]["metricsQuery"]
     for placeholder, text in (("LabelMatchers", 'namespace="ours",pod=~"one|two"'), ("GroupBy", "pod")):
         query = query.replace(f"<<.{placeholder}>>", text)
     assert "<<" not in query
-    series = {
-        'kvcast_guard_waiting{model="ranker",namespace="ours",pod="one"}': "6 2 10 2 10",
-        'kvcast_guard_in_flight{model="ranker",namespace="ours",pod="one"}': "16x4",
-        'kvcast_guard_waiting{model="ranker_resident",namespace="ours",pod="one"}': "2x4",
-        'kvcast_guard_in_flight{model="ranker_resident",namespace="ours",pod="one"}': "0x4",
-        'kvcast_guard_waiting{model="ranker",namespace="ours",pod="two"}': "0x4",
-        'kvcast_guard_in_flight{model="ranker",namespace="ours",pod="two"}': "1x4",
-        'kvcast_guard_waiting{model="ranker",namespace="theirs",pod="one"}': "100x4",
-        'kvcast_guard_in_flight{model="ranker",namespace="theirs",pod="one"}': "100x4",
-    }
-    expected = [{"labels": 'pending{pod="one"}', "value": 24.0}, {"labels": 'pending{pod="two"}', "value": 1.0}]
-    groups = [{"name": "adapter", "rules": [{"record": "pending", "expr": query}]}]
-    (tmp_path / "rules.yml").write_text(yaml.safe_dump({"groups": groups}))
+    groups = [{"name": "adapter", "rules": [{"record": "made", "expr": query}]}]
+    (folder / "rules.yml").write_text(yaml.safe_dump({"groups": groups}))
+    samples = [{"labels": f'made{{pod="{pod}"}}', "value": value} for pod, value in expected.items()]
     case = {
         "interval": "15s",
         "input_series": [{"series": name, "values": values} for name, values in series.items()],
-        "promql_expr_test": [{"expr": "pending", "eval_time": "1m", "exp_samples": expected}],
+        "promql_expr_test": [{"expr": "made", "eval_time": "2m", "exp_samples": samples}],
     }
     test = {"rule_files": ["rules.yml"], "evaluation_interval": "15s", "tests": [case]}
-    (tmp_path / "test.yml").write_text(yaml.safe_dump(test))
-    result = run_tool("promtool", "test", "rules", tmp_path / "test.yml")
+    (folder / "test.yml").write_text(yaml.safe_dump(test))
+    result = run_tool("promtool", "test", "rules", folder / "test.yml")
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_autoscaler_sees_the_share_of_its_time_in_which_a_pod_computes(tmp_path):
+    series = {
+        'kvcast_encode_seconds_sum{model="ranker_resident",namespace="ours",pod="one"}': "0+9x12",
+        'kvcast_fuse_seconds_sum{model="ranker_resident",namespace="ours",pod="one"}': "0+3x12",
+        'kvcast_encode_seconds_sum{model="ranker_resident",namespace="ours",pod="two"}': "0+3x12",
+        'kvcast_encode_seconds_sum{model="ranker_resident",namespace="theirs",pod="one"}': "0+15x12",
+    }
+    evaluate("kvcast_busy_ratio", series, {"one": 0.8, "two": 0.2}, tmp_path)
+
+
+def test_the_autoscaler_sees_a_pods_requests_of_all_models_and_no_more_than_it_can_help(tmp_path):
+    series = {
+        'kvcast_guard_waiting{model="ranker",namespace="ours",pod="one"}': "0x3 6 2 10 2 10 6",
+        'kvcast_guard_in_flight{model="ranker",namespace="ours",pod="one"}': "16x9",
+        'kvcast_guard_waiting{model="ranker_resident",namespace="ours",pod="one"}': "2x9",
+        'kvcast_guard_in_flight{model="ranker_resident",namespace="ours",pod="one"}': "0x9",
+        'kvcast_guard_waiting{model="ranker",namespace="ours",pod="two"}': "0x9",
+        'kvcast_guard_in_flight{model="ranker",namespace="ours",pod="two"}': "1x9",
+        'kvcast_guard_waiting{model="ranker",namespace="theirs",pod="one"}': "100x9",
+        'kvcast_guard_in_flight{model="ranker",namespace="theirs",pod="one"}': "100x9",
+    }
+    evaluate("kvcast_pending_requests", series, {"one": 16.0, "two": 1.0}, tmp_path)
+    few = {name: values.replace("16x9", "1x9") for name, values in series.items()}
+    evaluate("kvcast_pending_requests", few, {"one": 9.0, "two": 1.0}, tmp_path)
 
 
 class Pod:
@@ -519,8 +547,8 @@ def test_the_pod_serves_and_repairs_itself_and_leaves_with_nothing_writable_but_
 
     pod.process.terminate()
     wait_until(lambda: pod.get("/v2/health/ready")[0] == 503, 5)
-    assert pod.run(kvcast, "probe", "--live", "--address", "127.0.0.1:8001", "--model", model).returncode == 0
-    assert pod.process.wait(20) == 0
+    assert pod.get("/v2/health/live")[0] == 200
+    assert pod.process.wait(30) == 0
 
 
 # -- custom resources
