@@ -36,11 +36,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-setup-test-deploy: $(READY) ## deploy/ against real haproxy, Envoy, prometheus and kubectl, for longer than `test` takes
-	@$(MAKE) --no-print-directory setup-deploy || true  # the tests name what is missing
-	KVCAST_REQUIRE_DEPLOY_TOOLS=1 KVCAST_AFFINITY_VISITS=4000 $(BIN)/python -m pytest tests/deploy
-
-perf: $(READY) $(LIBB64) ## bring what perf_analyzer links to (no root needed)
+setup-perf: $(READY) $(LIBB64) ## bring what perf_analyzer links to (no root needed)
 
 # Debian's package, unpacked where perf/analyzer.py looks; a machine that has the library needs none of it.
 $(LIBB64):

@@ -57,10 +57,13 @@ def lay_out(spec: dict[str, Any]) -> Path:
     mount("--rbind", "/proc", root / "proc")  # containers may write there, and a user's namespace is set up there
     for path, options in spec["writable"].items():
         mount("-t", "tmpfs", "-o", options, "tmpfs", root / path[1:])
+    seen: list[Path] = []
     for folder in map(Path, spec["keep"]):
-        if any(folder.is_relative_to(path) for path in spec["writable"]):
+        is_hidden = any(folder.is_relative_to(path) for path in spec["writable"])
+        if is_hidden and not any(folder.is_relative_to(path) for path in seen):
             bind(folder, root)
             make_read_only(root / folder.relative_to("/"))
+            seen.append(folder)
     return root
 
 
