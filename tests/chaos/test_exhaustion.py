@@ -358,7 +358,7 @@ def test_a_file_that_is_damaged_while_serving_is_not_loaded_and_the_server_is_we
     path = own_repository / name
     settings = settings_of(own_repository, name)
     with (
-        TritonServer(settings) as server,
+        TritonServer(settings, log=print) as server,  # what a failure needs to be understood
         RankerClient(server.grpc_address, model=settings.models[0], retry=NO_RETRIES, deadline=2) as client,
     ):
         request = draw_request(CONFIG, 30, 7, 0)
