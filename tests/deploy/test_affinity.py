@@ -103,6 +103,27 @@ def test_envoy_takes_its_configuration_and_both_proxies_bound_the_load_alike():
     assert affinity.HAPROXY_CONFIG.read_text().count(affinity.BOUND) == 2
 
 
+def test_the_clusters_haproxy_knows_that_servers_are_ready_and_passes_both_protocols(members, tmp_path):
+    """Its servers come from DNS, which is not here: one stands for it, asked and reached as the file says."""
+    member, config = members[NAMES[0]], ROOT / "deploy" / "kubernetes" / "haproxy" / "haproxy.cfg"
+    http_port, grpc_port, metrics_port = find_free_ports(3)
+    words = {f":{old}\n": f"127.0.0.1:{new}\n" for old, new in ((9000, http_port), (9002, metrics_port))}
+    words[":9001 "] = f"127.0.0.1:{grpc_port} "
+    found = " resolvers cluster resolve-prefer ipv4 init-addr none"
+    for port, address in ((8000, member.http_address), (8001, member.grpc_address)):
+        name = f'server-template kvcast 32 "kvcast-servers.${{NAMESPACE}}.svc.cluster.local:{port}" check{found}'
+        words[name] = f"server one {address} check"
+    words["http-check connect port 8000"] = f"http-check connect port {member.ports[0]}"
+    path = tmp_path / "haproxy.cfg"
+    path.write_text(affinity.replace_all(config.read_text(), words))
+    addresses = {"http": f"127.0.0.1:{http_port}", "grpc": f"127.0.0.1:{grpc_port}"}
+    with Proxy([str(require_tool("haproxy")), "-f", str(path)], addresses):
+        time.sleep(2)  # by then each backend has asked more often than it takes to call a server down
+        for protocol, address in addresses.items():
+            with RankerClient(address, protocol=protocol, model=MODEL, retry=NO_RETRIES) as client:
+                assert len(client.rank([[1, 1]], [[1, 1, 1, 1]]).scores) == 1
+
+
 def map_users_over_grpc(proxy: Proxy, users: range) -> dict[int, str]:
     message = service_pb2.ModelInferRequest(model_name=MODEL)
     for name, shape in ((HISTORY.name, [1, 1, 2]), (CANDIDATES.name, [1, 1, 4])):

@@ -679,7 +679,14 @@ def test_haproxy_in_the_cluster_is_haproxy_before_it_but_for_how_servers_are_fou
     # Servers from DNS cannot track each other's health by name: here each backend asks for itself, in the same way.
     checks = [{*find_checks(ours[f"backend {name}"])} for name in ("http", "grpc")]
     assert checks[0] == {*find_checks(plain["backend http"])}
-    assert {line.removesuffix(" proto h2 check-proto h1") for line in checks[1]} == checks[0]
+    question = {
+        "option httpchk",
+        "http-check connect port 8000 proto h1",
+        "http-check send meth GET uri /v2/health/ready",
+    }
+    default = {line.removesuffix(" proto h2") for line in checks[1] - question}
+    assert checks[1] >= question
+    assert default | {"option httpchk GET /v2/health/ready"} == checks[0]
     for sections in (ours, plain):
         for name, lines in sections.items():
             kept = [line for line in lines if not re.match(r"server(-template)? ", line)]
@@ -690,7 +697,7 @@ def test_haproxy_in_the_cluster_is_haproxy_before_it_but_for_how_servers_are_fou
 
 def find_checks(lines: list[str]) -> list[str]:
     """Return the lines of a backend that say how its servers are asked."""
-    return [line for line in lines if line.startswith(("default-server", "option httpchk"))]
+    return [line for line in lines if line.startswith(("default-server", "option httpchk", "http-check"))]
 
 
 def test_haproxy_reads_its_configuration_and_has_room_for_all_servers(monkeypatch):
