@@ -28,6 +28,7 @@ Mask = npt.NDArray[np.bool_]
 EXAMPLES = 5
 INTEGER_TEXT = r"^\s*[+-]?[0-9]{1,18}\s*$"
 NUMBER_TEXT = r"^\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*$"
+LARGEST = pa.scalar((1 << 63) - 1, pa.uint64())
 # Doubles beyond this do not stand for one integer.
 LARGEST_EXACT = float(1 << 53)
 
@@ -227,7 +228,7 @@ def _to_integers(column: pa.ChunkedArray) -> tuple[Mask, Ids]:
     if pa.types.is_boolean(kind):
         kind, column = pa.int8(), column.cast(pa.int8())
     if pa.types.is_integer(kind):
-        fits = pc.less_equal(column, (1 << 63) - 1) if kind == pa.uint64() else column.is_valid()
+        fits = pc.less_equal(column, LARGEST) if kind == pa.uint64() else column.is_valid()
         fits = _as_mask(pc.fill_null(fits, fill_value=False))
         return fits, pc.fill_null(column, 0).cast(pa.int64(), safe=False).to_numpy()
     if pa.types.is_floating(kind):

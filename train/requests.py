@@ -1,8 +1,8 @@
 """What a model is trained and judged on: for each request of a log its history and its candidates with labels.
 
 A history holds events strictly before the request's time, so nothing that the request brought about, and nothing later,
-is in it. Histories are cut from one array of events when they are asked for; the memory is that of the rows, however many
-requests share an event. It knows logs; it does not know batches, splits or networks.
+is in it. Histories are cut from one array of events when they are asked for; the memory is that of the rows, however
+many requests share an event. It knows logs; it does not know batches, splits or networks.
 """
 
 from collections.abc import Sequence
@@ -61,8 +61,8 @@ class Requests(Sequence[TrainingRequest]):
     """The requests of a log in order of time, or some of them.
 
     Rows of one user with the same `request` are one request; in a log without that column, rows of one user at one
-    time. The request's time is that of its earliest row. One with more than `limits.candidates` rows is taken as several
-    with the same time and history, as a caller would have to send it.
+    time. The request's time is that of its earliest row. One with more than `limits.candidates` rows is taken as
+    several with the same time and history, as a caller would have to send it.
     """
 
     def __init__(self, log: Log, schema: FeatureSchema, limits: Limits) -> None:
