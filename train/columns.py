@@ -3,6 +3,7 @@
 Logs and data sets are read through it. It knows kinds of bad rows; it does not know what a column means.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -20,6 +21,8 @@ Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 OnBadRows = Literal["stop", "skip"]
 
+# Arrow wants one byte between cells; no data has this one.
+UNIT_SEPARATOR = "\x1f"
 # Row numbers that a report names of each kind.
 EXAMPLES = 5
 INTEGER_TEXT = r"^\s*[+-]?[0-9]{1,18}\s*$"
@@ -91,6 +94,10 @@ class Columns:
                 f"{self.path}: {self.bad.rows} of {every} rows are bad; mend them or skip them:\n{self.bad.describe()}"
             )
 
+    def describe_skipped(self) -> list[str]:
+        """Return what to tell a person of rows that were skipped, if any were."""
+        return [f"{self.path.name}: {self.bad.rows} bad rows skipped:\n{self.bad.describe()}"] if self.bad.rows else []
+
     def read_integers(self, name: str) -> Ids:
         """Return a column as INT64; a cell that is missing or not an integer is bad, and 0 here."""
         column = self.table[name]
@@ -134,41 +141,65 @@ class Columns:
             said += [int(number) for number in numbers[: EXAMPLES - len(said)]]
 
 
-def read_csv(
-    path: Path, *, delimiter: str = ",", names: list[str] | None = None, content: bytes | None = None
-) -> Columns:
-    """Read a CSV file as text, empty cells as null.
-
-    Args:
-        path: the file, UTF-8.
-        delimiter: between cells. Cells are quoted only where it is a comma.
-        names: the columns of a file without a header; None: its first line says them.
-        content: what to read in place of what is in the file.
+def read_csv(path: Path, only: Sequence[str] | None = None) -> Columns:
+    """Read a CSV file (UTF-8, comma, a header) as text, empty cells as null; `only` these of its columns.
 
     Raises:
-        OSError: the file cannot be read.
-        pyarrow.ArrowException: it is not text in columns.
+        LogError: the file cannot be read, or has not these columns.
     """
+    try:
+        with path.open("rb") as file:
+            line = file.readline().decode("utf-8-sig", errors="replace").strip("\r\n")
+        names = [name.strip().strip('"') for name in line.split(",")]
+        missing = [name for name in only or () if name not in names]
+        if missing:
+            raise LogError(f"{path}: expected the columns {', '.join(only or ())}: missing {', '.join(missing)}")
+        return _parse_csv(path, path, names, only)
+    except (pa.ArrowException, OSError) as error:
+        raise LogError(f"{path}: cannot be read: {error}") from error
+
+
+def read_separated(path: Path, separator: str, names: Sequence[str]) -> Columns:
+    """Read a file without a header, quotes and escapes, whose cells are apart by a text of any length.
+
+    Raises:
+        LogError: the file cannot be read.
+    """
+    try:
+        content = path.read_bytes()
+        try:
+            text = content.decode()
+        except UnicodeDecodeError:
+            text = content.decode("latin-1")
+        content = text.replace(separator, UNIT_SEPARATOR).encode()
+        return _parse_csv(path, pa.BufferReader(content), list(names), None, UNIT_SEPARATOR)
+    except (pa.ArrowException, OSError) as error:
+        raise LogError(f"{path}: cannot be read: {error}") from error
+
+
+def _parse_csv(
+    path: Path, source: Any, names: list[str], only: Sequence[str] | None, separator: str | None = None
+) -> Columns:
+    """Read cells as text. A separator means: no header and no quotes."""
     crooked: list[int] = []
-    header = names is None
+    header = int(separator is None)
 
     def skip(row: pa.csv.InvalidRow) -> str:
         crooked.append(row.number - header)
         return "skip"
 
-    if names is None:
-        with path.open("rb") as file:
-            line = file.readline().decode("utf-8-sig", errors="replace").strip("\r\n")
-        names = [name.strip().strip('"') for name in line.split(delimiter)]
     table = pa.csv.read_csv(
-        path if content is None else pa.BufferReader(content),
+        source,
         # Only one thread knows the numbers of rows.
-        read_options=pa.csv.ReadOptions(use_threads=False, column_names=names, skip_rows=int(header)),
+        read_options=pa.csv.ReadOptions(use_threads=False, column_names=names, skip_rows=header),
         parse_options=pa.csv.ParseOptions(
-            delimiter=delimiter, quote_char='"' if delimiter == "," else False, invalid_row_handler=skip
+            delimiter=separator or ",", quote_char='"' if header else False, invalid_row_handler=skip
         ),
         convert_options=pa.csv.ConvertOptions(
-            column_types=dict.fromkeys(names, pa.string()), null_values=[""], strings_can_be_null=True
+            column_types=dict.fromkeys(names, pa.string()),
+            include_columns=only,
+            null_values=[""],
+            strings_can_be_null=True,
         ),
     )
     return Columns(path, table, np.array(crooked, np.int64))

@@ -106,14 +106,14 @@ def write_log(
 
 
 def _read_columns(path: Path) -> Columns:
+    if path.suffix == ".csv":
+        return read_csv(path)
+    if path.suffix != ".parquet":
+        raise LogError(f"{path}: expected a file *.parquet or *.csv")
     try:
-        if path.suffix == ".parquet":
-            return Columns(path, pa.parquet.read_table(path), np.zeros(0, np.int64))
-        if path.suffix == ".csv":
-            return read_csv(path)
+        return Columns(path, pa.parquet.read_table(path), np.zeros(0, np.int64))
     except (pa.ArrowException, OSError) as error:
         raise LogError(f"{path}: cannot be read: {error}") from error
-    raise LogError(f"{path}: expected a file *.parquet or *.csv")
 
 
 def _list_columns(schema: FeatureSchema, truth: bool) -> list[str]:
