@@ -23,6 +23,7 @@ Floats = npt.NDArray[np.float64]
 
 START = 1_700_000_000  # the time of the first day, seconds
 DAY = 86_400
+NEVER = np.iinfo(np.int64).max
 FAVOURITES = 4
 DRIFTING_SHARE = 0.4  # of the users, whose favourites become others at some time
 RETRIEVED_SHARE = 0.5  # of what is shown, chosen from the user's favourites; the rest is of any category
@@ -84,17 +85,16 @@ class PlantedLog:
             [_draw_different(draw, users, FAVOURITES, shop.categories) for _ in range(2)]
         )
         span = int(habits.days * DAY)
-        self._changes = START + np.where(draw.random(users) < DRIFTING_SHARE, draw.integers(0, span, users), span)
+        drifts = draw.random(users) < DRIFTING_SHARE
+        self._changes = np.where(drifts, START + draw.integers(0, max(1, span), users), NEVER)
         self.price_level = draw.uniform(0.2, 0.8, users)
         self._visits = np.maximum(2, draw.poisson(habits.days * habits.visits_a_day * draw.lognormal(-0.1, 0.5, users)))
         self._span = max(span, 2 * int(self._visits.max()))
 
     def list_tastes(self, user: int, time: int | None = None) -> list[int]:
         """Return a user's favourite categories at a time, or at the end."""
-        changed = time is None or time >= self._changes[user - 1]
-        drifts = self._changes[user - 1] < START + int(self.habits.days * DAY)
-        favourites = self._favourites[int(changed and drifts), user - 1]
-        return [int(category) for category in favourites]
+        has_changed = (NEVER - 1 if time is None else time) >= self._changes[user - 1]
+        return [int(category) for category in self._favourites[int(has_changed), user - 1]]
 
     def draw_rows(self) -> PlantedRows:
         """Let all users visit, and return the rows. Users are the integers from 1 on."""

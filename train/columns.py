@@ -119,7 +119,9 @@ class Columns:
         if pa.types.is_string(column.type):
             fits = pc.fill_null(pc.match_substring_regex(column, NUMBER_TEXT), fill_value=False)
             column = pc.utf8_trim_whitespace(pc.if_else(fits, column, pa.scalar(None, pa.string())))
-        values: Floats = pc.fill_null(column.cast(pa.float64()), np.nan).to_numpy()
+        elif not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+            column = pa.chunked_array([pa.nulls(len(column))])
+        values: Floats = pc.fill_null(column.cast(pa.float64(), safe=False), np.nan).to_numpy()
         self.reject(f"{name} is not within {low:g}..{high:g}", ~((values >= low) & (values <= high)))
         return values
 

@@ -146,6 +146,13 @@ def test_a_probability_outside_0_to_1_is_a_bad_row(tmp_path):
         read_log(path, SCHEMA, truth=True)
 
 
+def test_a_truth_that_is_no_number_is_a_bad_row(tmp_path):
+    for truth in (pa.array([[1.0], [1.0], [1.0]]), pa.array([2**60, -1, None])):
+        pa.parquet.write_table(pa.table(make_columns(3) | {"truth": truth}), tmp_path / "log.parquet")
+        with pytest.raises(LogError, match=r"3 × truth is not within 0..1: row 1, 2, 3$"):
+            read_log(tmp_path / "log.parquet", SCHEMA, truth=True)
+
+
 def test_a_file_that_is_no_log_is_named(tmp_path):
     for name in ("nothing.parquet", "nothing.csv", "broken.parquet", "log.txt"):
         path = tmp_path / name

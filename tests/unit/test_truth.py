@@ -160,6 +160,14 @@ def test_a_visit_shows_different_items_at_a_time_of_its_own(drawn):
     assert set(few.columns["item"]) == {1, 2, 3, 4, 5}
 
 
+def test_few_items_and_short_days_make_a_log_all_the_same(drawn):
+    for items, categories in ((1, 1), (3, 30), (10**9, 10**9)):
+        shop = Shop(TINY.schema, items=items, categories=categories)
+        rows = PlantedLog(shop, Habits(users=4, days=1e-6)).draw_rows()
+        assert set(rows.columns["item"]) <= set(range(1, shop.items + 1))
+        assert len(rows.truth) == 4 * 2 * min(12, shop.items)
+
+
 def test_ids_keep_to_any_schema():
     fields = (Field("item", 64), Field("colour", 64))
     schema = FeatureSchema(history_fields=(Field("item", 64), Field("mood", 64)), candidate_fields=fields)
