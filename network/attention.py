@@ -107,8 +107,9 @@ def _keep_for_gradients(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], ou
 def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients of query, key and value: attention once more, with PyTorch's own derivative."""
     with torch.enable_grad():
-        inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
-        return *torch.autograd.grad(_attend_all(*inputs, ctx.heads), inputs, gradient), None
+        query, key, value = (tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
+        attended = _attend_all(query, key, value, ctx.heads)
+        return *torch.autograd.grad(attended, (query, key, value), gradient), None
 
 
 # A custom operator has no derivative by itself, and training takes the same path as serving.
