@@ -7,6 +7,7 @@ import json
 import math
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -103,7 +104,7 @@ def add_speed_parser(commands: "argparse._SubParsersAction[argparse.ArgumentPars
         "batch, the same kernels, the same loss and gradients (checked), alternating. Prints one JSON document.",
     )
     speed.add_argument("--config", default="bench")
-    speed.add_argument("--candidates", type=int, metavar="N", help="of a request (the configuration's workload)")
+    speed.add_argument("--candidates", metavar="N,N,…", help="of a request (the configuration's workload)")
     speed.add_argument("--history", type=int, metavar="L", help="events of a request (the configuration's workload)")
     speed.add_argument("--users", type=int, default=2, help="requests of a step (%(default)s)")
     speed.add_argument("--rounds", type=int, default=3, help="timed steps each way (%(default)s)")
@@ -117,6 +118,9 @@ def add_speed_parser(commands: "argparse._SubParsersAction[argparse.ArgumentPars
     speed.add_argument("--monolith", action="store_true", help="time the monolith too, without fast attention")
     speed.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(%(default)s)")
     speed.add_argument("--threads", type=int, help="of the CPU")
+    speed.add_argument(
+        "--cpu-time", action="store_true", help="count the process's CPU seconds: for a machine that is not idle"
+    )
     speed.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
 
 
@@ -154,7 +158,7 @@ def run_training(arguments: argparse.Namespace) -> int:
             return 128 + signal.SIGINT
         finally:
             if any("validation" in row for row in trainer.progress.rows):
-                draw_run(trainer.progress.rows, describe_run(config, settings), files.plot)
+                draw_run(trainer.progress.rows, *describe_run(config, settings, parts, device), files.plot)
     say(f"weights: {files.weights}; metrics: {files.metrics}, {files.plot}")
     return 0
 
@@ -184,31 +188,50 @@ def describe_start(trainer: Trainer, device: torch.device) -> str:
     return f"{weights / 1e6:.2f} M weights, at most {trainer.steps} steps, {where}"
 
 
-def describe_run(config: ModelConfig, settings: Settings) -> str:
-    """Return the title of the plot."""
+def describe_run(config: ModelConfig, settings: Settings, parts: Parts, device: torch.device) -> tuple[str, str]:
+    """Return the title of the plot, and its second line."""
     mask = settings.scheme.replace("_", "-")
-    return f"{config.name}, {mask}, {settings.loss} loss, seed {settings.seed}"
+    regime = (
+        f"{len(parts.training)} requests to learn from, {len(parts.validation)} to choose by, "
+        f"{settings.batch_size} a step, learning rate {settings.learning_rate:g}, seed {settings.seed}, {device.type}"
+    )
+    return f"{config.name}, {mask}, {settings.loss} loss", regime
 
 
 def run_speed(arguments: argparse.Namespace) -> int:
     """Measure and print; return the exit status."""
     config = load_config(arguments.config)
-    result = measure_speed(
-        config,
-        users=arguments.users,
-        history=arguments.history or config.workload.history,
-        candidates=arguments.candidates or config.workload.candidates,
-        rounds=arguments.rounds,
-        rows_at_once=arguments.rows_at_once,
-        with_monolith=arguments.monolith,
-        device=choose_device(arguments.device),
-        say=lambda line: print(line, file=sys.stderr, flush=True),
-    )
+    counts = str(arguments.candidates or config.workload.candidates).split(",")
+    results = [
+        measure_speed(
+            config,
+            users=arguments.users,
+            history=arguments.history or config.workload.history,
+            candidates=int(count),
+            rounds=arguments.rounds,
+            rows_at_once=arguments.rows_at_once,
+            with_monolith=arguments.monolith,
+            device=choose_device(arguments.device),
+            clock=time.process_time if arguments.cpu_time else time.perf_counter,
+            say=lambda line: print(line, file=sys.stderr, flush=True),
+        )
+        for count in counts
+    ]
+    result = {"command": describe_command(arguments), "results": results}
     text = json.dumps(result, indent=2)
     if arguments.json:
         arguments.json.write_text(text + "\n")
     print(text)
     return 0
+
+
+def describe_command(arguments: argparse.Namespace) -> str:
+    """Return the command that measures the same again."""
+    options = ("config", "candidates", "history", "users", "rounds", "rows_at_once", "threads")
+    given = [(name, getattr(arguments, name)) for name in options]
+    parts = [f"--{name.replace('_', '-')} {value}" for name, value in given if value is not None]
+    flags = [f"--{name.replace('_', '-')}" for name in ("monolith", "cpu_time") if getattr(arguments, name)]
+    return " ".join(["kvcast train speed", *parts, *flags])
 
 
 @contextlib.contextmanager

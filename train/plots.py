@@ -18,12 +18,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def draw_run(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+def draw_run(rows: list[dict[str, Any]], title: str, regime: str, path: Path) -> None:
     """Draw the rows of a metrics file into a PNG.
 
     Args:
         rows: one an evaluation, and at last one of the best weights, if the run came so far.
-        title: what was trained, and how.
+        title: what was trained.
+        regime: how.
         path: the file to write.
     """
     evaluations = [row for row in rows if "validation" in row]
@@ -36,6 +37,7 @@ def draw_run(rows: list[dict[str, Any]], title: str, path: Path) -> None:
         axes.grid(axis="y", alpha=0.25)
     rankings.set_xlabel("step")
     figure.suptitle(title, fontsize=13, fontweight="bold")
+    losses.set_title(regime, fontsize=8, color="#555555")
     figure.savefig(path, dpi=130)
 
 
@@ -70,7 +72,7 @@ def draw_rankings(axes: Axes, evaluations: list[dict[str, Any]], last: dict[str,
         place = (best[-1]["step"], best[-1]["validation"]["auc"])
         axes.plot(*place, "o", color=GREEN, markersize=10, fillstyle="none")
         axes.annotate(
-            f"kept: {place[1]:.4f}", place, textcoords="offset points", xytext=(0, 10), ha="center", color=GREEN
+            f"kept: {place[1]:.4f}", place, textcoords="offset points", xytext=(0, -18), ha="center", color=GREEN
         )
     if "popularity_validation" in last:
         popularity = last["popularity_validation"]["auc"]

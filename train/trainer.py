@@ -53,7 +53,7 @@ SECONDS_BETWEEN_CHECKPOINTS = 60.0
 EVALUATIONS = 20
 # Families draw embeddings of unit size, so that every part of a random network matters to a score; a network that is to
 # learn begins with small ones.
-EMBEDDING_SCALE = 0.03
+EMBEDDING_SCALE = 0.02
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Settings:
     epochs: int = 5
     steps: int | None = None
     batch_size: int = 32
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     weight_decay: float = 0.01
     warmup: float = 0.05
     gradient_limit: float = 1.0

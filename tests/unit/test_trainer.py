@@ -532,6 +532,11 @@ def test_the_command_says_what_is_wrong_before_it_trains(log_file, tmp_path, cap
 
 def test_the_command_times_a_step(tmp_path, capsys):
     file = tmp_path / "speed.json"
-    sizes = ["--history", "10", "--candidates", "4", "--users", "1", "--rounds", "1"]
-    assert main(["speed", "--config", "tiny", *sizes, "--json", str(file)]) == 0
-    assert json.loads(capsys.readouterr().out) == json.loads(file.read_text())
+    sizes = ["--candidates", "2,4", "--history", "10", "--users", "1", "--rounds", "1"]
+    assert main(["speed", "--config", "tiny", *sizes, "--cpu-time", "--json", str(file)]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document == json.loads(file.read_text())
+    assert [result["candidates"] for result in document["results"]] == [2, 4]
+    assert document["results"][0]["clock"] == "process_time"
+    assert "--candidates 2,4 --history 10" in document["command"]
+    assert document["command"].endswith("--cpu-time")
