@@ -209,10 +209,10 @@ def test_the_command_refuses_what_it_cannot_do(options):
 
 
 def test_a_million_rows_take_seconds():
-    start = time.monotonic()
+    start = time.process_time()
     rows = PlantedLog(Shop(TINY.schema), Habits(users=2800)).draw_rows()
     assert len(rows.truth) > 10**6
-    assert time.monotonic() - start < 20  # 2 here
+    assert time.process_time() - start < 20  # 2 here
 
 
 def test_a_request_is_printed_without_arrow():
