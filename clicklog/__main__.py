@@ -57,6 +57,7 @@ def _write_log(arguments: argparse.Namespace, schema: FeatureSchema) -> int:
     except ModuleNotFoundError as error:
         print(f"kvcast clicklog: {error.name} is not installed: pip install 'kvcast[train]'", file=sys.stderr)
         return 1
+    log_file.check_name(arguments.log)
     shop = Shop(schema, arguments.shop_seed, arguments.items, arguments.categories)
     habits = Habits(arguments.users, arguments.days, arguments.visits_a_day, arguments.shown)
     rows = PlantedLog(shop, habits, arguments.seed).draw_rows()
