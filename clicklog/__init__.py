@@ -1,9 +1,11 @@
-"""Synthetic click logs: the one seeded generator behind the example request, the tests and the load tests.
+"""Synthetic click logs: the seeded generators behind example request, tests and load tests, and of logs to train on.
 
 It knows the feature schema and numpy; it knows nothing of models, servers or training.
 """
 
 from kvcast.clicklog.generator import ClickLog
+from kvcast.clicklog.shop import Shop
 from kvcast.clicklog.trace import Trace, Traffic, Visit
+from kvcast.clicklog.truth import Effects, Habits, PlantedLog, PlantedRows
 
-__all__ = ["ClickLog", "Trace", "Traffic", "Visit"]
+__all__ = ["ClickLog", "Effects", "Habits", "PlantedLog", "PlantedRows", "Shop", "Trace", "Traffic", "Visit"]

@@ -1,25 +1,87 @@
-"""`python -m kvcast.clicklog`: print a generated request, as `client/examples/request.json` was made."""
+"""`python -m kvcast.clicklog`: print a generated request (`client/examples/request.json` is one), or write a log."""
 
 import argparse
+import importlib
 import sys
+from pathlib import Path
 
 from kvcast.clicklog.generator import ClickLog
+from kvcast.clicklog.shop import Shop
+from kvcast.clicklog.truth import Habits, PlantedLog, compute_best_auc
 from kvcast.contract.config import load_config
+from kvcast.contract.log import LABEL
+from kvcast.contract.schema import FeatureSchema
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print one request as JSON; return the exit status."""
-    parser = argparse.ArgumentParser(prog="kvcast clicklog", description="Print a synthetic ranking request as JSON.")
+    """Print one request as JSON, or write a log; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="kvcast clicklog", description="Print a synthetic ranking request as JSON, or write a log to train on."
+    )
     parser.add_argument("--config", default="bench", help="whose schema and workload (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--history", type=int, metavar="L", help="events (the configuration's workload)")
-    parser.add_argument("--candidates", type=int, metavar="N", help="candidates (the configuration's workload)")
+    request = parser.add_argument_group("a request")
+    request.add_argument("--history", type=int, metavar="L", help="events (the configuration's workload)")
+    request.add_argument("--candidates", type=int, metavar="N", help="candidates (the configuration's workload)")
+    _add_log_options(parser)
     arguments = parser.parse_args(argv)
     config = load_config(arguments.config)
+    if arguments.log is not None:
+        try:
+            return _write_log(arguments, config.schema)
+        except ValueError as error:
+            parser.error(str(error))
     history = config.workload.history if arguments.history is None else arguments.history
     count = config.workload.candidates if arguments.candidates is None else arguments.candidates
     print(ClickLog(config.schema, arguments.seed).draw_request(history, count).to_json(config.schema), end="")
     return 0
+
+
+def _add_log_options(parser: argparse.ArgumentParser) -> None:
+    usual = Habits()
+    log = parser.add_argument_group("a log with known truth")
+    log.add_argument("--log", type=Path, metavar="FILE", help="write it here: *.parquet or *.csv")
+    log.add_argument("--users", type=_count, default=usual.users, help="(%(default)s)")
+    log.add_argument("--days", type=_positive, default=usual.days, help="(%(default)s)")
+    log.add_argument("--visits-a-day", type=_positive, default=usual.visits_a_day, help="of a user (%(default)s)")
+    log.add_argument("--shown", type=_count, default=usual.shown, help="items of a visit (%(default)s)")
+    log.add_argument("--shop-seed", type=int, default=0, help="the same for logs about the same items (%(default)s)")
+    log.add_argument("--items", type=_count, help="(the vocabulary's)")
+    log.add_argument("--categories", type=_count, default=24, help="(%(default)s)")
+    log.add_argument("--with-truth", action="store_true", help="add the true probabilities as a column")
+
+
+def _write_log(arguments: argparse.Namespace, schema: FeatureSchema) -> int:
+    try:
+        log_file = importlib.import_module("kvcast.clicklog.log_file")
+    except ModuleNotFoundError as error:
+        print(f"kvcast clicklog: {error.name} is not installed: pip install 'kvcast[train]'", file=sys.stderr)
+        return 1
+    log_file.check_name(arguments.log)
+    shop = Shop(schema, arguments.shop_seed, arguments.items, arguments.categories)
+    habits = Habits(arguments.users, arguments.days, arguments.visits_a_day, arguments.shown)
+    rows = PlantedLog(shop, habits, arguments.seed).draw_rows()
+    log_file.write_rows(arguments.log, rows, with_truth=arguments.with_truth)
+    labels = rows.columns[LABEL]
+    print(
+        f"{arguments.log}: {len(labels)} rows of {habits.users} users, {labels.mean():.1%} clicked; "
+        f"ranking by the true probability has an AUC of {compute_best_auc(rows.truth):.4f}"
+    )
+    return 0
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
+    return number
+
+
+def _positive(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected more than 0, got {text}")
+    return number
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ by log-sum-exp is the merge step of flash decoding (Dao et al., 2023); the sink 
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,17 +81,39 @@ def attend_unmasked(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Te
     query, key, value: `[B, L, d]`. Returns `[B, L, d]`. An operator of its own, so that export can hand it to ONNX
     Runtime's MultiHeadAttention, whose tiled path (without mask) is faster and needs memory in L, not in L².
     """
+    return _attend_all(query, key, value, heads).clone()
+
+
+def _attend_all(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    """What `attend_unmasked` computes."""
     query, key, value = (
         each.view(*each.shape[:2], heads, each.shape[2] // heads).transpose(1, 2) for each in (query, key, value)
     )
     attended = torch.nn.functional.scaled_dot_product_attention(query, key, value)  # [B, H, L, dh]
-    return attended.transpose(1, 2).flatten(2).clone()
+    return attended.transpose(1, 2).flatten(2)
 
 
 @attend_unmasked.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:  # noqa: ARG001 the operator's signature
     return torch.empty_like(query)
 
+
+def _keep_for_gradients(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:  # noqa: ARG001
+    """Keep what `_differentiate` needs: the inputs, not the score matrix."""
+    *tensors, ctx.heads = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients of query, key and value: attention once more, with PyTorch's own derivative."""
+    with torch.enable_grad():
+        query, key, value = (tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
+        attended = _attend_all(query, key, value, ctx.heads)
+        return *torch.autograd.grad(attended, (query, key, value), gradient), None
+
+
+# A custom operator has no derivative by itself, and training takes the same path as serving.
+attend_unmasked.register_autograd(_differentiate, setup_context=_keep_for_gradients)
 
 # The operator as a graph names it.
 ATTEND_UNMASKED = torch.ops.kvcast.attend_unmasked.default

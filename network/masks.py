@@ -31,7 +31,7 @@ def make_monolith_mask(is_event: Tensor, item_tokens: int, mask: MaskKind) -> Te
     """
     users, history_length = is_event.shape
     length = item_tokens + history_length
-    is_item = torch.arange(length) < item_tokens
+    is_item = torch.arange(length, device=is_event.device) < item_tokens
     is_real = torch.cat([is_event.new_ones(users, item_tokens), is_event], dim=1)  # [B, T+L]
     is_visible = is_real[:, None, :].expand(users, length, length)
     if mask == "target_blind":

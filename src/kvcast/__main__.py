@@ -8,6 +8,7 @@ from kvcast.server import ServerError
 
 # command → (module with `main(argv)`, what it is for)
 COMMANDS = {
+    "train": ("kvcast.train.__main__", "train a network on a click log"),
     "export": ("kvcast.export.__main__", "export a network into a model repository, proved exact"),
     "serve": ("kvcast.server.__main__", "serve a model repository with tritonserver"),
     "release": ("kvcast.server.release", "publish releases, choose which one is served, go back"),
@@ -33,7 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         module = importlib.import_module(COMMANDS[command][0])
     except ModuleNotFoundError as error:
-        extra = {"export": "export", "serve": "server", "demo": "server", "perf": "perf"}.get(command)
+        extras = {"train": "train", "export": "export", "serve": "server", "demo": "server", "perf": "perf"}
+        extra = extras.get(command)
         hint = f"pip install 'kvcast[{extra}]'" if extra else "pip install kvcast"
         print(f"kvcast {command}: {error.name} is not installed: {hint}", file=sys.stderr)
         return 1

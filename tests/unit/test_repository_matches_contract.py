@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "network": {"contract"},
     "clicklog": {"contract"},
     "export": {"contract", "network"},
+    "train": {"contract", "network"},
     "runtime": {"contract"},
     "model_repository": {"runtime"},
     "guard": {"contract"},
@@ -26,11 +27,21 @@ MAY_IMPORT = {
     "deploy": {"contract", "server"},
     "perf": {"client", "clicklog", "contract", "network", "runtime", "server"},
 }
-HEAVY = {"torch", "onnx", "onnxruntime", "tritonclient", "triton_python_backend_utils", "safetensors"}
+HEAVY = {
+    "torch",
+    "onnx",
+    "onnxruntime",
+    "tritonclient",
+    "triton_python_backend_utils",
+    "safetensors",
+    "pyarrow",
+    "sklearn",
+}
 MAY_USE = {
     "contract": set(),
     "network": {"torch", "safetensors"},
-    "clicklog": set(),
+    "clicklog": {"pyarrow"},
+    "train": {"torch", "safetensors", "pyarrow", "sklearn"},
     "export": {"torch", "onnx", "onnxruntime"},
     "runtime": {"onnxruntime"},
     "model_repository": {"triton_python_backend_utils"},

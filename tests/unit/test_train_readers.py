@@ -1,0 +1,267 @@
+"""Readers, on small files in the formats that the data sets have, and the command that makes logs of them."""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvcast.contract.errors import KvcastError
+from kvcast.contract.schema import FeatureSchema, Field, Limits
+from kvcast.train.log import LogError, read_log, write_log
+from kvcast.train.log_command import add_log_parser, run_log
+from kvcast.train.readers import READERS, make_log, read_kuairand, read_movielens
+from kvcast.train.readers.vocabulary import MadeLog
+from kvcast.train.requests import Requests
+
+
+def make_schema(candidate_fields: str, size: int = 64) -> FeatureSchema:
+    fields = tuple(Field(name, size) for name in candidate_fields.split())
+    return FeatureSchema(history_fields=(fields[0], Field("action", 64)), candidate_fields=fields)
+
+
+MOVIES = [
+    (1, "Toy Story (1995)", "Adventure|Animation|Children"),
+    (2, 'Jumanji, the "first" (1995)', "Adventure|Children"),
+    (3, "Les Misérables (1998)", "Drama"),
+    (4, "A film of no year", "(no genres listed)"),
+]
+# user, movie, stars, time
+RATINGS = [
+    (1, 1, 4.0, 100),
+    (1, 2, 3.5, 200),
+    (2, 3, 5.0, 150),
+    (2, 1, 0.5, 150),
+    (2, 4, 4.5, 300),
+    (1, 9, 2.0, 400),
+    (1, 3, 4.0, 400),
+]
+
+
+def write_movielens_csv(folder: Path, ratings=RATINGS) -> Path:
+    lines = ["userId,movieId,rating,timestamp", *(",".join(map(str, row)) for row in ratings)]
+    (folder / "ratings.csv").write_text("\n".join(lines) + "\n")
+    quoted = [(number, '"' + title.replace('"', '""') + '"', genres) for number, title, genres in MOVIES]
+    lines = ["movieId,title,genres", *(",".join(map(str, row)) for row in quoted)]
+    (folder / "movies.csv").write_text("\r\n".join(lines) + "\r\n", encoding="utf-8")
+    return folder
+
+
+def write_movielens_dat(folder: Path) -> Path:
+    lines = ["::".join([str(user), str(movie), f"{stars:g}", str(time)]) for user, movie, stars, time in RATINGS]
+    (folder / "ratings.dat").write_text("\n".join(lines) + "\n")
+    lines = ["::".join(map(str, row)) for row in MOVIES]
+    (folder / "movies.dat").write_text("\n".join(lines) + "\n", encoding="latin-1")
+    return folder
+
+
+def name_rows(made: MadeLog, field: str) -> list[str | None]:
+    """Return the names that a column's ids stand for."""
+    names = {number: name for name, number in made.vocabularies[field].items()}
+    return [names.get(int(number)) for number in made.columns[field]]
+
+
+@pytest.mark.parametrize("write", [write_movielens_csv, write_movielens_dat])
+def test_movielens_is_read_from_both_formats(tmp_path, write, monkeypatch):
+    monkeypatch.setattr("kvcast.train.readers.vocabulary.VOCABULARY_SHARE", 1)
+    made = make_log(read_movielens(write(tmp_path), "stop"), make_schema("item category genres year colour"))
+    assert made.columns["user"].tolist() == [1, 2, 2, 1, 2, 1, 1]
+    assert made.columns["time"].tolist() == [100, 150, 150, 200, 300, 400, 400]
+    assert made.columns["label"].tolist() == [1, 1, 0, 0, 1, 0, 1]
+    assert made.columns["action"].tolist() == [8, 10, 1, 7, 9, 4, 8]
+    assert name_rows(made, "item") == ["1", "3", "1", "2", "4", "9", "3"]
+    assert name_rows(made, "category") == ["Adventure", "Drama", "Adventure", "Adventure", None, None, "Drama"]
+    assert name_rows(made, "genres")[0] == "Adventure|Animation|Children"
+    assert name_rows(made, "year") == ["1995", "1998", "1995", "1995", None, None, "1998"]
+    assert not made.columns["colour"].any()
+    assert made.titles[str(made.vocabularies["item"]["3"])] == "Les Misérables (1998)"
+    assert made.titles[str(made.vocabularies["item"]["2"])] == 'Jumanji, the "first" (1995)'
+    notes = "\n".join(made.notes)
+    assert "1 ratings are of movies that" in notes
+    assert "0 in every row: colour" in notes
+
+
+def test_bad_ratings_are_named_or_skipped(tmp_path):
+    bad = [(1, 2, 3.3, 500), (1, 2, 6, 500), (1, "x", 4, 500), (1, 2, 4, -5)]
+    folder = write_movielens_csv(tmp_path, [*RATINGS, *bad])
+    with pytest.raises(LogError) as error:
+        read_movielens(folder, "stop")
+    for line in (
+        "4 of 11 rows are bad",
+        "1 × rating is not a number of half stars: row 8",
+        "1 × rating is not within 0.5..5: row 9",
+        "1 × movieId is not an integer: row 10",
+        "1 × timestamp is negative: row 11",
+    ):
+        assert line in str(error.value)
+    raw = read_movielens(folder, "skip")
+    assert len(raw.time) == len(RATINGS)
+    assert "4 bad rows skipped" in "\n".join(raw.notes)
+
+
+def test_rows_without_a_long_pause_are_one_request_if_asked(tmp_path):
+    raw = read_movielens(write_movielens_csv(tmp_path), "stop")
+    schema = make_schema("item")
+    assert "request" not in make_log(raw, schema).columns
+    made = make_log(raw, schema, pause=100)
+    groups: dict[int, list[tuple[int, int]]] = {}
+    rows = zip(made.columns["request"].tolist(), made.columns["user"], made.columns["time"], strict=True)
+    for request, user, time in rows:
+        groups.setdefault(request, []).append((user, time))
+    sessions = [[(1, 100), (1, 200)], [(1, 400), (1, 400)], [(2, 150), (2, 150)], [(2, 300)]]
+    assert sorted(groups.values()) == sessions
+
+
+IMPRESSION_COLUMNS = (
+    "user_id,video_id,date,hourmin,time_ms,is_click,is_like,is_follow,is_comment,is_forward,is_hate,long_view,"
+    "play_time_ms,duration_ms,profile_stay_time,comment_stay_time,is_profile_enter,is_rand,tab"
+)
+VIDEO_COLUMNS = (
+    "video_id,author_id,video_type,upload_dt,upload_type,visible_status,video_duration,server_width,server_height,"
+    "music_id,music_type,tag"
+)
+
+
+def write_kuairand(folder: Path) -> Path:
+    first = [
+        "7,100,20220408,400,1649400000123,1,0,0,0,0,0,1,5000,10400,0,0,0,0,1",
+        "7,101,20220408,400,1649400000456,0,0,0,0,0,0,0,100,3000,0,0,0,0,1",
+        "8,100,20220408,400,1649400001000,1,1,1,0,0,0,1,9000,10400,0,0,0,0,4",
+    ]
+    second = ["7,102,20220422,900,1650600000999,0,0,0,0,0,1,0,10,0,0,0,0,0,0"]
+    videos = [
+        '100,441,NORMAL,2020-07-08,ShortImport,1,10400.0,720,1280,989206467,4,"12,65"',
+        "101,442,AD,2020-07-08,LongImport,1,,720,1280,1,4,65",
+    ]
+    for name, header, rows in (
+        ("log_standard_4_08_to_4_21_pure.csv", IMPRESSION_COLUMNS, first),
+        ("log_standard_4_22_to_5_08_pure.csv", IMPRESSION_COLUMNS, second),
+        ("log_random_4_22_to_5_08_pure.csv", IMPRESSION_COLUMNS, ["this,is,not,read"]),
+        ("video_features_basic_pure.csv", VIDEO_COLUMNS, videos),
+    ):
+        (folder / name).write_text("\n".join([header, *rows]) + "\n")
+    return folder
+
+
+def test_kuairand_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("kvcast.train.readers.vocabulary.VOCABULARY_SHARE", 1)
+    schema = make_schema("item author category video_type upload_type tab duration")
+    made = make_log(read_kuairand(write_kuairand(tmp_path), "stop"), schema)
+    assert made.columns["user"].tolist() == [7, 7, 8, 7]
+    assert made.columns["time"].tolist() == [1649400000, 1649400000, 1649400001, 1650600000]
+    assert made.columns["label"].tolist() == [1, 0, 1, 0]
+    assert made.columns["action"].tolist() == [2, 0, 6, 7]
+    assert name_rows(made, "item") == ["100", "101", "100", "102"]
+    assert name_rows(made, "author") == ["441", "442", "441", None]
+    assert name_rows(made, "category") == ["12", "65", "12", None]
+    assert name_rows(made, "video_type") == ["NORMAL", "AD", "NORMAL", None]
+    assert made.columns["tab"].tolist() == [2, 2, 5, 1]
+    assert made.columns["duration"].tolist() == [1 + int(2 * np.log2(11.4)), 5, 1 + int(2 * np.log2(11.4)), 1]
+    assert "1 impressions are of videos without features" in made.notes
+
+
+def test_a_bad_impression_is_named_with_its_file(tmp_path):
+    path = write_kuairand(tmp_path) / "log_standard_4_22_to_5_08_pure.csv"
+    path.write_text(path.read_text() + "7,102,20220422,900,,2,0,0,0,0,0,0,10,0,0,0,0,0,0\n")
+    with pytest.raises(LogError, match=rf"{path.name}: 1 of 2 rows are bad(.|\n)*time_ms is missing: row 2"):
+        read_kuairand(tmp_path, "stop")
+    raw = read_kuairand(tmp_path, "skip")
+    assert len(raw.time) == 4
+    assert "is_click is not 0 or 1" in "\n".join(raw.notes)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_folder_without_the_files_is_named(tmp_path, name):
+    with pytest.raises(LogError, match=f"{tmp_path}: expected .*, found n"):
+        READERS[name](tmp_path, "stop")
+
+
+def test_a_file_without_its_columns_is_named(tmp_path):
+    folder = write_movielens_csv(tmp_path)
+    (folder / "ratings.csv").write_text("userId,movieId,stars,timestamp\n1,1,4,100\n")
+    with pytest.raises(LogError, match=r"ratings\.csv: expected the columns .*: missing rating"):
+        read_movielens(folder, "stop")
+
+
+def test_ids_go_to_what_is_frequent_early(tmp_path):
+    # Movie m is rated 70 - m times in the first part; in the last fifth there are others only.
+    early = [(user, movie, 4, user) for movie in range(1, 70) for user in range(1, 71 - movie)]
+    late = [(user, 900 + user % 3, 4, 10**6) for user in range(1, len(early) // 4 + 1)]
+    made = make_log(read_movielens(write_movielens_csv(tmp_path, [*late, *early]), "stop"), make_schema("item", 64))
+    vocabulary = made.vocabularies["item"]
+    assert list(vocabulary.values()) == list(range(1, 64))
+    assert list(vocabulary)[:3] == ["1", "2", "3"]
+    assert not {"900", "901", "902"} & set(vocabulary)
+    assert not made.columns["item"][made.columns["time"] == 10**6].any()
+    assert "item: 63 of 72 values have an id" in "\n".join(made.notes)
+
+
+CONFIG = """
+name = "movies"
+[network]
+family = "kvcast.network.transformer:Transformer"
+layers = 2
+heads = 2
+width = 32
+[vocabularies]
+item = 64
+action = 64
+category = 64
+year = 128
+[fields]
+history = ["item", "action"]
+candidates = ["item", "category", "year"]
+[limits]
+history = 16
+candidates = 8
+[workload]
+history = 8
+candidates = 4
+"""
+
+
+def run(*arguments: str | Path) -> int:
+    parser = argparse.ArgumentParser()
+    add_log_parser(parser.add_subparsers(dest="command", required=True))
+    return run_log(parser.parse_args(["log", *map(str, arguments)]))
+
+
+@pytest.mark.parametrize("name", ["log.parquet", "log.csv"])
+def test_the_command_makes_a_log_that_trains(tmp_path, capsys, name):
+    config = tmp_path / "movies.toml"
+    config.write_text(CONFIG)
+    write_movielens_csv(tmp_path)
+    assert run(tmp_path, "--from", "movielens", "--config", config, "--out", tmp_path / name, "--pause", 10) == 0
+    out = capsys.readouterr().out
+    assert "7 rows of 2 users" in out
+    assert "training 4 requests" in out
+    schema = make_schema("item category")
+    schema = FeatureSchema(schema.history_fields, (*schema.candidate_fields, Field("year", 128)))
+    requests = Requests(read_log(tmp_path / name, schema), schema, Limits(history=16, candidates=8))
+    assert [len(request.history) for request in requests] == [0, 0, 1, 2, 2]
+    names = json.loads((tmp_path / "log.vocabularies.json").read_text())
+    assert names["titles"][str(names["vocabularies"]["item"]["1"])] == "Toy Story (1995)"
+    assert run(tmp_path / name, "--config", config) == 0
+    assert capsys.readouterr().out.splitlines() == out.splitlines()[-2:]
+
+
+def test_the_command_says_what_it_skips(tmp_path, capsys):
+    config = tmp_path / "movies.toml"
+    config.write_text(CONFIG)
+    path = tmp_path / "log.csv"
+    path.write_text("user,time,item,category,year,action,label\nann,1,2,3,4,0,1\nann,2,2,3,4,0,5\n")
+    with pytest.raises(LogError, match="1 of 2 rows are bad"):
+        run(path, "--config", config)
+    assert run(path, "--config", config, "--bad-rows", "skip") == 0
+    assert "1 × label is not 0 or 1: row 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options", [["--from", "movielens"], ["--out", "x.parquet"], ["--from", "movielens", "--out", "x"]]
+)
+def test_the_command_refuses_what_it_cannot_do(tmp_path, options):
+    with pytest.raises(KvcastError, match=r"go together|parquet"):
+        run(write_movielens_csv(tmp_path), "--config", "tiny", *options)
+    with pytest.raises(LogError, match="missing user"):
+        write_log(tmp_path / "x.csv", {}, make_schema("item"))

@@ -1,0 +1,224 @@
+"""Logs with known truth: labels follow the probabilities, which follow the history; nothing else ranks as well."""
+
+import subprocess
+import sys
+import time
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from kvcast.clicklog.__main__ import main
+from kvcast.clicklog.shop import CATEGORY_NAMES, Shop
+from kvcast.clicklog.truth import (
+    ACTION_WEIGHTS,
+    DAY,
+    RECENCY_DECAY,
+    START,
+    Effects,
+    Habits,
+    PlantedLog,
+    compute_best_auc,
+)
+from kvcast.contract.config import load_config
+from kvcast.contract.log import log_fields
+from kvcast.contract.schema import FeatureSchema, Field, Limits
+from kvcast.train.log import Log, read_log
+from kvcast.train.requests import Requests
+
+TINY = load_config("tiny")
+Floats = npt.NDArray[np.float64]
+
+
+class Drawn:
+    """A log of 300 users, its requests, and a column a candidate in the order of the requests."""
+
+    def __init__(self) -> None:
+        self.shop = Shop(TINY.schema)
+        self.planted = PlantedLog(self.shop, Habits(users=300, days=30), seed=1)
+        self.columns, self.truth = self.planted.draw_rows()
+        users = tuple(str(user) for user in range(1, 301))
+        ids = {field.name: self.columns[field.name] for field in log_fields(TINY.schema)}
+        log = Log(users, self.columns["user"] - 1, self.columns["time"], ids, self.columns["label"])
+        self.requests = Requests(log, TINY.schema, Limits(history=10**6, candidates=100))
+        self.rows = np.concatenate([self.requests.rows(index) for index in range(len(self.requests))])
+        self.label = self.columns["label"][self.rows]
+
+
+@pytest.fixture(scope="module")
+def drawn() -> Drawn:
+    return Drawn()
+
+
+def measure(drawn: Drawn, scores: Floats) -> float:
+    return float(roc_auc_score(drawn.label, scores))
+
+
+def score_history(drawn: Drawn, recent: bool) -> Floats:
+    """Score as a reader of histories can: shares of the candidate's category among the events, all and recent ones."""
+    scores = []
+    for request in drawn.requests:
+        category = drawn.shop.category[request.history[:, 0]]
+        same = category[None, :] == drawn.shop.category[request.candidates[:, 0]][:, None]  # [N, L]
+        score = 2 * np.minimum(1.3, 4 * same.sum(axis=1) / max(1, len(category)))
+        if recent:
+            age = np.arange(len(category))[::-1]
+            score += 2.5 * same @ ((1 - RECENCY_DECAY) * RECENCY_DECAY**age * ACTION_WEIGHTS[request.history[:, 1]])
+        scores.append(score + 0.7 * drawn.shop.quality[request.candidates[:, 0]])
+    return np.concatenate(scores)
+
+
+def test_labels_are_drawn_with_the_probabilities_that_are_said(drawn):
+    truth, label = drawn.truth, drawn.columns["label"]
+    assert np.all((truth > 0) & (truth < 1))
+    for low in np.arange(0, 1, 0.1):
+        here = (truth >= low) & (truth < low + 0.1)
+        error = np.sqrt((truth[here] * (1 - truth[here])).sum()) / here.sum()
+        assert abs(label[here].mean() - truth[here].mean()) < 4 * error
+    assert abs(compute_best_auc(truth) - roc_auc_score(label, truth)) < 0.005
+
+
+def test_the_best_auc_is_that_of_all_pairs():
+    truth = np.array([0.1, 0.4, 0.4, 0.9])
+    pairs = [(one * (1 - other), (one > other) + (one == other) / 2) for one in truth for other in truth]
+    expected = sum(weight * win for weight, win in pairs) / sum(weight for weight, _ in pairs)
+    assert compute_best_auc(truth) == pytest.approx(expected)
+
+
+def test_the_signal_is_in_the_history_held_against_the_candidate(drawn):
+    items = drawn.columns["item"][drawn.rows]
+    half = len(items) // 2  # requests are in order of time: popularity is that of the past
+    clicks = np.bincount(items[:half], drawn.label[:half], minlength=drawn.shop.items + 1)
+    popularity = float(roc_auc_score(drawn.label[half:], clicks[items[half:]]))
+    quality = measure(drawn, drawn.shop.quality[items])
+    history = measure(drawn, score_history(drawn, recent=False))
+    recent = measure(drawn, score_history(drawn, recent=True))
+    bound = measure(drawn, drawn.truth[drawn.rows])
+    assert 0.52 < popularity < quality < 0.7
+    assert quality + 0.1 < history
+    assert history + 0.01 < recent < bound
+    assert 0.83 < bound < 0.9
+    # What of the history does not depend on the candidate says next to nothing.
+    activity = measure(drawn, np.repeat(drawn.requests.history_lengths, drawn.requests.candidate_counts).astype(float))
+    assert abs(activity - 0.5) < 0.1
+
+
+def test_the_probability_is_the_documented_function_of_the_history(drawn):
+    effects, shop = Effects(), drawn.shop
+    for index in range(0, len(drawn.requests), 97):
+        request = drawn.requests[index]
+        items = request.candidates[:, 0]
+        recency = np.zeros(shop.categories + 1)
+        for item, action in request.history:
+            recency *= RECENCY_DECAY
+            recency[shop.category[item]] += (1 - RECENCY_DECAY) * ACTION_WEIGHTS[action]
+        likes = np.isin(shop.category[items], drawn.planted.list_tastes(int(request.user), request.time))
+        level = drawn.planted.price_level[int(request.user) - 1]
+        logit = effects.base + effects.taste * likes + effects.recency * recency[shop.category[items]]
+        logit += effects.quality * shop.quality[items] - effects.price * np.abs(shop.price[items] - level)
+        assert np.allclose(1 / (1 + np.exp(-logit)), drawn.truth[drawn.requests.rows(index)])
+
+
+def test_an_effect_can_be_switched_off(drawn):
+    habits = Habits(users=100, days=10)
+    none = PlantedLog(drawn.shop, habits, 0, Effects(taste=0, recency=0, quality=0, price=0)).draw_rows()
+    assert np.ptp(none.truth) == 0
+    weaker = PlantedLog(drawn.shop, habits, 0, Effects(recency=0)).draw_rows()
+    assert compute_best_auc(weaker.truth) < compute_best_auc(PlantedLog(drawn.shop, habits).draw_rows().truth)
+
+
+def test_some_users_come_to_like_other_things(drawn):
+    end = START + 30 * DAY
+    drifted = [
+        user for user in range(1, 301) if drawn.planted.list_tastes(user, START) != drawn.planted.list_tastes(user, end)
+    ]
+    assert 80 < len(drifted) < 160
+    assert all(len(set(drawn.planted.list_tastes(user))) == 4 for user in range(1, 301))
+
+
+def test_the_seed_decides_the_users_and_the_shops_seed_the_items(drawn):
+    habits = Habits(users=20, days=5)
+    again, other = (PlantedLog(Shop(TINY.schema), habits, seed).draw_rows() for seed in (7, 8))
+    same = PlantedLog(drawn.shop, habits, 7).draw_rows()
+    assert all(np.array_equal(again.columns[name], same.columns[name]) for name in again.columns)
+    assert np.array_equal(again.truth, same.truth)
+    assert not np.array_equal(again.columns["item"][:200], other.columns["item"][:200])
+    assert not np.array_equal(Shop(TINY.schema, seed=1).quality, drawn.shop.quality)
+    # Items keep their attributes from log to log.
+    for rows in (again, other):
+        assert np.array_equal(rows.columns["category"], drawn.shop.category[rows.columns["item"]])
+
+
+def test_a_visit_shows_different_items_at_a_time_of_its_own(drawn):
+    keys = np.stack([drawn.columns["user"], drawn.columns["time"]], axis=1)
+    _, counts = np.unique(keys, axis=0, return_counts=True)
+    assert np.all(counts == 12)
+    assert all(len(set(request.candidates[:, 0])) == 12 for request in drawn.requests)
+    assert np.all(np.diff(drawn.columns["time"]) >= 0)
+    few = PlantedLog(Shop(TINY.schema, items=5), Habits(users=3, days=3, shown=12)).draw_rows()
+    assert set(few.columns["item"]) == {1, 2, 3, 4, 5}
+
+
+def test_few_items_and_short_days_make_a_log_all_the_same(drawn):
+    for items, categories in ((1, 1), (3, 30), (10**9, 10**9)):
+        shop = Shop(TINY.schema, items=items, categories=categories)
+        rows = PlantedLog(shop, Habits(users=4, days=1e-6)).draw_rows()
+        assert set(rows.columns["item"]) <= set(range(1, shop.items + 1))
+        assert len(rows.truth) == 4 * 2 * min(12, shop.items)
+
+
+def test_ids_keep_to_any_schema():
+    fields = (Field("item", 64), Field("colour", 64))
+    schema = FeatureSchema(history_fields=(Field("item", 64), Field("mood", 64)), candidate_fields=fields)
+    rows = PlantedLog(Shop(schema), Habits(users=20, days=5)).draw_rows()
+    assert list(rows.columns) == ["user", "time", "item", "colour", "mood", "label"]
+    assert all(
+        ids.min() >= 0 and ids.max() < 64 for name, ids in rows.columns.items() if name in ("item", "colour", "mood")
+    )
+    assert np.array_equal(rows.columns["mood"] > 0, rows.columns["label"] == 1)
+
+
+def test_things_have_names(drawn):
+    names = {drawn.shop.name_item(item) for item in range(1, drawn.shop.items + 1)}
+    assert len(names) == drawn.shop.items
+    item = 17
+    category = CATEGORY_NAMES[drawn.shop.category[item] - 1]
+    assert drawn.shop.name_item(item) == f"Item 17: {category}, {drawn.shop.name_brand(int(drawn.shop.brand[item]))}"
+    assert len({drawn.shop.name_brand(brand) for brand in range(4096)}) == 4096
+    assert len(set(CATEGORY_NAMES)) == len(CATEGORY_NAMES) == 48
+    assert drawn.shop.name_category(60) == "category 60"
+
+
+@pytest.mark.parametrize("name", ["log.parquet", "log.csv"])
+def test_the_command_writes_a_log_that_is_read(tmp_path, capsys, name):
+    options = ["--config", "tiny", "--users", "30", "--days", "5", "--seed", "3"]
+    assert main([*options, "--log", str(tmp_path / name)]) == 0
+    assert "rows of 30 users" in capsys.readouterr().out
+    log = read_log(tmp_path / name, TINY.schema)
+    expected = PlantedLog(Shop(TINY.schema), Habits(users=30, days=5), seed=3).draw_rows()
+    assert np.array_equal(log.ids["item"], expected.columns["item"])
+    assert main([*options, "--log", str(tmp_path / name), "--with-truth"]) == 0
+    assert np.allclose(read_log(tmp_path / name, TINY.schema, truth=True).truth, expected.truth)
+
+
+@pytest.mark.parametrize("options", [["--log", "x.txt"], ["--users", "0"], ["--days", "nan"]])
+def test_the_command_refuses_what_it_cannot_do(options):
+    with pytest.raises(SystemExit):
+        main(["--config", "tiny", *options])
+
+
+def test_a_million_rows_take_seconds():
+    start = time.process_time()
+    rows = PlantedLog(Shop(TINY.schema), Habits(users=2800), seed=1).draw_rows()
+    assert len(rows.truth) > 10**6
+    assert time.process_time() - start < 20  # 2 here
+
+
+def test_a_request_is_printed_without_arrow():
+    code = (
+        "import sys; sys.modules['pyarrow'] = None\n"
+        "from kvcast.clicklog.__main__ import main; main(['--config', 'tiny'])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert '"history"' in run.stdout
