@@ -1,7 +1,7 @@
 """A model configuration, read from TOML: the network's size, its vocabularies, the limits that are served.
 
-Three come with the project: `tiny` (tests), `bench` (the default) and `seed` (the source documents' size). The
-module reads and checks; it builds nothing.
+With the project come `tiny` (tests), `bench` (the default), `seed` (the source documents' size), and `tiny-hstu` and
+`hstu`, the second network family at the sizes of the first two. The module reads and checks; it builds nothing.
 """
 
 import math

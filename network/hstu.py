@@ -21,6 +21,7 @@ writes it under the keys, as a row that meets a 1 in the query, and it costs fus
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import torch
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from kvcast.contract.config import ModelConfig
 from kvcast.contract.errors import ConfigError
 from kvcast.contract.schema import KVLayout
+from kvcast.network.branch import choose
 from kvcast.network.interface import MaskKind, RankingNetwork, UserKV
 from kvcast.network.masks import find_events, make_monolith_mask
 
@@ -38,6 +40,7 @@ BIAS_ROWS = 1
 LONGEST_DIFFERENCE = 1 << 20
 KNOWN_BUCKETS = LONGEST_DIFFERENCE.bit_length() + 1
 UNKNOWN_BUCKET = KNOWN_BUCKETS  # of two tokens of which one has no time
+KV = tuple[Tensor, Tensor]  # one layer: user keys and values
 
 
 class Places(NamedTuple):
@@ -82,6 +85,23 @@ class Block(nn.Module):
         """Add attention to the residual stream `[..., d]`; attended and gate: `[..., H, dh]`."""
         gated = self.attention_norm(attended.flatten(-2)) * gate.flatten(-2)
         return tokens + cast("Tensor", self.output(gated))
+
+
+def attend_user(rows: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Sum what the queries of all candidates find in one layer of user KV.
+
+    rows: `[B, H, N·Q, dh+1]`, queries with a 1 behind them; keys: `[B, H, dh+1, L]`; values: `[B, H, L, dh]`. Returns
+    `[B, H, N·Q, dh]`.
+    """
+    return nn.functional.silu(rows @ keys) @ values
+
+
+def _attend_kept(rows: tuple[Tensor], kept: KV, made: KV) -> Tensor:  # noqa: ARG001 one signature for both sides of an If
+    return attend_user(*rows, *kept)
+
+
+def _attend_made(rows: tuple[Tensor], kept: KV, made: KV) -> Tensor:  # noqa: ARG001
+    return attend_user(*rows, *made)
 
 
 class HSTU(RankingNetwork):
@@ -169,6 +189,22 @@ class HSTU(RankingNetwork):
 
     def fuse(self, user_kv: UserKV, candidates: Tensor) -> Tensor:
         """Score candidates INT64 `[B, N, T]` against their user's KV: FP32 `[B, N]`."""
+        return self._score(
+            candidates, lambda index, rows: attend_user(rows, user_kv.keys[index], user_kv.values[index])
+        )
+
+    def rank(self, history: Tensor, candidates: Tensor, kept: UserKV, use_kept: Tensor) -> tuple[Tensor, UserKV]:
+        """Encode, and fuse with what was kept or made: only the attention to it occurs twice in a graph."""
+        made = self.encode_user(history)
+
+        def attend(index: int, rows: Tensor) -> Tensor:
+            layers = [(user_kv.keys[index], user_kv.values[index]) for user_kv in (kept, made)]
+            return cast("Tensor", choose(use_kept, _attend_kept, _attend_made, (rows,), *layers))
+
+        return self._score(candidates, attend), made
+
+    def _score(self, candidates: Tensor, attend: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """Score candidates; `attend(layer, rows)` sums over the user what the query rows `[B, H, N·Q, dh+1]` find."""
         tokens = self._embed_candidates(candidates)  # [B, N, T, d]
         for index, block in enumerate(self._get_blocks()):
             normed = block.norm(tokens)
@@ -181,8 +217,7 @@ class HSTU(RankingNetwork):
             own = nn.functional.silu(item_query @ key.permute(0, 3, 1, 4, 2) + own_bias)  # [B, H, N, Q, T]
             own = own @ (value / self._longest).permute(0, 3, 1, 2, 4)  # [B, H, N, Q, dh]
             rows = torch.cat([item_query, torch.ones_like(item_query[..., :1])], dim=-1).flatten(2, 3)
-            shared = nn.functional.silu(rows @ user_kv.keys[index]) @ user_kv.values[index]  # [B, H, N·Q, dh]
-            attended = own + shared.view(own.shape)
+            attended = own + attend(index, rows).view(own.shape)
             tokens = block.close(tokens, attended.permute(0, 2, 3, 1, 4), gate)
         return self._read_scores(tokens[:, :, 0])
 

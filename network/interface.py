@@ -165,7 +165,7 @@ def check_option(family: type[RankingNetwork], name: str, value: Option) -> None
         raise ConfigError(f"network.options: {family.__name__} has no option {name!r} (it has: {known})")
     wanted = type(family.options[name])
     if not (type(value) is wanted or (wanted is float and type(value) is int)):
-        raise ConfigError(f"network.options.{name}: expected a {wanted.__name__}, got {value!r}")
+        raise ConfigError(f"network.options.{name}: expected {wanted.__name__}, got {value!r}")
 
 
 def build_network(config: ModelConfig) -> RankingNetwork:
