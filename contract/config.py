@@ -1,12 +1,13 @@
 """A model configuration, read from TOML: the network's size, its vocabularies, the limits that are served.
 
-Three come with the project: `tiny` (tests), `bench` (the default) and `seed` (the source documents' size). The
-module reads and checks; it builds nothing.
+With the project come `tiny` (tests), `bench` (the default), `seed` (the source documents' size), and `tiny-hstu` and
+`hstu`, the second network family at the sizes of the first two. The module reads and checks; it builds nothing.
 """
 
+import math
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,24 @@ from kvcast.contract.schema import FeatureSchema, Field, Limits, Workload
 MIN_VOCABULARY = 64
 # The proofs of an export need room for a history with padding around it.
 MIN_HISTORY_LIMIT = 8
+# What an option of a network family may be; what it means is the family's to say.
+Option = str | int | float | bool
 
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """The network family (`module:Class`) and its size: M layers, H heads, model width d."""
+    """The network family and its size: M layers, H heads, model width d.
+
+    family: `package.module:Class`, or `path/to/file.py:Class` from the folder of the TOML file. options: the family's
+    own, which it checks. folder: where the TOML file lies; no part of what the model is.
+    """
 
     family: str
     layers: int
     heads: int
     width: int
+    options: dict[str, Option] = field(default_factory=dict, hash=False)
+    folder: Path = field(default=Path(), compare=False)
 
     @property
     def head_width(self) -> int:
@@ -58,9 +67,9 @@ def load_config(name_or_path: str) -> ModelConfig:
         ConfigError: there is no such configuration, or it does not describe a model.
     """
     if name_or_path in list_configs():
-        text = (resources.files("kvcast.contract") / "configs" / f"{name_or_path}.toml").read_text()
+        text, folder = (resources.files("kvcast.contract") / "configs" / f"{name_or_path}.toml").read_text(), Path()
     elif Path(name_or_path).is_file():
-        text = Path(name_or_path).read_text()
+        text, folder = Path(name_or_path).read_text(), Path(name_or_path).parent
     else:
         known = ", ".join(list_configs())
         raise ConfigError(f"config: expected one of {known} or the path of a TOML file, got {name_or_path!r}")
@@ -68,7 +77,8 @@ def load_config(name_or_path: str) -> ModelConfig:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"config {name_or_path}: not valid TOML: {error}") from error
-    return parse_config(table)
+    config = parse_config(table)
+    return replace(config, network=replace(config.network, folder=folder))
 
 
 def parse_config(table: dict[str, Any]) -> ModelConfig:
@@ -93,12 +103,22 @@ def parse_config(table: dict[str, Any]) -> ModelConfig:
 
 
 def _parse_network(table: dict[str, Any]) -> NetworkConfig:
-    _expect_keys(table, "network", {"family", "layers", "heads", "width"})
+    _expect_keys(table, "network", {"family", "layers", "heads", "width"}, optional="options")
     sizes = {key: _read(table, key, int, lambda value: value > 0) for key in ("layers", "heads", "width")}
-    network = NetworkConfig(family=_read(table, "family", str, lambda value: ":" in value), **sizes)
+    options = _parse_options(table.get("options", {}))
+    network = NetworkConfig(family=_read(table, "family", str, lambda value: ":" in value), **sizes, options=options)
     if network.width % network.heads:
         raise ConfigError(f"network.width: expected a multiple of heads = {network.heads}, got {network.width}")
     return network
+
+
+def _parse_options(table: object) -> dict[str, Option]:
+    if not isinstance(table, dict):
+        raise ConfigError(f"network.options: expected a table, got {table!r}")
+    for name, value in table.items():
+        if not isinstance(value, Option) or (isinstance(value, float) and not math.isfinite(value)):
+            raise ConfigError(f"network.options.{name}: expected a string, a finite number or a boolean, got {value!r}")
+    return table
 
 
 def _parse_schema(fields: dict[str, Any], vocabularies: dict[str, Any]) -> FeatureSchema:
@@ -120,10 +140,10 @@ def _positive_numbers(table: dict[str, Any], section: str, keys: tuple[str, ...]
     return {key: _read(table[section], key, int, lambda value: value > 0) for key in keys}
 
 
-def _expect_keys(table: object, section: str, keys: set[str]) -> None:
+def _expect_keys(table: object, section: str, keys: set[str], *, optional: str = "") -> None:
     if not isinstance(table, dict):
         raise ConfigError(f"{section}: expected a table, got {table!r}")
-    if set(table) != keys:
+    if set(table) - {optional} != keys:
         raise ConfigError(f"{section}: expected the keys {sorted(keys)}, got {sorted(table)}")
 
 

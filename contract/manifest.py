@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvcast.contract.config import Option
 from kvcast.contract.errors import ArtefactError
 from kvcast.contract.schema import FeatureSchema, Field, KVLayout, Limits, Workload
 
@@ -51,6 +52,7 @@ class Parity:
 class Manifest:
     """One exported model. `release` is the fingerprint (hex) of weights + config + contract version.
 
+    `network` is the family as the TOML names it, and `network_options` are its own options.
     `files` maps the name of each artefact file beside the manifest to its SHA-256 (hex).
     """
 
@@ -70,6 +72,7 @@ class Manifest:
     parity: Parity
     files: dict[str, str]
     contract_version: int = CONTRACT_VERSION
+    network_options: dict[str, Option] = dataclasses.field(default_factory=dict)
 
     @property
     def schema(self) -> FeatureSchema:
@@ -77,8 +80,11 @@ class Manifest:
         return FeatureSchema(self.history_fields, self.candidate_fields)
 
     def to_json(self) -> str:
-        """Return the manifest as indented JSON."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        """Return the manifest as indented JSON; without `network_options` where there are none."""
+        table = dataclasses.asdict(self)
+        if not self.network_options:
+            del table["network_options"]
+        return json.dumps(table, indent=2) + "\n"
 
 
 def parse_manifest(text: str) -> Manifest:

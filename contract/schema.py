@@ -49,9 +49,9 @@ class KVLayout:
 
     `user_keys` is `[layers, heads, key_rows, slots]` (keys transposed: a slot is a column) and `user_values`
     is `[layers, heads, slots, value_columns]` (a slot is a row), with `slots = lead_slots + L`. The first
-    `lead_slots` slots belong to no event; slot `lead_slots + i` belongs to event i. A slot whose
-    `user_keys[:, :, mask_row, slot]` is `mask_value` is padding, whatever else it holds (zeros, if the
-    runtime added it).
+    `lead_slots` slots belong to no event; slot `lead_slots + i` belongs to event i. Padding is a slot of zeros
+    whose `user_keys[:, :, mask_row, slot]` is `mask_value`: where users share a run, the runtime adds such slots
+    after the shorter ones, and they must change no score.
     """
 
     layers: int

@@ -26,6 +26,11 @@ def make_parser() -> argparse.ArgumentParser:
     source.add_argument("--weights", type=Path, metavar="FILE.safetensors", help="trained weights")
     source.add_argument("--seed", type=int, default=0, help="draw random weights from this seed (%(default)s)")
     parser.add_argument(
+        "--accept-undirected",
+        action="store_true",
+        help="export weights trained with the undirected mask: their scores will differ from those in training",
+    )
+    parser.add_argument(
         "--repository",
         type=Path,
         required=True,
@@ -40,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     try:
         config = load_config(arguments.config)
-        source = WeightsSource(arguments.weights, arguments.seed)
+        source = WeightsSource(arguments.weights, arguments.seed, arguments.accept_undirected)
         export_release(config, source, arguments.repository, lambda line: print(line, flush=True))
     except KvcastError as error:
         print(f"kvcast export: {error}", file=sys.stderr)

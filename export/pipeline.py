@@ -24,9 +24,9 @@ from kvcast.contract.schema import KVLayout
 from kvcast.contract.tensors import EXPORTED_MODELS
 from kvcast.export.calls import OnnxCalls, TorchCalls
 from kvcast.export.graphs import OPSET, describe_graphs, export_graph
-from kvcast.export.proofs import Calls, Sample, draw_sample, prove, prove_history_is_blind
+from kvcast.export.proofs import Calls, Sample, draw_sample, prove, prove_history_is_blind, prove_layout
 from kvcast.export.release import fingerprint_release
-from kvcast.network.interface import RankingNetwork, build_network
+from kvcast.network.interface import MaskKind, RankingNetwork, build_network
 from kvcast.network.weights import draw_weights, load_weights
 
 VERSION_FOLDER = "1"
@@ -38,10 +38,14 @@ STEPS = 9
 
 @dataclass(frozen=True)
 class WeightsSource:
-    """Where weights come from: a safetensors file if there is one, else a seed."""
+    """Where weights come from: a safetensors file if there is one, else a seed.
+
+    accept_undirected: take a file that says it was trained with the undirected mask.
+    """
 
     file: Path | None = None
     seed: int = 0
+    accept_undirected: bool = False
 
 
 class Progress:
@@ -89,10 +93,7 @@ def export_release(
     progress = Progress(say)
     with progress.step(f"build {config.name} ({config.network.family})"):
         network = build_network(config)
-        if weights.file is None:
-            draw_weights(network, weights.seed)
-        else:
-            load_weights(network, weights.file)
+        mask = _set_weights(network, weights)
     with progress.step("fingerprint the release"):
         release = fingerprint_release(network)
     with progress.step("prove the network (torch): six properties, negative control"):
@@ -121,7 +122,17 @@ def export_release(
         f"release {release[:12]} of {config.name}: cached = monolith to {torch_error:.1e} (torch) and "
         f"{onnx_error:.1e} (ONNX); the undirected mask would move scores by up to {undirected_difference:.1e}"
     )
+    if mask == "undirected":
+        say("these weights were trained with the undirected mask: so far can a score lie from the one of training")
     return manifest
+
+
+def _set_weights(network: RankingNetwork, weights: WeightsSource) -> MaskKind | None:
+    """Set every parameter; return the mask of training, where a file says it."""
+    if weights.file is not None:
+        return load_weights(network, weights.file, accept_undirected=weights.accept_undirected)
+    draw_weights(network, weights.seed)
+    return None
 
 
 def _draw_samples(config: ModelConfig) -> list[Sample]:
@@ -141,6 +152,8 @@ def _record_golden(calls: Calls, sample: Sample) -> Golden:
 def _prove_network(network: RankingNetwork, samples: list[Sample]) -> tuple[float, float]:
     """Return the parity error, and how far the undirected mask moves the scores."""
     calls = TorchCalls(network)
+    for sample in samples:
+        prove_layout(calls.encode_user(sample.history), sample, network.kv_layout)
     error = _prove_calls(calls, samples, network.kv_layout)
     for sample in samples:
         prove_history_is_blind(calls.probe_user_keys, network.config.schema, sample)
@@ -178,6 +191,7 @@ def _describe(network: RankingNetwork, release: str, parity: Parity, model: str,
         | {name: metadata.version(name) for name in ("kvcast", "torch", "onnx", "onnxscript", "onnxruntime")},
         parity=parity,
         files={path.name: hash_file(path) for path in sorted(folder.iterdir())},
+        network_options=config.network.options,
     )
 
 

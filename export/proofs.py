@@ -1,11 +1,13 @@
 """What an artefact must prove before it is written: six properties, and a negative control of the mask.
 
 The proofs see a network only through `Calls`, numpy in and out, so the same code judges the torch network and the
-ONNX graphs. A property that does not hold raises `ProofError` naming it. The module knows no family and no file.
+ONNX graphs. A property that does not hold raises `ProofError` naming it, and so does a call that fails while one is
+looked at. The module knows no family and no file.
 """
 
 import abc
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +20,13 @@ from kvcast.network.interface import MaskKind
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
+BLIND = "property 1, user KV ignores candidates"
+TOGETHER = "property 2, N candidates together = each alone"
+PERMUTED = "property 3, permuting candidates permutes scores"
+DIFFERENT = "property 4, different candidates get different scores"
+PADDING = "property 5, padding changes nothing"
+EXACT = "property 6, cached path = monolith"
+RESIDENT = "property 6, resident path = cached path"
 
 
 class ProofError(ArtefactError):
@@ -94,17 +103,58 @@ def prove(calls: Calls, sample: Sample, layout: KVLayout) -> float:
     Raises:
         ProofError: a property does not hold; the message names it.
     """
-    user_kv = calls.encode_user(sample.history)
-    scores = calls.fuse(user_kv, sample.candidates)
+    with _proving("scores"):
+        user_kv = calls.encode_user(sample.history)
+        scores = calls.fuse(user_kv, sample.candidates)
     if scores.shape != sample.candidates.shape[:2] or not np.isfinite(scores).all():
         raise ProofError(f"scores: expected finite {list(sample.candidates.shape[:2])}, got {scores}")
-    _prove_kv_ignores_candidates(calls, sample, user_kv)
-    _prove_together_equals_alone(calls, sample, user_kv, scores)
-    _prove_permutation(calls, sample, user_kv, scores)
+    with _proving(BLIND):
+        _prove_kv_ignores_candidates(calls, sample, user_kv)
+    with _proving(TOGETHER):
+        _prove_together_equals_alone(calls, sample, user_kv, scores)
+    with _proving(PERMUTED):
+        _prove_permutation(calls, sample, user_kv, scores)
     _prove_different_scores(scores)
-    _prove_padding_changes_nothing(calls, sample, scores)
-    error = _prove_cached_equals_monolith(calls, sample, scores)
-    return max(error, _prove_resident_equals_cached(calls, sample, scores, layout))
+    with _proving(PADDING):
+        _prove_padding_changes_nothing(calls, sample, scores)
+    with _proving(EXACT):
+        error = _prove_cached_equals_monolith(calls, sample, scores)
+    with _proving(RESIDENT):
+        return max(error, _prove_resident_equals_cached(calls, sample, scores, layout))
+
+
+@contextlib.contextmanager
+def _proving(name: str) -> Iterator[None]:
+    """Name the property that was looked at when a call failed."""
+    try:
+        yield
+    except ProofError:
+        raise
+    except Exception as error:  # a family's own mistakes have any type
+        raise ProofError(f"{name}: a call failed: {type(error).__name__}: {error}") from error
+
+
+def prove_layout(user_kv: list[Floats], sample: Sample, layout: KVLayout) -> None:
+    """Prove that user KV has the shapes that `kv_layout` says.
+
+    Args:
+        user_kv: of the sample's history, M keys and then M values.
+        sample: a request.
+        layout: what the network says of its user KV.
+
+    Raises:
+        ProofError: a shape is another.
+    """
+    length = sample.history.shape[1]
+    wanted = [layout.keys_shape(length)[1:]] * layout.layers + [layout.values_shape(length)[1:]] * layout.layers
+    got = [array.shape[1:] for array in user_kv]
+    if got != wanted:
+        raise ProofError(
+            f"kv_layout: expected {layout.layers} keys [B, {', '.join(map(str, wanted[0]))}] and as many values "
+            f"[B, {', '.join(map(str, wanted[-1]))}] of {length} events, got {[list(shape) for shape in got]}"
+        )
+    if not 0 <= layout.mask_row < layout.key_rows:
+        raise ProofError(f"kv_layout: expected mask_row within 0..{layout.key_rows - 1}, got {layout.mask_row}")
 
 
 def prove_history_is_blind(probe: UserKeysProbe, schema: FeatureSchema, sample: Sample) -> None:
@@ -118,11 +168,13 @@ def prove_history_is_blind(probe: UserKeysProbe, schema: FeatureSchema, sample: 
     """
     count = sample.candidates.shape[1]
     others = draw_sample(schema, 1, count, seed=count + 1).candidates
-    blind, blind_others = (probe(sample.history, c, "target_blind") for c in (sample.candidates, others))
+    with _proving(BLIND):
+        blind, blind_others = (probe(sample.history, c, "target_blind") for c in (sample.candidates, others))
     for layer, (keys, other_keys) in enumerate(zip(blind, blind_others, strict=True), start=1):
         if not np.array_equal(keys, other_keys):
-            raise ProofError(f"property 1, user KV ignores candidates: layer {layer} changes with the candidates")
-    seeing, seeing_others = (probe(sample.history, c, "undirected") for c in (sample.candidates, others))
+            raise ProofError(f"{BLIND}: layer {layer} changes with the candidates")
+    with _proving("negative control"):
+        seeing, seeing_others = (probe(sample.history, c, "undirected") for c in (sample.candidates, others))
     for layer, (keys, other_keys) in enumerate(zip(seeing, seeing_others, strict=True), start=1):
         if np.array_equal(keys, other_keys) != (layer == 1):
             raise ProofError(
@@ -135,32 +187,32 @@ def _prove_kv_ignores_candidates(calls: Calls, sample: Sample, user_kv: list[Flo
     calls.fuse(user_kv, sample.candidates[:, ::-1])
     again = calls.encode_user(sample.history)
     if not all(np.array_equal(first, second) for first, second in zip(user_kv, again, strict=True)):
-        raise ProofError("property 1, user KV ignores candidates: encoding again gives other bits")
+        raise ProofError(f"{BLIND}: encoding again gives other bits")
 
 
 def _prove_together_equals_alone(calls: Calls, sample: Sample, user_kv: list[Floats], scores: Floats) -> None:
     count = scores.shape[1]
+    again = calls.fuse(user_kv, sample.candidates)
+    _expect_equal(f"{TOGETHER} (the same call twice)", scores, again)
     alone = [calls.fuse(user_kv, sample.candidates[:, [index]]) for index in range(count)]
-    _expect_equal("property 2, N candidates together = each alone", scores, np.concatenate(alone, axis=1))
+    _expect_equal(TOGETHER, scores, np.concatenate(alone, axis=1))
 
 
 def _prove_permutation(calls: Calls, sample: Sample, user_kv: list[Floats], scores: Floats) -> None:
     order = np.random.default_rng(0).permutation(scores.shape[1])
     permuted = calls.fuse(user_kv, sample.candidates[:, order])
-    _expect_equal("property 3, permuting candidates permutes scores", scores[:, order], permuted)
+    _expect_equal(PERMUTED, scores[:, order], permuted)
 
 
 def _prove_different_scores(scores: Floats) -> None:
     if len(np.unique(scores)) < scores.size:
         raise ProofError(
-            f"property 4, different candidates get different scores: got only {len(np.unique(scores))} "
-            f"different scores for {scores.size} candidates"
+            f"{DIFFERENT}: got only {len(np.unique(scores))} different scores for {scores.size} candidates"
         )
 
 
 def _prove_padding_changes_nothing(calls: Calls, sample: Sample, scores: Floats) -> None:
-    name = "property 5, padding changes nothing"
-    history = sample.history
+    name, history = PADDING, sample.history
     for places, where in (([0, 0, 0], "front"), ([history.shape[1]] * 3, "end"), ([1, 2, 2], "middle")):
         padded = np.insert(history, places, 0, axis=1)
         _expect_equal(f"{name} ({where})", scores, calls.rank(padded, sample.candidates))
@@ -177,7 +229,7 @@ def _prove_padding_changes_nothing(calls: Calls, sample: Sample, scores: Floats)
 
 
 def _prove_cached_equals_monolith(calls: Calls, sample: Sample, scores: Floats) -> float:
-    name = "property 6, cached path = monolith"
+    name = EXACT
     error = _expect_equal(name, calls.run_monolith(sample.history, sample.candidates), scores)
     padding = np.zeros_like(sample.history[:, :2])
     empty = calls.run_monolith(padding, sample.candidates)
@@ -186,7 +238,7 @@ def _prove_cached_equals_monolith(calls: Calls, sample: Sample, scores: Floats) 
 
 def _prove_resident_equals_cached(calls: Calls, sample: Sample, scores: Floats, layout: KVLayout) -> float:
     """Cold, warm with other candidates in between, and warm with KV that was padded to share a run."""
-    name = "property 6, resident path = cached path"
+    name = RESIDENT
     history, candidates = sample.history, sample.candidates
     nothing, no_event = make_no_user_kv(layout, 1), np.zeros_like(history[:, :1])
     cold, made = calls.rank_resident(history, candidates, nothing, use_kept=False)
@@ -194,9 +246,11 @@ def _prove_resident_equals_cached(calls: Calls, sample: Sample, scores: Floats, 
     before = [array.copy() for array in made]
     calls.rank_resident(no_event, candidates[:, ::-1], made, use_kept=True)
     if not all(np.array_equal(first, second) for first, second in zip(before, made, strict=True)):
-        raise ProofError("property 1, user KV ignores candidates: fusing wrote into the KV that was kept")
+        raise ProofError(f"{BLIND}: fusing wrote into the KV that was kept")
     warm, _ = calls.rank_resident(no_event, candidates, made, use_kept=True)
     error = max(error, _expect_equal(f"{name} (warm)", scores, warm))
+    warm, _ = calls.rank_resident(no_event, candidates, add_padding_slots(made, layout), use_kept=True)
+    _expect_equal(f"{PADDING} (slots as kv_layout says)", scores, warm)
     half, others = history[:, : history.shape[1] // 2], candidates[:, ::-1]
     expected = calls.rank(half, others)
     short = np.pad(half, ((0, 0), (0, history.shape[1] - half.shape[1]), (0, 0)))
@@ -211,6 +265,16 @@ def make_no_user_kv(layout: KVLayout, users: int) -> list[Floats]:
     """Return KV of empty histories, layer by layer, to be given where none is kept."""
     shapes = [layout.keys_shape(0)] * layout.layers + [layout.values_shape(0)] * layout.layers
     return [np.zeros((users, *shape[1:]), np.float32) for shape in shapes]
+
+
+def add_padding_slots(user_kv: list[Floats], layout: KVLayout, slots: int = 3) -> list[Floats]:
+    """Return KV, layer by layer, with padding slots behind it, as the runtime adds them where users share a run."""
+    padded = []
+    for array in user_kv[: layout.layers]:
+        keys = np.pad(array, ((0, 0), (0, 0), (0, 0), (0, slots)))
+        keys[:, :, layout.mask_row, -slots:] = layout.mask_value
+        padded.append(keys)
+    return padded + [np.pad(array, ((0, 0), (0, 0), (0, slots), (0, 0))) for array in user_kv[layout.layers :]]
 
 
 def _expect_equal(name: str, expected: Floats, got: Floats) -> float:

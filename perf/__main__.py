@@ -133,6 +133,7 @@ def run(arguments: argparse.Namespace) -> None:
             "layers": config.network.layers,
             "heads": config.network.heads,
             "candidate_tokens": len(config.schema.candidate_fields),
+            **describe_network(config),
         },
     }
     print(f"{regime(result)}\n\n{REGIME}\n", flush=True)
@@ -164,6 +165,12 @@ def run(arguments: argparse.Namespace) -> None:
         notes.take("affinity", lambda: affinity.run_affinity(settings.repository, config, visitors, notes.say))
     result["seconds"] = time.monotonic() - started
     write_files(result, arguments.results)
+
+
+def describe_network(config: ModelConfig) -> dict[str, Any]:
+    """Return what the network itself says of its size, for whoever plans with the result file alone."""
+    network = cost_model.build_shape(config)
+    return {"user_kv": dataclasses.asdict(network.kv_layout), "layer_flops": network.count_layer_flops()}
 
 
 def describe_command(arguments: argparse.Namespace) -> str:
@@ -238,7 +245,6 @@ def measure_cold(
     peers = experiments.PEERS[:-1] if plan.quick else experiments.PEERS
     all_counts = experiments.QUICK_PEER_COUNTS if plan.quick else experiments.PEER_COUNTS
     peer_counts = experiments.keep_served(all_counts, config)
-    history = config.workload.history
     with (
         TritonServer(dataclasses.replace(settings, parameters={CACHE_BUDGET: "0"})) as server,
         contextlib.closing(Bench(server, config, plan, say)) as bench,
@@ -250,7 +256,7 @@ def measure_cold(
             "load": lambda: experiments.run_load(bench),
             "packing": lambda: experiments.run_packing(config, plan.rounds, server, say),
             "memory": lambda: experiments.run_memory(field, config, say),
-            "peers": lambda: experiments.run_peers(field, history, peer_counts, plan.rounds, peers, say),
+            "peers": lambda: experiments.run_peers(field, config, peer_counts, plan.rounds, peers, say),
         }
         for name in chosen:
             notes.take(name, todo[name])

@@ -1,12 +1,15 @@
 """FLOPs, bytes and ideal speedups, computed from a configuration; and the source documents' own claims beside them.
 
-A multiply-add counts as 2 FLOPs, the feed-forward part is 4·d wide, embeddings and normalisation are left out. Nothing
-is measured here.
+A multiply-add counts as 2 FLOPs, embeddings and normalisation are left out. What a layer costs is the network's to say
+(`RankingNetwork.count_layer_flops`); it is built without memory for its weights. Nothing is measured here.
 """
 
 from dataclasses import dataclass
 
+import torch
+
 from kvcast.contract.config import ModelConfig
+from kvcast.network.interface import RankingNetwork, build_network
 
 # The source documents assume that fusing a candidate costs this share of encoding a user, and that a long history
 # costs a service this share of its throughput.
@@ -23,24 +26,26 @@ class CostModel:
     layers: int
     heads: int
     candidate_tokens: int
+    layer_flops: tuple[float, float] | None = None
+    """Of one layer: for a token, and for each token it looks at. None: attention and a feed-forward part, 4·d wide."""
 
     @classmethod
     def of(cls, config: ModelConfig, history: int | None = None) -> "CostModel":
         """Return the cost model of a configuration, at its workload's L unless another is given."""
         network = config.network
         length = config.workload.history if history is None else history
-        return cls(length, network.width, network.layers, network.heads, len(config.schema.candidate_fields))
+        tokens, flops = len(config.schema.candidate_fields), build_shape(config).count_layer_flops()
+        return cls(length, network.width, network.layers, network.heads, tokens, flops)
 
     def user_flops(self, *, trimmed: bool = True) -> float:
         """FLOPs of encoding the history; `trimmed` computes only keys and values in the last layer."""
         full_layers = self.layers - 1 if trimmed else self.layers
         last = 4 * self.width**2 * self.history if trimmed else 0
-        return full_layers * self._layer_flops(self.history) + last
+        return full_layers * self._count_layer(self.history, self.history) + last
 
     def fusion_flops(self) -> float:
         """FLOPs of fusing one candidate (all its tokens in every layer)."""
-        tokens, width = self.candidate_tokens, self.width
-        return self.layers * tokens * (24 * width**2 + 4 * (self.history + tokens) * width)
+        return self.layers * self._count_layer(self.candidate_tokens, self.history + self.candidate_tokens)
 
     def shared_flops(self, candidates: int) -> float:
         """FLOPs of a request in the shared scheme."""
@@ -48,7 +53,8 @@ class CostModel:
 
     def traditional_flops(self, candidates: int) -> float:
         """FLOPs of a request in the traditional scheme: every candidate a full sequence."""
-        return candidates * self.layers * self._layer_flops(self.history + self.candidate_tokens)
+        tokens = self.history + self.candidate_tokens
+        return candidates * self.layers * self._count_layer(tokens, tokens)
 
     def ideal_speedup(self, candidates: int) -> float:
         """Traditional ÷ shared, in FLOPs."""
@@ -58,8 +64,16 @@ class CostModel:
         """Bytes of one user's keys and values, without the layout's extra rows."""
         return 2 * self.layers * self.history * self.width * itemsize
 
-    def _layer_flops(self, tokens: int) -> float:
-        return 24 * self.width**2 * tokens + 4 * tokens**2 * self.width
+    def _count_layer(self, tokens: int, seen: int) -> float:
+        """FLOPs of one layer for `tokens` that look at `seen` tokens each."""
+        token, pair = self.layer_flops or (24 * self.width**2, 4 * self.width)
+        return tokens * (token + pair * seen)
+
+
+def build_shape(config: ModelConfig) -> RankingNetwork:
+    """Build the network of a configuration without memory for its weights: shapes alone."""
+    with torch.device("meta"):
+        return build_network(config)
 
 
 def claimed_speedup(candidates: int) -> float:

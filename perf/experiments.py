@@ -24,6 +24,7 @@ from kvcast.contract.tensors import RANKER, RANKER_FULL
 from kvcast.perf.analyzer import Load, Measurement, PerfError, run_analyzer, write_input_data
 from kvcast.perf.cost_model import CostModel, claimed_gain, claimed_speedup, throughput_drop
 from kvcast.perf.peers.race import Field, race, start_workers
+from kvcast.perf.peers.softmax import choose_peers
 from kvcast.server import TritonServer
 
 TABLE_COUNTS = (1, 5, 10, 50, 100, 1000)
@@ -240,10 +241,16 @@ def run_load(bench: Bench) -> Row:
 
 
 def run_peers(
-    field: Field, history: int, counts: Sequence[int], rounds: int, names: Sequence[str], say: Callable[[str], None]
+    field: Field,
+    config: ModelConfig,
+    counts: Sequence[int],
+    rounds: int,
+    names: Sequence[str],
+    say: Callable[[str], None],
 ) -> list[Row]:
-    """What people would otherwise write, in the same run and dtype."""
-    rows = []
+    """What people would otherwise write, in the same run and dtype; peers that cannot run this network are left out."""
+    rows, history = [], config.workload.history
+    names = leave_out(config, names, say)
     say(f"    starting {', '.join(names)} (compiling takes a minute)")
     with start_workers(names, field) as workers:
         for count in counts:
@@ -251,6 +258,14 @@ def run_peers(
             rows.append({"history": history, "candidates": count, "peers": results})
             say(f"    N={count}: " + ", ".join(f"{name} {_say_total(result)}" for name, result in results.items()))
     return rows
+
+
+def leave_out(config: ModelConfig, names: Sequence[str], say: Callable[[str], None]) -> list[str]:
+    """Return the peers that run this network, and say which do not."""
+    chosen, others = choose_peers(config, names)
+    if others:
+        say(f"    not for {config.network.family}, left out: {', '.join(others)}")
+    return chosen
 
 
 def _say_total(result: Row) -> str:
@@ -261,8 +276,9 @@ def run_memory(field: Field, config: ModelConfig, say: Callable[[str], None]) ->
     """Peak memory that one request adds: traditional, expanded KV, shared; each in a fresh process."""
     history, kv = config.workload.history, CostModel.of(config).user_kv_bytes()
     rows: list[Row] = []
-    for name, counts in (("traditional", (50,)), ("ort_expanded", (50, 100)), ("shared", (50, 100, 1000))):
-        for count in keep_served(counts, config):
+    schemes = {"traditional": (50,), "ort_expanded": (50, 100), "shared": (50, 100, 1000)}
+    for name in leave_out(config, list(schemes), say):
+        for count in keep_served(schemes[name], config):
             with start_workers([name], field) as (worker,):
                 worker.ask(history, 2, seed=1)  # the sessions' own first allocations
                 answer = worker.ask(history, count, seed=1)

@@ -50,7 +50,8 @@ class Measurements:
     def cost(self, history: int) -> CostModel:
         """Return the cost model at this L."""
         config = self.config
-        return CostModel(history, config["width"], config["layers"], config["heads"], config["candidate_tokens"])
+        sizes = (config["width"], config["layers"], config["heads"], config["candidate_tokens"])
+        return CostModel(history, *sizes, config.get("layer_flops"))
 
     def estimate_cold(self, history: int, candidates: int) -> Estimate:
         """Return the seconds of a server that a new user takes; from the peak throughput if that was measured."""

@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from kvcast.contract.schema import KVLayout
 from kvcast.network.attention import make_layout
 from kvcast.perf.fleet.capacity import LONGEST_SECONDS, Reuse, Service, Visitors, count_servers, expect, find_servers
 from kvcast.perf.fleet.measured import Measurements, choose_size, read_measurements
@@ -88,6 +89,13 @@ def run_plan(arguments: argparse.Namespace) -> None:
     print(json.dumps(plan, indent=1) if arguments.json else describe_plan(plan))
 
 
+def read_layout(config: Row) -> KVLayout:
+    """Return the layout of the user KV that was measured; older results do not say it, and had attention's own."""
+    if "user_kv" in config:
+        return KVLayout(**config["user_kv"])
+    return make_layout(config["layers"], config["heads"], config["width"] // config["heads"])
+
+
 def make_plan(arguments: argparse.Namespace, measured: Measurements) -> Row:
     """Return every number of the plan.
 
@@ -99,8 +107,7 @@ def make_plan(arguments: argparse.Namespace, measured: Measurements) -> Row:
     config = measured.config
     history, candidates = choose_size(config, arguments.history, arguments.candidates)
     warm, cold = measured.estimate_warm(history, candidates), measured.estimate_cold(history, candidates)
-    layout = make_layout(config["layers"], config["heads"], config["width"] // config["heads"])
-    user_bytes = BESIDE_KV * layout.bytes_of(history)
+    user_bytes = BESIDE_KV * read_layout(config).bytes_of(history)
     reuse = Reuse(read_visitors(arguments), qps)
     servers, hit_rate, users_each = choose_servers(arguments, reuse, warm.seconds, cold.seconds, user_bytes)
     service = Service(warm.seconds, cold.seconds, hit_rate)

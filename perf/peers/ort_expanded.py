@@ -1,7 +1,8 @@
 """The peer that ONNX Runtime's operators suggest: MultiHeadAttention with `past_key`/`past_value`, N copies of both.
 
 The contrib op broadcasts nothing over the batch, so the user's KV is expanded over the candidates inside the graph. The
-graphs are written by hand from the same weights; they know the transformer family and nothing of kvcast's KV layout.
+graphs are written by hand from the same weights (`softmax` says of which networks); they know nothing of kvcast's KV
+layout.
 """
 
 from typing import Any
@@ -11,8 +12,8 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from kvcast.network.transformer import Transformer
 from kvcast.perf.peers.interface import Floats, Ids, Peer
+from kvcast.perf.peers.softmax import SoftmaxNetwork
 
 
 class GraphWriter:
@@ -80,7 +81,7 @@ class GraphWriter:
 class OrtExpanded(Peer):
     """ONNX Runtime, MultiHeadAttention, past KV expanded N times."""
 
-    def __init__(self, network: Transformer, threads: int) -> None:
+    def __init__(self, network: SoftmaxNetwork, threads: int) -> None:
         self._weights = {name: value.numpy() for name, value in network.state_dict().items()}
         self._config, self._threads = network.config, threads
         self._layers = range(network.config.network.layers)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvcast.network.transformer import Block, Transformer
 from kvcast.perf.peers.interface import Floats, Ids, Peer
+from kvcast.perf.peers.softmax import SoftmaxLayer, SoftmaxNetwork
 
 KV = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 # (query, key, value of the items [N, T, H, dh], user key, user value [1, H, L, dh]) → [N, Q, H, dh]
@@ -48,7 +48,7 @@ def attend_flash(query: Tensor, key: Tensor, value: Tensor, user_key: Tensor, us
 class Encode(nn.Module):
     """The user side on torch's SDPA, last layer trimmed."""
 
-    def __init__(self, network: Transformer) -> None:
+    def __init__(self, network: SoftmaxNetwork) -> None:
         super().__init__()
         self.network = network
 
@@ -56,7 +56,7 @@ class Encode(nn.Module):
         """INT64 `[1, L, fields]` → keys and values, `[1, H, L, dh]` a layer."""
         tokens = self.network._embed_history(history, torch.ones(history.shape[:2], dtype=torch.bool))
         keys, values = [], []
-        blocks = cast("list[Block]", list(self.network.blocks))
+        blocks = cast("list[SoftmaxLayer]", list(self.network.blocks))
         for index, block in enumerate(blocks):
             normed = block.attention_norm(tokens)
             key, value = (block.split_heads(part(normed)).transpose(1, 2) for part in (block.key, block.value))
@@ -71,14 +71,14 @@ class Encode(nn.Module):
 class Fuse(nn.Module):
     """The item side, last layer trimmed, on one of the attentions above."""
 
-    def __init__(self, network: Transformer, attention: ItemAttention) -> None:
+    def __init__(self, network: SoftmaxNetwork, attention: ItemAttention) -> None:
         super().__init__()
         self.network, self.attention = network, attention
 
     def forward(self, candidates: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> Tensor:
         """INT64 `[N, T]` and the user's KV → FP32 `[N]`."""
         tokens = self.network._embed_candidates(candidates[None])[0]  # [N, T, d]
-        blocks = cast("list[Block]", list(self.network.blocks))
+        blocks = cast("list[SoftmaxLayer]", list(self.network.blocks))
         for index, block in enumerate(blocks):
             normed = block.attention_norm(tokens)
             key, value = block.split_heads(block.key(normed)), block.split_heads(block.value(normed))
@@ -92,7 +92,7 @@ class Fuse(nn.Module):
 class TorchPeer(Peer):
     """Eager torch."""
 
-    def __init__(self, network: Transformer, attention: ItemAttention, threads: int) -> None:
+    def __init__(self, network: SoftmaxNetwork, attention: ItemAttention, threads: int) -> None:
         torch.set_num_threads(threads)
         self._encode: Callable[..., Any] = Encode(network)
         self._fuse: Callable[..., Any] = Fuse(network, attention)
@@ -111,7 +111,7 @@ class TorchPeer(Peer):
 class CompiledPeer(TorchPeer):
     """Both sides compiled ahead of time by AOTInductor, for any L and N."""
 
-    def __init__(self, network: Transformer, attention: ItemAttention, threads: int) -> None:
+    def __init__(self, network: SoftmaxNetwork, attention: ItemAttention, threads: int) -> None:
         super().__init__(network, attention, threads)
         schema = network.config.schema
         history = torch.ones(1, 64, len(schema.history_fields), dtype=torch.int64)

@@ -17,21 +17,21 @@ from typing import cast
 from kvcast.clicklog import ClickLog
 from kvcast.contract.config import load_config
 from kvcast.network.interface import build_network
-from kvcast.network.transformer import Transformer
 from kvcast.network.weights import draw_weights
 from kvcast.perf.peers.interface import Peer
 from kvcast.perf.peers.ort_expanded import OrtExpanded
 from kvcast.perf.peers.ours import Ours, Traditional
+from kvcast.perf.peers.softmax import SoftmaxNetwork
 from kvcast.perf.peers.torch_peers import CompiledPeer, TorchPeer, attend_expanded, attend_flash
 
 
 def make_peer(name: str, config_name: str, repository: Path, threads: int, seed: int) -> Peer:
     """Return a peer by name, on weights drawn from `seed` (those of the repository's export, where it uses that)."""
 
-    def network() -> Transformer:
+    def network() -> SoftmaxNetwork:
         built = build_network(load_config(config_name))
         draw_weights(built, seed)
-        return cast("Transformer", built)
+        return cast("SoftmaxNetwork", built)
 
     makers: dict[str, Callable[[], Peer]] = {
         "shared": lambda: Ours(repository, threads),

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kvcast.contract.config import list_configs
 from kvcast.contract.errors import ConfigError
 from kvcast.contract.manifest import hash_file, read_manifest
 from kvcast.contract.tensors import EXPORTED_MODELS, MODELS
@@ -277,7 +278,7 @@ def test_exporting_again_keeps_an_operators_configuration(own_repository):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--config", "nonsense"], "expected one of bench, seed, tiny"),
+        (["--config", "nonsense"], f"expected one of {', '.join(list_configs())}"),
         (["--config", "tiny", "--weights", "nowhere.safetensors"], "nowhere.safetensors"),
     ],
 )

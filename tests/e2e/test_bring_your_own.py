@@ -1,0 +1,94 @@
+"""docs/bring-your-own.md as written: its files in an empty folder, its commands; served scores are its module's own."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from kvcast.contract.manifest import read_manifest
+from tests.processes import read_until
+from tests.support import TOLERANCE, find_free_ports
+
+GUIDE = Path(__file__).parents[2] / "docs" / "bring-your-own.md"
+SCORE_WITH_THE_MODULE = """
+import json, torch
+from my_network import Taste
+
+request = json.load(open("request.json"))
+history = torch.tensor([[event["item"], event["action"]] for event in request["history"]])
+candidates = torch.tensor([[each["item"], each["category"]] for each in request["candidates"]])
+taste = Taste(500, 80, 64, 16, 50)
+taste.load_state_dict(torch.load("checkpoint.pt", weights_only=True))
+print(json.dumps(taste(history.expand(len(candidates), -1, -1), candidates).tolist()))
+"""
+
+
+class Reader:
+    """Somebody who follows the guide in an empty folder, on free ports."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.ports = [str(port) for port in find_free_ports(3)]
+        self.environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        self.environment.pop("PYTHONPATH", None)
+
+    def run(self, block: str) -> str:
+        """Run a block of commands; return what it printed."""
+        block = block.replace("kvcast rank ", f"kvcast rank --address 127.0.0.1:{self.ports[1]} ")
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", block],
+            cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def start(self, block: str) -> subprocess.Popen[str]:
+        """Start the command that goes on until it is ended."""
+        ports = zip(("--http-port", "--grpc-port", "--metrics-port"), self.ports, strict=True)
+        options = " ".join(f"{name} {port}" for name, port in ports)
+        return subprocess.Popen(
+            ["bash", "-c", f"exec {block.strip()} {options}"],
+            cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+
+def write_files(folder: Path) -> list[str]:
+    """Write the guide's files, parts of one file one after the other; return its blocks of commands."""
+    blocks = re.findall(r"^```(\w+) ?([\w.]*)\n(.*?)^```$", GUIDE.read_text(), re.DOTALL | re.MULTILINE)
+    for _, name, text in blocks:
+        if name:
+            with (folder / name).open("a") as file:
+                file.write(text)
+    return [text for language, name, text in blocks if language == "sh" and not name]
+
+
+def test_the_guide_leads_to_a_served_and_proved_model(tmp_path):
+    commands = write_files(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "my_network.py",
+        "make_checkpoint.py",
+        "save_weights.py",
+        "my.toml",
+    }
+    prepare, serve, rank = commands
+    reader = Reader(tmp_path)
+    exported = reader.run(prepare)
+    assert "cached = monolith to" in exported
+    manifest = read_manifest(tmp_path / "repository" / "doc_fusion" / "1")
+    assert (manifest.network, manifest.network_options) == ("my_network.py:ServedTaste", {"divisor": 50})
+    serving = reader.start(serve)
+    try:
+        assert "Ctrl-C stops it" in read_until(serving, "Ctrl-C stops it")
+        assert reader.run(rank).count("rank") >= 2
+        expected = np.array(json.loads(reader.run(f"python - <<'END'\n{SCORE_WITH_THE_MODULE}\nEND")))
+        for model in ("ranker", "ranker_resident", "ranker_resident", "ranker_full"):  # the second time with kept KV
+            printed = json.loads(reader.run(f"kvcast rank request.json --json --model {model}"))
+            np.testing.assert_allclose(printed["scores"], expected, rtol=0, atol=TOLERANCE)
+    finally:
+        serving.send_signal(signal.SIGTERM)
+        serving.communicate(timeout=30)

@@ -1,0 +1,415 @@
+"""A family of one's own: found by name or file, its options checked and fingerprinted, every broken property named."""
+
+import dataclasses
+import json
+import tomllib
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from kvcast.contract.config import ModelConfig, list_configs, load_config, parse_config
+from kvcast.contract.errors import ConfigError
+from kvcast.contract.manifest import Dims, Manifest, Parity, parse_manifest
+from kvcast.contract.schema import KVLayout
+from kvcast.export.calls import TorchCalls
+from kvcast.export.pipeline import WeightsSource, _prove_network, _set_weights
+from kvcast.export.proofs import ProofError, draw_sample, prove
+from kvcast.export.release import _list_settings, fingerprint_release
+from kvcast.network.hstu import HSTU
+from kvcast.network.interface import RankingNetwork, UserKV, build_network
+from kvcast.network.transformer import Transformer
+from kvcast.network.weights import draw_weights
+from kvcast.perf.__main__ import describe_network
+from kvcast.perf.cost_model import CostModel
+from kvcast.perf.peers.softmax import choose_peers
+from tests.e2e.test_bring_your_own import write_files
+from tests.support import make_config, make_network
+
+ROOT = Path(__file__).parents[2]
+CONFIG = make_config()
+HSTU_CONFIG = load_config("tiny-hstu")
+
+
+def with_network(config: ModelConfig, **changes: object) -> ModelConfig:
+    return dataclasses.replace(config, network=dataclasses.replace(config.network, **changes))
+
+
+# Families that break one property each.
+
+
+class DropsOut(Transformer):
+    """Dropout in the user's side that evaluation mode does not switch off."""
+
+    def encode_user(self, history: Tensor) -> UserKV:
+        keys, values = super().encode_user(history)
+        return UserKV(keys, tuple(nn.functional.dropout(value, 0.1, training=True) for value in values))
+
+
+class DropsOutOfScores(Transformer):
+    """The same on the item's side."""
+
+    def fuse(self, user_kv: UserKV, candidates: Tensor) -> Tensor:
+        values = tuple(nn.functional.dropout(value, 0.1, training=True) for value in user_kv.values)
+        return super().fuse(UserKV(user_kv.keys, values), candidates)
+
+
+class NormalisesTheBatch(Transformer):
+    """Batch norm over the candidates, without running statistics."""
+
+    def fuse(self, user_kv: UserKV, candidates: Tensor) -> Tensor:
+        scores = super().fuse(user_kv, candidates)
+        return nn.functional.batch_norm(scores.view(-1, 1), None, None, training=True).view(scores.shape)
+
+
+class SharesOutScores(Transformer):
+    """Softmax over the candidates."""
+
+    def fuse(self, user_kv: UserKV, candidates: Tensor) -> Tensor:
+        return super().fuse(user_kv, candidates).softmax(dim=1)
+
+
+class RanksCandidates(Transformer):
+    """A score falls with every better candidate."""
+
+    def fuse(self, user_kv: UserKV, candidates: Tensor) -> Tensor:
+        scores = super().fuse(user_kv, candidates)
+        return scores + 0.01 * (scores[:, :, None] < scores[:, None, :]).sum(dim=2)
+
+
+class KnowsTheSlot(Transformer):
+    """A position by slot in the request."""
+
+    def fuse(self, user_kv: UserKV, candidates: Tensor) -> Tensor:
+        return super().fuse(user_kv, candidates) + 0.01 * torch.arange(candidates.shape[1])
+
+
+class LikesDescendingOrder(Transformer):
+    """Candidates together score as each alone, as long as the first has the larger id."""
+
+    def fuse(self, user_kv: UserKV, candidates: Tensor) -> Tensor:
+        is_ascending = candidates[:, :1, 0] < candidates[:, -1:, 0]
+        return super().fuse(user_kv, candidates) + 0.01 * is_ascending
+
+
+class ForgetsTheCandidate(Transformer):
+    """Every candidate gets the mean of some."""
+
+    def _embed_candidates(self, candidates: Tensor) -> Tensor:
+        return super()._embed_candidates(torch.ones_like(candidates))
+
+
+class CountsPaddingAsPlaces(Transformer):
+    """Positions by column, padding included."""
+
+    def _embed_history(self, history: Tensor, is_event: Tensor) -> Tensor:
+        return super()._embed_history(history, torch.ones_like(is_event))
+
+
+class AveragesOverPadding(HSTU):
+    """Attention divided by the number of columns."""
+
+    def encode_user(self, history: Tensor) -> UserKV:
+        keys, values = super().encode_user(history)
+        return UserKV(keys, tuple(value / history.shape[1] for value in values))
+
+    def run_monolith(self, history: Tensor, candidates: Tensor, mask: str) -> tuple[Tensor, tuple[Tensor, ...]]:
+        raise AssertionError("padding comes first")
+
+
+class TellsAnotherPadding(Transformer):
+    """The layout's padding is an event to `fuse`."""
+
+    @property
+    def kv_layout(self) -> KVLayout:
+        return dataclasses.replace(super().kv_layout, mask_value=0.0)
+
+
+class TellsAnotherShape(Transformer):
+    """The layout leaves a row out."""
+
+    @property
+    def kv_layout(self) -> KVLayout:
+        return dataclasses.replace(super().kv_layout, key_rows=9)
+
+
+class RoundsTheKV(Transformer):
+    """A cached path in half precision."""
+
+    def encode_user(self, history: Tensor) -> UserKV:
+        keys, values = super().encode_user(history)
+        return UserKV(keys, tuple(value.half().float() for value in values))
+
+
+class RefusesEmptyHistories(Transformer):
+    """The monolith has an exception for new users that the cached path has not."""
+
+    def run_monolith(self, history: Tensor, candidates: Tensor, mask: str) -> tuple[Tensor, tuple[Tensor, ...]]:
+        scores, keys = super().run_monolith(history, candidates, mask)  # type: ignore[arg-type]
+        return torch.where((history != 0).any(), scores, scores + 0.01), keys
+
+
+class StumblesOverBatches(Transformer):
+    """Works for one user at a time."""
+
+    def encode_user(self, history: Tensor) -> UserKV:
+        return super().encode_user(history.squeeze(0)[None])
+
+
+BROKEN = {
+    DropsOut: "property 1, user KV ignores candidates: encoding again",
+    DropsOutOfScores: "property 2, N candidates together = each alone (the same call twice)",
+    NormalisesTheBatch: "property 2, N candidates together = each alone: a call failed: ValueError",
+    SharesOutScores: "property 2",
+    RanksCandidates: "property 2",
+    KnowsTheSlot: "property 2",
+    LikesDescendingOrder: "property 3, permuting candidates",
+    ForgetsTheCandidate: "property 4, different candidates",
+    CountsPaddingAsPlaces: "property 5, padding changes nothing (front)",
+    AveragesOverPadding: "property 5, padding changes nothing",
+    StumblesOverBatches: "property 5, padding changes nothing: a call failed",
+    TellsAnotherPadding: "property 5, padding changes nothing (slots as kv_layout says)",
+    RoundsTheKV: "property 6, cached path = monolith: expected scores equal",
+    RefusesEmptyHistories: "property 6, cached path = monolith (empty history)",
+    TellsAnotherShape: "kv_layout: expected 2 keys [B, 2, 9, 13]",
+}
+
+
+@pytest.mark.parametrize("family", BROKEN, ids=lambda family: family.__name__)
+@torch.inference_mode()
+def test_a_family_that_breaks_one_property_is_refused_by_its_name(family):
+    config = HSTU_CONFIG if issubclass(family, HSTU) else CONFIG
+    network = family(config).eval()
+    draw_weights(network, 0)
+    sample = next(  # one whose permutation LikesDescendingOrder notices, and whose own order it does not
+        sample
+        for sample in (draw_sample(config.schema, 12, 5, seed) for seed in range(100))
+        if sample.candidates[0, 0, 0] > sample.candidates[0, 4, 0]
+        and sample.candidates[0, 2, 0] < sample.candidates[0, 1, 0]
+    )
+    with pytest.raises(ProofError) as caught:
+        _prove_network(network, [sample])
+    assert str(caught.value).startswith(BROKEN[family])
+
+
+@torch.inference_mode()
+def test_both_families_pass():
+    for config in (CONFIG, HSTU_CONFIG, with_network(HSTU_CONFIG, options={}), with_network(HSTU_CONFIG, layers=1)):
+        network = make_network(config)
+        sample = draw_sample(config.schema, 12, 5, seed=1)
+        assert 0 <= prove(TorchCalls(network), sample, network.kv_layout) <= 1e-5
+        _prove_network(network, [sample])
+
+
+# Options.
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"times": "hour"}, "network.options: HSTU has no option 'times' (it has: time_field)"),
+        ({"time_field": 3}, "network.options.time_field: expected str, got 3"),
+        ({"time_field": True}, "network.options.time_field: expected str, got True"),
+        ({"time_field": "day"}, "network.options.time_field: expected one of ['item', 'action', 'hour'], got 'day'"),
+        ({"time_field": "item"}, "network.options.time_field: expected a field of events alone"),
+    ],
+)
+def test_an_option_that_the_family_cannot_use_is_named(options, words):
+    with pytest.raises(ConfigError) as caught:
+        build_network(with_network(HSTU_CONFIG, options=options))
+    assert words in str(caught.value)
+
+
+def test_a_family_without_options_takes_none():
+    with pytest.raises(ConfigError, match=r"Transformer has no option 'heat' \(it has: none\)"):
+        build_network(with_network(CONFIG, options={"heat": 1.0}))
+
+
+@pytest.mark.parametrize("value", [[1], {"a": 1}, float("nan")], ids=str)
+def test_an_option_is_a_string_a_number_or_a_boolean(value):
+    table = tomllib.loads((resources.files("kvcast.contract") / "configs" / "tiny.toml").read_text())
+    table["network"]["options"] = {"heat": value}
+    with pytest.raises(ConfigError, match=r"network\.options\.heat: expected a string, a finite number or a boolean"):
+        parse_config(table)
+    table["network"]["options"] = 3
+    with pytest.raises(ConfigError, match=r"network\.options: expected a table"):
+        parse_config(table)
+
+
+def test_options_are_part_of_the_release_and_nothing_is_where_there_are_none():
+    timed = make_network(HSTU_CONFIG)
+    untimed = make_network(with_network(HSTU_CONFIG, options={"time_field": ""}))
+    left_out = make_network(with_network(HSTU_CONFIG, options={}))
+    assert len({fingerprint_release(network) for network in (timed, untimed, left_out)}) == 3
+    assert set(_list_settings(CONFIG)["network"]) == {"family", "layers", "heads", "width"}, "as before there were any"
+    assert _list_settings(HSTU_CONFIG)["network"]["options"] == {"time_field": "hour"}
+
+
+def test_options_travel_with_the_manifest():
+    manifest = Manifest(
+        model="ranker", config="c", network="f:F", release="0" * 64,
+        history_fields=CONFIG.schema.history_fields, candidate_fields=CONFIG.schema.candidate_fields,
+        limits=CONFIG.limits, workload=CONFIG.workload, dims=Dims(1, 1, 1, 1),
+        user_kv=make_network(CONFIG).kv_layout, dtype="FP32", opset=20, versions={}, parity=Parity(0, 0, 0), files={},
+    )  # fmt: skip
+    assert "network_options" not in json.loads(manifest.to_json())
+    assert parse_manifest(manifest.to_json()) == manifest
+    manifest = dataclasses.replace(manifest, network_options={"time_field": "hour", "heat": 0.5, "cold": False})
+    assert parse_manifest(manifest.to_json()) == manifest
+
+
+# Families from a file.
+
+
+@pytest.fixture
+def guide_folder(tmp_path: Path) -> Path:
+    write_files(tmp_path)
+    return tmp_path
+
+
+def test_a_file_is_found_beside_its_toml_from_anywhere(guide_folder, monkeypatch, tmp_path_factory):
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    config = load_config(str(guide_folder / "my.toml"))
+    network = build_network(config)
+    assert type(network) is type(build_network(config)), "a file is run once"
+    draw_weights(network, 0)
+    samples = [draw_sample(config.schema, 20, 5, seed=1)]
+    with torch.inference_mode():
+        assert _prove_network(network, samples)[0] <= 1e-5
+    fingerprint = fingerprint_release(network)
+    source = guide_folder / "my_network.py"
+    moved = tmp_path_factory.mktemp("moved")
+    (moved / source.name).write_text(source.read_text())
+    (moved / "my.toml").write_text((guide_folder / "my.toml").read_text())
+    copy = build_network(load_config(str(moved / "my.toml")))
+    draw_weights(copy, 0)
+    assert fingerprint_release(copy) == fingerprint, "the folder is no part of a release"
+    (moved / "other.py").write_text(source.read_text() + "\n# changed\n")
+    changed = build_network(with_network(config, family="other.py:ServedTaste", folder=moved))
+    draw_weights(changed, 0)
+    assert fingerprint_release(changed) != fingerprint, "the code is"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("divisor = 50", "divisr = 50"), "ServedTaste has no option 'divisr' (it has: divisor)"),
+        (("divisor = 50", 'divisor = "many"'), "network.options.divisor: expected int, got 'many'"),
+        (("my_network.py:ServedTaste", "other.py:ServedTaste"), "network.family: cannot import 'other.py:ServedTaste'"),
+        (("my_network.py:ServedTaste", "my_network:ServedTaste"), "a file is named by its path: file.py:Class"),
+        (("my_network.py:ServedTaste", "my_network.py:Taste"), "expected a subclass of RankingNetwork"),
+        (("my_network.py:ServedTaste", "my_network.py:Tase"), "has no attribute 'Tase'"),
+        (("my_network.py:ServedTaste", "my.toml:Taste"), "network.family: cannot import 'my.toml:Taste'"),
+    ],
+)
+def test_what_a_toml_may_mistype_is_said(guide_folder, change, words):
+    toml = guide_folder / "my.toml"
+    toml.write_text(toml.read_text().replace(*change))
+    with pytest.raises(ConfigError) as caught:
+        build_network(load_config(str(toml)))
+    assert words in str(caught.value)
+
+
+def test_a_file_that_is_no_python_or_lacks_a_call_is_refused(guide_folder):
+    source = guide_folder / "my_network.py"
+    source.write_text(source.read_text().replace("def fuse(", "def fuze("))
+    with pytest.raises(ConfigError, match="lacks fuse of RankingNetwork"):
+        build_network(load_config(str(guide_folder / "my.toml")))
+    (guide_folder / "broken.py").write_text("class Half(")
+    for _ in range(2):  # a file that failed is tried again
+        with pytest.raises(ConfigError, match=r"cannot import 'broken\.py:Half'"):
+            build_network(with_network(load_config(str(guide_folder / "my.toml")), family="broken.py:Half"))
+
+
+def test_the_release_holds_the_code_of_bases_and_parts():
+    """A subclass in a file of its own changes when the family that it builds on does."""
+    network = DropsOut(CONFIG).requires_grad_(False)
+    draw_weights(network, 0)
+    before = fingerprint_release(network)
+    module = Path(Transformer.__module__.replace(".", "/"))
+    text = (ROOT / module.relative_to("kvcast").with_suffix(".py")).read_text()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "kvcast.export.release.inspect.getsource",
+            lambda each: text + "# changed" if each.__name__ == Transformer.__module__ else "same",
+        )
+        changed = fingerprint_release(network)
+        patch.setattr("kvcast.export.release.inspect.getsource", lambda _: "same")
+        assert len({before, changed, fingerprint_release(network)}) == 3
+
+
+# Weights from elsewhere.
+
+
+@pytest.mark.parametrize("mask", [None, "target_blind", "undirected", "causal"])
+def test_weights_of_another_mask_are_taken_only_if_asked(tmp_path, mask):
+    path, trained = tmp_path / "weights.safetensors", make_network(CONFIG, seed=3)
+    save_file(trained.state_dict(), path, metadata=None if mask is None else {"kvcast.mask": mask})
+    network = build_network(CONFIG)
+    if mask == "causal":
+        with pytest.raises(ConfigError, match=r"expected kvcast\.mask to be target_blind or undirected, got 'causal'"):
+            _set_weights(network, WeightsSource(path))
+        return
+    if mask == "undirected":
+        with pytest.raises(ConfigError, match="--accept-undirected"):
+            _set_weights(network, WeightsSource(path))
+    assert _set_weights(network, WeightsSource(path, accept_undirected=True)) == mask
+    assert fingerprint_release(network) == fingerprint_release(trained)
+
+
+def test_mismatches_come_before_the_mask_and_all_at_once(tmp_path):
+    weights = make_network(CONFIG).state_dict()
+    weights["extra"] = torch.zeros(2, 3)
+    del weights["positions.weight"]
+    save_file(weights, tmp_path / "weights.safetensors", metadata={"kvcast.mask": "undirected"})
+    with pytest.raises(ConfigError) as caught:
+        _set_weights(build_network(CONFIG), WeightsSource(tmp_path / "weights.safetensors"))
+    assert "extra: not a parameter of Transformer, got torch.float32 [2, 3]" in str(caught.value)
+    assert "positions.weight: missing, expected torch.float32 [64, 16]" in str(caught.value)
+
+
+# What is measured of a family.
+
+
+def test_the_cost_model_asks_the_network():
+    hstu, transformer = (CostModel.of(load_config(name)) for name in ("hstu", "bench"))
+    length, width = 1000, 256
+    assert hstu.user_flops(trimmed=False) == pytest.approx(4 * length * (10 * width**2 + 4 * length * width), rel=1e-3)
+    assert transformer.user_flops(trimmed=False) == pytest.approx(
+        4 * length * (24 * width**2 + 4 * length * width), rel=1e-3
+    )
+    older = CostModel(length, width, 4, 4, 4)  # from a result file that does not say
+    assert older.fusion_flops() == pytest.approx(transformer.fusion_flops(), rel=1e-3)
+    described = describe_network(load_config("hstu"))
+    assert KVLayout(**json.loads(json.dumps(described))["user_kv"]).key_rows == 65
+    assert described["layer_flops"] == pytest.approx((10 * width**2, 4 * width), rel=1e-3)
+
+
+def test_peers_that_cannot_run_a_network_are_left_out():
+    names = ("shared", "ort_expanded", "torch_flash")
+    for name in ("tiny", "bench", "seed"):
+        assert choose_peers(load_config(name), names) == (list(names), [])
+    for name in ("tiny-hstu", "hstu"):
+        assert choose_peers(load_config(name), names) == (["shared"], ["ort_expanded", "torch_flash"])
+
+
+def test_only_a_familys_own_files_name_it():
+    """But for the TOMLs, which choose one."""
+    families = {load_config(name).network.family.partition(":")[0] for name in list_configs()}
+    assert {"kvcast.network.hstu", "kvcast.network.transformer"} <= families
+    names = {part for family in families for part in (family, family.rpartition(".")[2].upper())}
+    rooms = [path.parent for path in ROOT.glob("*/__init__.py") if path.parent.name != "tests"]
+    for path in (path for room in rooms for path in room.rglob("*.py")):
+        text = path.read_text()
+        if f"kvcast.{'.'.join(path.relative_to(ROOT).with_suffix('').parts)}" not in families:
+            assert not {name for name in names if name in text or f"import {name.title()}" in text}, path
+
+
+def test_every_family_is_a_network_of_the_interface():
+    for name in list_configs():
+        network = load_config(name).network
+        module, _, family = network.family.partition(":")
+        assert issubclass(getattr(__import__(module, fromlist=[family]), family), RankingNetwork)
