@@ -14,7 +14,7 @@ COMMANDS = {
     "release": ("kvcast.server.release", "publish releases, choose which one is served, go back"),
     "rank": ("kvcast.client.__main__", "rank the candidates of a JSON request on a running server"),
     "probe": ("kvcast.client.probe", "say whether a running server ranks, for health checks"),
-    "clicklog": ("kvcast.clicklog.__main__", "print a synthetic ranking request"),
+    "clicklog": ("kvcast.clicklog.__main__", "draw a synthetic ranking request, or a log with known truth"),
     "perf": ("kvcast.perf.__main__", "measure against the traditional scheme, with report and plots"),
     "deploy": ("kvcast.deploy.__main__", "size a deployment, write what its files need to know of a model"),
     "demo": ("kvcast.demo", "serve, rank one example request, stop"),
