@@ -1,6 +1,9 @@
 """What several tests need: small configurations, random requests, free ports."""
 
 import dataclasses
+import itertools
+import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -54,3 +57,13 @@ def draw_request(config: ModelConfig, length: int, count: int, seed: int) -> tup
 def tiny_config(**changes: Any) -> ModelConfig:
     """Return the `tiny` configuration, with changes."""
     return dataclasses.replace(load_config("tiny"), **changes)
+
+
+def choose_cases(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Return every other combination, in which each value still meets each of the neighbouring axis; all if thorough.
+
+    `make test-chaos` and `make test-deploy` are (KVCAST_THOROUGH); `make test` has half an hour.
+    """
+    places = itertools.product(*(range(len(axis)) for axis in axes))
+    chosen = [place for place in places if os.environ.get("KVCAST_THOROUGH") or sum(place) % 2 == 0]
+    return [tuple(axis[index] for axis, index in zip(axes, place, strict=True)) for place in chosen]

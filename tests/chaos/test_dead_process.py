@@ -15,6 +15,7 @@ from kvcast.server.stubs import list_stubs
 from tests.chaos.load import Load, draw_requests, expect, record_answers
 from tests.conftest import make_settings
 from tests.processes import read_state, wait_until
+from tests.support import choose_cases
 
 REPAIRED_WITHIN_SECONDS = 10
 NOTICED_WITHIN_SECONDS = 2
@@ -38,15 +39,12 @@ def hit(server: TritonServer, model: str, number: signal.Signals) -> None:
     os.kill(stub.pid, number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda each: each.name)
 @pytest.mark.parametrize(
-    ("victim", "asked"),
-    [("user_encoder", "ranker"), ("doc_fusion", "ranker"), ("ranker_resident", "ranker_resident")],
+    ("victim", "number", "protocol"),
+    choose_cases(("user_encoder", "doc_fusion", "ranker_resident"), (signal.SIGKILL, signal.SIGSTOP), ("grpc", "http")),
 )
-@pytest.mark.parametrize("protocol", ["grpc", "http"])
-def test_a_process_that_dies_under_load_is_replaced_and_nobody_sees_it(
-    guarded, requests, victim, asked, number, protocol
-):
+def test_a_process_that_dies_under_load_is_replaced_and_nobody_sees_it(guarded, requests, victim, number, protocol):
+    asked = "ranker_resident" if victim == "ranker_resident" else "ranker"
     expected = expect(requests, record_answers(guarded.grpc_address, requests, asked))
     address = guarded.grpc_address if protocol == "grpc" else guarded.http_address
     before = read_state(guarded)

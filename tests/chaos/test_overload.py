@@ -23,7 +23,7 @@ from kvcast.contract.schema import Limits, Workload
 from kvcast.export.pipeline import WeightsSource, export_release
 from kvcast.server import TritonServer
 from tests.conftest import make_settings
-from tests.support import TOLERANCE, draw_request
+from tests.support import TOLERANCE, choose_cases, draw_request
 
 SECONDS = float(os.environ.get("KVCAST_OVERLOAD_SECONDS", "12"))
 TIMES = 4
@@ -164,8 +164,8 @@ def measure_latency(server: TritonServer, model: str, requests) -> float:
         return statistics.median(client.rank(*request).seconds for request in requests[:12])
 
 
-@pytest.mark.parametrize("is_new", [True, False], ids=["new users", "kept users"])
-@pytest.mark.parametrize("model", ["ranker", "ranker_resident"])
+# New users, who have to be encoded, or users who are kept.
+@pytest.mark.parametrize(("model", "is_new"), choose_cases(("ranker", "ranker_resident"), (True, False)))
 def test_four_times_too_much_is_answered_or_refused_in_time(overloaded, requests, answers, model, is_new):
     address = overloaded.grpc_address
     peak = asyncio.run(find_peak(address, model, requests, is_new=is_new))

@@ -12,6 +12,7 @@ import pytest
 
 from tests.chaos.load import Load, draw_requests, expect, record_answers
 from tests.processes import find_children, is_running, list_shared_memory, read_until, run_serve
+from tests.support import choose_cases
 
 DRAIN_SECONDS = 10
 BOUND_SECONDS = DRAIN_SECONDS + 6
@@ -29,8 +30,7 @@ def end_what_a_failing_test_leaves():
     STARTED.clear()
 
 
-@pytest.mark.parametrize("protocol", ["grpc", "http"])
-@pytest.mark.parametrize("model", ["ranker", "ranker_resident"])
+@pytest.mark.parametrize(("model", "protocol"), choose_cases(("ranker", "ranker_resident"), ("grpc", "http")))
 def test_nothing_that_was_accepted_is_lost(tiny_repository, protocol, model):
     regions = list_shared_memory()
     process, addresses = start(tiny_repository, model)
@@ -75,7 +75,7 @@ def test_what_cannot_be_answered_within_the_bound_is_refused_and_not_lost(tiny_r
     assert all(each.seconds < seconds + 2 for each in load.outcomes)
 
 
-@pytest.mark.parametrize("protocol", ["grpc", "http"])
+@pytest.mark.parametrize("protocol", [case for (case,) in choose_cases(("grpc", "http"))])
 def test_who_leaves_says_so_first_and_still_answers(tiny_repository, protocol):
     """Long enough for a proxy's health check to see it: whoever comes meanwhile is answered."""
     process, addresses = start(tiny_repository, "ranker_resident", "--leave-seconds", "2")

@@ -25,6 +25,7 @@ from kvcast.perf.affinity import KEPT_USERS, MODEL, NAMES, SERVER_HEADER, Load, 
 from kvcast.perf.fleet.simulator import Cache
 from kvcast.server.repository import find_free_ports
 from tests.deploy.tools import require_tool, run_tool
+from tests.support import choose_cases
 
 ROOT = Path(__file__).parents[2]
 ENVOY_CONFIG = ROOT / "deploy" / "envoy" / "envoy.yaml"
@@ -197,6 +198,7 @@ def test_only_the_users_of_a_lost_server_move_and_come_back_and_nobody_sees_a_fa
         assert outcomes["right"] > 50
 
 
+@pytest.mark.parametrize("proxy", [case for (case,) in choose_cases(("haproxy", "envoy"))], indirect=True)
 def test_a_server_that_leaves_is_left_before_it_refuses_anybody(members, proxy):
     """Without one retry of the client's: the proxy has seen the readiness go while the server still answered."""
     member = members[NAMES[1]]
