@@ -19,7 +19,7 @@ from kvcast.client.transport import Call, GrpcTransport
 from kvcast.contract.config import load_config
 from kvcast.contract.tensors import CANDIDATES, HISTORY, MAX_BATCH_SIZE, RANKER, RANKER_RESIDENT, SCORES
 from kvcast.deploy import sizes
-from kvcast.deploy.sizes import Sizes, Wishes, compute_sizes
+from kvcast.deploy.sizes import STOP_SECONDS, Sizes, Wishes, compute_sizes
 from kvcast.guard.passage import HELD_BYTES
 from kvcast.perf.processes import read_shared_memory, read_uses
 from kvcast.runtime import full_ranker, options, user_encoder
@@ -180,7 +180,7 @@ def test_threads_share_the_cores_among_instances(tiny_repository):
 
 def test_the_grace_period_is_longer_than_leaving_and_draining(tiny_repository):
     found = compute_sizes(tiny_repository, Wishes(drain_seconds=60, pre_stop_seconds=15))
-    assert found.grace_seconds == 60 + 15 + 10
+    assert found.grace_seconds == 60 + 15 + STOP_SECONDS
 
 
 def test_a_repository_without_models_is_refused_in_one_sentence(tmp_path):
