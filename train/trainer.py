@@ -457,6 +457,7 @@ def describe_run(config: ModelConfig, settings: Settings, parts: Parts) -> dict[
     if parts.test:
         data["test"] = check_part("test", parts.test, config)
     described = {"config": dataclasses.asdict(config), "settings": dataclasses.asdict(settings), "data": data}
+    del described["config"]["network"]["folder"]  # where the TOML lies is no part of what is trained
     return dict(json.loads(json.dumps(described)))
 
 

@@ -46,7 +46,10 @@ def test_cached_path_equals_monolith_and_the_independent_implementation(sizes, l
     reference = score_candidates(weights, config, padded, candidates)
 
     np.testing.assert_allclose(shared, monolith, rtol=0, atol=TOLERANCE)
-    np.testing.assert_allclose(shared, reference, rtol=0, atol=TOLERANCE)
+    if sizes["head_width"] > 1:  # a layer norm over two numbers magnifies what fp32 rounds, in both paths alike
+        np.testing.assert_allclose(shared, reference, rtol=0, atol=TOLERANCE)
+    in_float64 = rank_shared(network.double(), padded, candidates)
+    np.testing.assert_allclose(in_float64, reference, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(3))
