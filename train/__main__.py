@@ -1,4 +1,7 @@
-"""`kvcast train`: train a network on a click log. `train speed` times a step; `train log` checks and makes logs."""
+"""`kvcast train`: train a network on a click log.
+
+`train study` compares masks, `train speed` times a step, `train log` checks and makes logs.
+"""
 
 import argparse
 import contextlib
@@ -24,10 +27,11 @@ from kvcast.train.plots import draw_run
 from kvcast.train.requests import Requests
 from kvcast.train.speed import measure_speed
 from kvcast.train.splits import Split, split_by_shares
+from kvcast.train.study_command import add_study_parser, run_study_command
 from kvcast.train.trainer import Controls, Interrupted, Parts, RunFiles, Settings, Trainer, choose_device
 
 # `kvcast train --config …` is `kvcast train run --config …`.
-COMMANDS = ("run", "speed", "log")
+COMMANDS = ("run", "speed", "log", "study")
 DEFAULT_COMMAND = "run"
 
 
@@ -38,6 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_run_parser(commands)
     add_speed_parser(commands)
     add_log_parser(commands)
+    add_study_parser(commands)
     return parser
 
 
@@ -133,7 +138,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if getattr(arguments, "threads", None):
             torch.set_num_threads(arguments.threads)
-        return {"run": run_training, "speed": run_speed, "log": run_log}[arguments.command](arguments)
+        commands = {"run": run_training, "speed": run_speed, "log": run_log, "study": run_study_command}
+        return commands[arguments.command](arguments)
     except KvcastError as error:
         print(f"kvcast train: {error}", file=sys.stderr)
         return 1

@@ -1,6 +1,7 @@
-"""The plot of a run: how loss and metrics went, where the best weights were, and what knowing no user would give."""
+"""Plots: of a run, how loss and metrics went and which weights were kept; of a study, what each way reaches."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from matplotlib.figure import Figure
 mpl.use("agg")
 
 GREEN, RED, BLUE, GREY, AMBER = "#0b6e4f", "#b23a48", "#3d5a80", "#8d99ae", "#e09f3e"
+# The ways of a study that are trained.
+WAY_COLOURS = {"no_history": AMBER, "target_blind": GREEN, "undirected": RED}
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -80,3 +83,64 @@ def draw_rankings(axes: Axes, evaluations: list[dict[str, Any]], last: dict[str,
     axes.set_ylabel("validation")
     axes.margins(y=0.18)
     axes.legend(frameon=False, fontsize=8, ncols=2)
+
+
+def draw_study(result: dict[str, Any], names: Mapping[str, str], path: Path) -> None:
+    """Draw a study into a PNG: what each way reaches, and how the masks got there.
+
+    Args:
+        result: of `run_study`.
+        names: a label for each way.
+        path: the file to write.
+    """
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    reached, learned = figure.subplots(1, 2, width_ratios=(1.25, 1))
+    draw_reached(reached, result, names)
+    draw_learned(learned, result, names)
+    for axes in (reached, learned):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    runs = len([row for row in result["runs"] if row["way"] == "target_blind"])
+    figure.suptitle(f"{result['config']}: what the mask costs", fontsize=13, fontweight="bold")
+    figure.supxlabel(
+        f"{runs} runs of {result['steps']} steps of {result['batch_size']} requests, learning rate "
+        f"{result['learning_rate']:g}; bars: 95% intervals of the mean",
+        fontsize=8,
+        color="#555555",
+    )
+    figure.savefig(path, dpi=130)
+
+
+def draw_reached(axes: Axes, result: dict[str, Any], names: Mapping[str, str]) -> None:
+    """How well does each way rank?"""
+    ways = list(result["ways"])
+    for place, way in enumerate(ways[::-1]):
+        found = result["ways"][way]["auc"]
+        half = 0 if found["high"] is None else found["high"] - found["mean"]
+        colour = WAY_COLOURS.get(way, GREY)
+        axes.errorbar(found["mean"], place, xerr=half, fmt="o", color=colour, capsize=4, markersize=7)
+        axes.annotate(
+            f"{found['mean']:.4f}", (found["mean"], place), textcoords="offset points", xytext=(0, 8), ha="center"
+        )
+    axes.set_yticks(range(len(ways)), [names[way] for way in ways[::-1]])
+    axes.set_ylim(-0.5, len(ways) - 0.2)
+    axes.margins(x=0.12)
+    axes.set_xlabel("AUC on the test part")
+
+
+def draw_learned(axes: Axes, result: dict[str, Any], names: Mapping[str, str]) -> None:
+    """How does it get there, on the mean of the runs and between their extremes?"""
+    for way, colour in WAY_COLOURS.items():
+        curves = [row["validation_auc"] for row in result["runs"] if row["way"] == way]
+        if not curves:
+            continue
+        steps = [step for step, _ in curves[0]]
+        values = list(zip(*([auc for _, auc in curve] for curve in curves), strict=True))  # a tuple of runs a step
+        means = [sum(each) / len(each) for each in values]
+        axes.plot(steps, means, color=colour, linewidth=2, label=names[way])
+        axes.fill_between(
+            steps, [min(each) for each in values], [max(each) for each in values], color=colour, alpha=0.2
+        )
+    axes.set_xlabel("step")
+    axes.set_ylabel("AUC on the validation part")
+    axes.legend(frameon=False, fontsize=8)
