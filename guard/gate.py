@@ -28,6 +28,8 @@ NEWEST = 0.1
 MARGIN = 1.25
 # A model process is said to be dead by Triton before the launcher says so by at most this.
 NOTICED_WITHIN_SECONDS = 2.0
+# What Triton has not answered so long after its caller has gone, it has lost.
+LOST_AFTER_SECONDS = 60.0
 GIVEN_UP = "the server has stopped before this request was answered: send it again"
 
 
@@ -58,6 +60,13 @@ class GateCounts:
     sent_again: int = 0
 
 
+@dataclass
+class _Place:
+    """One request that was let through; `sending`: what Triton has of it."""
+
+    sending: asyncio.Future[Any] | None = None
+
+
 class Gate:
     """Lets requests through. For one event loop."""
 
@@ -84,6 +93,7 @@ class Gate:
         self._broken: frozenset[str] = frozenset()
         self._incidents = 0
         self._changed = asyncio.Event()
+        self._abandoned: set[asyncio.Future[Any]] = set()
         self._has_given_up = False
 
     @property
@@ -102,6 +112,8 @@ class Gate:
             self._broken, self._incidents = frozenset(models), incidents
             self._changed.set()
             self._changed = asyncio.Event()
+            for sending in list(self._abandoned):  # a dead process never answers
+                self._leave_last(sending)
 
     def give_up(self) -> None:
         """Refuse those who wait, and those whom Triton still has."""
@@ -119,7 +131,8 @@ class Gate:
         Args:
             model: which model it is for.
             seconds: how long its caller waits; infinite if that is not known.
-            send: sends it; takes the seconds that are left, returns the answer or raises.
+            send: sends it; takes the seconds that are left, returns the answer or raises. It is cancelled when nobody
+                wants the answer any more, and ends when Triton is done with the request: its place is taken until then.
 
         Raises:
             DeadlineExceededError: it could not be answered in time, and was not computed.
@@ -128,15 +141,16 @@ class Gate:
         begun = self._clock()
         deadline = begun + seconds
         await self._enter(deadline)
+        place = _Place()
         try:
-            reply = await self._send(model, deadline, send)
+            reply = await self._send(model, deadline, send, place)
         except (KvcastError, ConnectionError):
             raise
         except Exception:
             self._count_answer(begun)  # an error of Triton's, in the words of its protocol, is an answer too
             raise
         finally:
-            self._leave()
+            self._leave_place(place)
         self._count_answer(begun)
         return reply
 
@@ -195,6 +209,22 @@ class Gate:
                 self._start()
                 turn.set_result(None)
 
+    def _leave_place(self, place: "_Place") -> None:
+        """Count one out, or see to it that it is when Triton is done with it."""
+        sending = place.sending
+        if sending is None or sending.done():
+            self._leave()
+            return
+        sending.cancel()
+        self._abandoned.add(sending)
+        sending.add_done_callback(self._leave_last)
+
+    def _leave_last(self, sending: asyncio.Future[Any]) -> None:
+        """Count out what its caller has left before, once."""
+        if sending in self._abandoned:
+            self._abandoned.remove(sending)
+            self._leave()
+
     def _check_time(self, deadline: float, ahead: int) -> None:
         """Refuse what cannot be answered in time after the others; one alone goes in, since the estimate may be old."""
         expected = MARGIN * self._seconds_an_answer * (ahead + 1)
@@ -212,8 +242,10 @@ class Gate:
         self.counts.refused[why] += 1
         return error
 
-    async def _send(self, model: str, deadline: float, send: Callable[[float], Awaitable[Reply]]) -> Reply:
-        """Send a request, and again if it comes back unanswered, as from a process that dies."""
+    async def _send(
+        self, model: str, deadline: float, send: Callable[[float], Awaitable[Reply]], place: "_Place"
+    ) -> Reply:
+        """Send a request, and again if it comes back unanswered, as from a process that dies; `place` knows what is."""
         for attempt in range(SENT_AT_MOST):
             await self._wait_until_whole(model, deadline)
             self._check_goes_on()
@@ -222,15 +254,15 @@ class Gate:
                 raise self._miss()
             incidents = self._incidents
             self.counts.sent_again += attempt > 0
-            sending = asyncio.ensure_future(send(left))
+            place.sending = sending = asyncio.ensure_future(send(left))
             sending.add_done_callback(_look_at)
             try:
                 return await self._watch(sending, incidents, deadline)
             except UnansweredError as error:
+                sending.cancel()
+                place.sending = None  # the process that had it has none of Triton's time any more
                 if isinstance(error, ModelDiedError) and attempt + 1 < SENT_AT_MOST:
                     await self._wait_until_noticed(incidents)
-            finally:
-                sending.cancel()
         raise self.count_refusal("broken", TryAgainError(f"{model} left a request unanswered {SENT_AT_MOST} times"))
 
     async def _watch(self, sending: asyncio.Future[Reply], incidents: int, deadline: float) -> Reply:

@@ -3,6 +3,7 @@
 A message is parsed to see what it asks for and how long its caller waits; what is not a message never reaches Triton.
 """
 
+import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -14,7 +15,7 @@ from tritonclient.grpc import service_pb2
 
 from kvcast.contract.errors import InvalidRequestError, KvcastError
 from kvcast.contract.tensors import REPORT_PARAMETER
-from kvcast.guard.gate import ModelDiedError, UnansweredError
+from kvcast.guard.gate import LOST_AFTER_SECONDS, ModelDiedError, UnansweredError
 from kvcast.guard.passage import LONGEST_SECONDS, Passage
 from kvcast.guard.request_log import REPORTS, Entry, has_reports, needs_reports, read_string
 from kvcast.guard.wording import (
@@ -55,7 +56,6 @@ MAX_MESSAGE_BYTES = 64 << 20
 MAX_TEXT = 1024
 MAX_SEQUENCE_ID = 128
 MICROSECONDS = 1e6
-CANCELLED_WITHIN_SECONDS = 1.0
 QUEUE_SHARE = 0.9
 SERVER_OPTIONS = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.max_send_message_length", -1)]
 CHANNEL_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
@@ -96,8 +96,8 @@ class GrpcProxy(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no ty
 
     async def send_infer(self, message: bytes, seconds: float) -> bytes:
         """Send an inference around the gates: for the shadow, who has a queue of its own."""
-        reply: bytes = await self._calls["ModelInfer"](message, timeout=seconds)
-        return reply
+        async with asyncio.timeout(seconds):
+            return await await_whole(self._calls["ModelInfer"](message))
 
     def _make_handler(self, name: str) -> Handler:
         async def handle(body: bytes, rpc: Rpc) -> bytes:
@@ -154,18 +154,12 @@ class GrpcProxy(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no ty
         """Send an inference when its turn has come."""
 
         async def send(seconds: float) -> bytes:
-            timeout = None
             if seconds != float("inf"):
-                seconds = min(seconds, LONGEST_SECONDS)
-                message.parameters["timeout"].int64_param = max(1, int(seconds * MICROSECONDS))
-                # The gate ends the wait; were Triton to do so at the same moment, its own word would get out.
-                timeout = seconds + CANCELLED_WITHIN_SECONDS
+                message.parameters["timeout"].int64_param = max(1, int(min(seconds, LONGEST_SECONDS) * MICROSECONDS))
             if entry is not None:
                 entry.note_sending()
             try:
-                reply: bytes = await self._calls["ModelInfer"](
-                    message.SerializeToString(), timeout=timeout, metadata=metadata
-                )
+                return await await_whole(self._calls["ModelInfer"](message.SerializeToString(), metadata=metadata))
             except grpc.aio.AioRpcError as error:
                 # Triton cancels some while others are cancelled. Who cancels here gets asyncio's error, not this one.
                 if error.code() == grpc.StatusCode.CANCELLED:
@@ -175,7 +169,6 @@ class GrpcProxy(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no ty
                 if is_lost or DEAD_PROCESS.search(text):
                     raise ModelDiedError(UNREACHABLE) from error
                 raise
-            return reply
 
         release = self._passage.state.fingerprint
         reply = await self._passage.ask(message.model_name, size, read_seconds(message, rpc), send)
@@ -192,6 +185,24 @@ class GrpcProxy(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no ty
         if code == grpc.StatusCode.UNAVAILABLE and LOST_CONNECTION.search(text):
             return code, UNREACHABLE
         return code, conceal(text)
+
+
+async def await_whole(call: Any) -> bytes:
+    """Return the reply to a call. Who is cancelled here waits on until Triton has answered: the call goes on.
+
+    Triton up to 24.11 crashes if an inference over gRPC is cancelled, or meets its deadline, while it is answered
+    (github.com/triton-inference-server/server/issues/7368), so it gets no deadline of gRPC's either.
+    """
+    answering = asyncio.ensure_future(call)
+    try:
+        reply: bytes = await asyncio.shield(answering)
+    except asyncio.CancelledError:
+        done, _ = await asyncio.wait((answering,), timeout=LOST_AFTER_SECONDS)
+        if done and not answering.cancelled():
+            answering.exception()  # nobody else looks
+        answering.cancel()
+        raise
+    return reply
 
 
 def ask_for_reports(message: Any) -> bool:

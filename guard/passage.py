@@ -93,8 +93,28 @@ class Passage:
         if self.held_bytes + size > HELD_BYTES:
             error = TryAgainError(f"busy: {self.held_bytes >> 20} MiB of requests are waiting already")
             raise gate.count_refusal("full", error) if gate is not None else error
-        self.held_bytes += size
-        try:
-            return await (gate.ask(model, seconds, send) if gate is not None else send(seconds))
-        finally:
-            self.held_bytes -= size
+        held = _Held(self, size)
+
+        async def send_held(left: float) -> Reply:
+            with held:
+                return await send(left)
+
+        with held:
+            return await (gate.ask(model, seconds, send_held) if gate is not None else send_held(seconds))
+
+
+class _Held:
+    """The bytes of a request, counted once as long as its caller waits or Triton has it, whichever is longer."""
+
+    def __init__(self, passage: Passage, size: int) -> None:
+        self._passage, self._size, self._holders = passage, size, 0
+
+    def __enter__(self) -> None:
+        if not self._holders:
+            self._passage.held_bytes += self._size
+        self._holders += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._holders -= 1
+        if not self._holders:
+            self._passage.held_bytes -= self._size

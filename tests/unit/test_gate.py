@@ -267,6 +267,67 @@ def test_a_caller_who_goes_gives_the_place_back_in_every_phase(moments):
     run(scenario)
 
 
+def make_stubborn_send(triton: Triton, name: str) -> Callable[[float], Awaitable[str]]:
+    """Return what goes on until the answer is there, also if nobody wants it any more."""
+
+    async def send(seconds: float) -> str:
+        sending = asyncio.ensure_future(triton.make_send(name)(seconds))
+        try:
+            return await asyncio.shield(sending)
+        except asyncio.CancelledError:
+            await asyncio.wait((sending,))
+            raise
+
+    return send
+
+
+@pytest.mark.parametrize("how", ["goes", "has waited long enough"])
+def test_what_triton_still_has_keeps_its_place_when_nobody_waits_for_it(how):
+    async def scenario() -> None:
+        gate, triton = Gate(GateLimits(in_flight=1, waiting=10)), Triton()
+        seconds = FOREVER if how == "goes" else 0.01
+        first = asyncio.create_task(gate.ask(MODEL, seconds, make_stubborn_send(triton, "a")))
+        await settle()
+        second = start(gate, triton, "b")
+        if how == "goes":
+            first.cancel()
+        with pytest.raises((asyncio.CancelledError, DeadlineExceededError)):
+            await first
+        await settle()
+        assert (triton.sent, gate.in_flight, gate.waiting, gate.is_idle) == (["a"], 1, 1, False)
+        triton.answer("a")
+        await settle()
+        assert (triton.sent, gate.in_flight) == (["a", "b"], 1)
+        triton.answer("b")
+        assert await second == "b"
+        assert gate.is_idle
+
+    run(scenario)
+
+
+def test_what_died_with_its_process_after_its_caller_went_gives_the_place_back_once():
+    async def scenario() -> None:
+        gate, triton = Gate(GateLimits(in_flight=2, waiting=10)), Triton()
+        gone = asyncio.create_task(gate.ask(MODEL, FOREVER, make_stubborn_send(triton, "gone")))
+        await settle()
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+        assert gate.in_flight == 1
+        gate.set_broken({MODEL}, 1)
+        assert gate.in_flight == 0
+        gate.set_broken((), 1)
+        stays = start(gate, triton, "stays")
+        await settle()
+        triton.answer("gone")  # Triton had not lost it after all
+        await settle()
+        assert gate.in_flight == 1
+        triton.answer("stays")
+        await stays
+        assert gate.is_idle
+
+    run(scenario)
+
+
 def test_a_caller_who_goes_while_everybody_is_refused_takes_no_place_along():
     async def scenario() -> None:
         gate, triton = Gate(GateLimits(in_flight=1, waiting=10)), Triton()
@@ -460,6 +521,14 @@ def test_the_bytes_that_are_held_are_bounded_and_given_back():
         with pytest.raises(TryAgainError, match="busy: 511 MiB of requests"):
             await passage.ask(MODEL, 11, FOREVER, triton.make_send("refused"))
         large.cancel()
+        await settle()
+        assert passage.held_bytes == 0
+        gone = asyncio.create_task(passage.ask(MODEL, HELD_BYTES, FOREVER, make_stubborn_send(triton, "gone")))
+        await settle()
+        gone.cancel()
+        await settle()
+        assert passage.held_bytes == HELD_BYTES, "Triton has it, and so has the guard"
+        triton.answer("gone")
         await settle()
         assert passage.held_bytes == 0
         with pytest.raises(TryAgainError, match="starting"):
