@@ -10,8 +10,10 @@ from torch import Tensor
 from kvcast.contract.errors import ConfigError
 from kvcast.network.interface import MaskKind, RankingNetwork
 
-# In a safetensors file's metadata: the mask that the weights were trained with.
+# In a safetensors file's metadata: the mask that the weights were trained with, and whether they saw histories.
 MASK_METADATA_KEY = "kvcast.mask"
+HISTORY_METADATA_KEY = "kvcast.history"
+ENCODED, NONE = "encoded", "none"
 
 
 def draw_weights(network: RankingNetwork, seed: int) -> None:
@@ -32,14 +34,15 @@ def load_weights(network: RankingNetwork, path: Path, *, accept_undirected: bool
 
     Raises:
         ConfigError: the file cannot be read, or names, shapes or dtypes differ (all differences are listed), or its
-            mask is not the one that is served.
+            mask is not the one that is served, or they never saw a history.
     """
     try:
         with safe_open(path, framework="pt") as file:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a dict
-            mask = (file.metadata() or {}).get(MASK_METADATA_KEY)
+            metadata = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"weights {path}: cannot be read as safetensors: {error}") from error
+    mask = metadata.get(MASK_METADATA_KEY)
     if mask not in (None, *get_args(MaskKind)):
         known = " or ".join(get_args(MaskKind))
         raise ConfigError(f"weights {path}: expected {MASK_METADATA_KEY} to be {known}, got {mask!r}")
@@ -50,6 +53,11 @@ def load_weights(network: RankingNetwork, path: Path, *, accept_undirected: bool
         raise ConfigError(
             f"weights {path}: expected {MASK_METADATA_KEY} target_blind, got undirected: with the mask that is served "
             "they score otherwise than in training; train with that mask, or accept it (--accept-undirected)"
+        )
+    if metadata.get(HISTORY_METADATA_KEY) == NONE:
+        raise ConfigError(
+            f"weights {path}: expected weights that were trained with histories, got {HISTORY_METADATA_KEY} {NONE}: "
+            "they are a baseline to compare with, and what they make of a history means nothing"
         )
     network.load_state_dict(found)
     return mask

@@ -64,7 +64,9 @@ def add_run_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser
     run.add_argument("--resume", action="store_true", help="go on from the checkpoint beside --out, if there is one")
     run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(%(default)s)")
     run.add_argument("--threads", type=int, help="of the CPU; one gives the same weights bit for bit, every time")
-    run.add_argument("--minutes", type=float, metavar="M", help="evaluate and end after so long, wherever it is then")
+    run.add_argument(
+        "--minutes", type=float, metavar="M", help="end after so long; the learning rate falls with the time then"
+    )
     run.add_argument(
         "--bad-rows", choices=("stop", "skip"), default="stop", help="what to do with bad rows of the log (%(default)s)"
     )

@@ -4,7 +4,6 @@ The module sees scores and parameters; it knows no family, no request and no fil
 """
 
 import math
-from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -52,13 +51,11 @@ def make_optimiser(network: nn.Module, learning_rate: float, weight_decay: float
     return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, fused=True)
 
 
-def make_schedule(optimiser: torch.optim.Optimizer, warmup: int, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """Return a schedule that climbs linearly for `warmup` of `steps` steps and then falls along a cosine."""
-    return torch.optim.lr_scheduler.LambdaLR(optimiser, partial(shape_rate, warmup=warmup, steps=steps))
-
-
 def shape_rate(step: int, warmup: int, steps: int) -> float:
-    """Return the learning rate of a step (from 0) as a share of its peak."""
+    """Return the learning rate of a step (from 0) as a share of its peak.
+
+    It climbs linearly for `warmup` of `steps` steps and then falls along a cosine.
+    """
     if step < warmup:
         return (step + 1) / (warmup + 1)
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))

@@ -22,7 +22,7 @@ from kvcast.contract.config import ModelConfig
 from kvcast.contract.errors import InvalidRequestError
 from kvcast.contract.validation import check_candidates, check_history
 from kvcast.network.interface import RankingNetwork, build_network
-from kvcast.network.weights import draw_weights
+from kvcast.network.weights import ENCODED, HISTORY_METADATA_KEY, MASK_METADATA_KEY, NONE, draw_weights
 from kvcast.train.batches import (
     Ids,
     Scheme,
@@ -43,7 +43,7 @@ from kvcast.train.checkpoint import (
 )
 from kvcast.train.errors import TrainingError
 from kvcast.train.metrics import Metrics, measure_ranking, score_by_popularity
-from kvcast.train.objective import LossKind, make_optimiser, make_schedule, measure_loss
+from kvcast.train.objective import LossKind, make_optimiser, measure_loss, shape_rate
 from kvcast.train.requests import TrainingRequest
 
 # How often a long run says where it is, and how often it can be interrupted without losing more than this.
@@ -51,6 +51,8 @@ SECONDS_BETWEEN_LINES = 5.0
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 # Evaluations of a run, unless it is said after how many steps.
 EVALUATIONS = 20
+# In a run that its time ends, an evaluation is followed by this many times as much learning.
+LEARNING_SHARE = 6
 # Families draw embeddings of unit size, so that every part of a random network matters to a score; a network that is to
 # learn begins with small ones.
 EMBEDDING_SCALE = 0.02
@@ -138,12 +140,14 @@ class RunFiles:
 class Progress:
     """How far a run is: everything that changes and is no tensor.
 
-    epoch, batch: of the next step. loss_sum, loss_count, candidates, step_seconds: since the last evaluation.
+    epoch, batch: of the next step. place: how far that is, in steps or by the time that a run may take. loss_sum,
+    loss_count, candidates, step_seconds: since the last evaluation.
     """
 
     step: int = 0
     epoch: int = 0
     batch: int = 0
+    place: int = 0
     best_step: int = 0
     best_auc: float = -math.inf
     stale: int = 0
@@ -162,10 +166,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class Controls:
-    """How a run is watched and ended; nothing here decides the weights of a run that comes to its end.
+    """How a run is watched and ended; nothing here decides the weights of a run that takes all its steps.
 
     say: receives lines of progress. should_stop: asked after each step; if so a checkpoint is written and the run ends.
-    seconds: the time after which a run is evaluated and ends, wherever it is.
+    seconds: the time after which a run ends. Where that is sooner than its steps, learning rate and evaluations follow
+    the time instead of the steps, so that the run comes to a low rate; it is not the same twice then.
     """
 
     say: Callable[[str], None] = print
@@ -204,6 +209,8 @@ class Trainer:
         """
         self.identity = describe_run(config, settings, parts)
         self.settings, self.files, self.progress = settings, files, Progress()
+        self._run_started = self._saved = self._said = time.monotonic()
+        self._evaluated = self._evaluation_seconds = 0.0
         self._config, self._parts, self._device = config, parts, device
         self._controls = controls or Controls()
         self._say = self._controls.say
@@ -212,11 +219,9 @@ class Trainer:
         self.steps = count_steps(settings, self._epoch_steps)
         self.network = make_trainable(config, settings.seed).to(device)
         self._optimiser = make_optimiser(self.network, settings.learning_rate, settings.weight_decay)
-        warmup = round(settings.warmup * self.steps)
-        self._schedule = make_schedule(self._optimiser, warmup, self.steps)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimiser, self._shape_rate)
         self._best: dict[str, Tensor] = {}
         torch.manual_seed(settings.seed)  # for networks that draw while they train
-        self._run_started = self._saved = self._said = time.monotonic()
 
     def resume(self) -> bool:
         """Take up the run of the checkpoint; return whether there is one.
@@ -265,6 +270,13 @@ class Trainer:
     def _count_seconds(self) -> float:
         return time.monotonic() - self._run_started
 
+    def _find_place(self, step: int) -> int:
+        """Return how far the run is, in steps: as many as were taken, or more if its time passes faster."""
+        return max(step, math.floor(self.steps * min(1.0, self._count_seconds() / self._controls.seconds)))
+
+    def _shape_rate(self, step: int) -> float:
+        return shape_rate(self._find_place(step), round(self.settings.warmup * self.steps), self.steps)
+
     def _plan_epoch(self, epoch: int) -> list[Ids]:
         return plan_batches(self._sizes, self.settings.batch_size, [self.settings.seed, epoch])
 
@@ -304,15 +316,22 @@ class Trainer:
 
     def _evaluate_if_due(self) -> None:
         every = self.settings.evaluate_every or max(1, self.steps // EVALUATIONS)
-        is_last = self.progress.step >= self.steps or self._count_seconds() > self._controls.seconds
-        if is_last or self.progress.step % every == 0:
+        place, before = self._find_place(self.progress.step), self.progress.place
+        self.progress.place = place
+        is_last = place >= self.steps
+        if is_last or (place // every > before // every and self._may_evaluate(place)):
             self._evaluate()
             if is_last or self.progress.stale >= self.settings.patience:
                 self._finish()
 
+    def _may_evaluate(self, place: int) -> bool:
+        """Whether evaluations leave a run whose time is short enough of it to learn in."""
+        is_short = place > self.progress.step
+        return not is_short or self._count_seconds() > self._evaluated + LEARNING_SHARE * self._evaluation_seconds
+
     def _evaluate(self) -> None:
         """Measure the validation part; keep the weights if they are the best so far."""
-        progress = self.progress
+        progress, started = self.progress, self._count_seconds()
         metrics = self._measure(self._parts.validation)
         is_best = metrics.auc > progress.best_auc
         row = {
@@ -335,6 +354,8 @@ class Trainer:
             progress.stale += 1
         self._write_metrics()
         self._say(f"step {progress.step}/{self.steps}: {metrics.describe()}{' (best so far)' if is_best else ''}")
+        self._evaluated = self._count_seconds()
+        self._evaluation_seconds = self._evaluated - started
 
     def _finish(self) -> None:
         """Judge the best weights by the test part."""
@@ -396,8 +417,8 @@ class Trainer:
         metadata = {
             "kvcast.config": config.name,
             "kvcast.network": config.network.family,
-            "kvcast.mask": mask,
-            "kvcast.history": "none" if settings.scheme == "no_history" else "encoded",
+            MASK_METADATA_KEY: mask,
+            HISTORY_METADATA_KEY: NONE if settings.scheme == "no_history" else ENCODED,
             "kvcast.seed": str(settings.seed),
             "kvcast.steps": str(self.progress.best_step),
         }
