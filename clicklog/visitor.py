@@ -111,11 +111,11 @@ def describe_visitor(visitor: Visitor) -> str:
 def describe_ranking(visitor: Visitor, scores: Scores) -> str:
     """Return a ranking beside the user's tastes, for people: the first, the last, and what it is worth."""
     order = np.argsort(-scores, kind="stable")
-    lines = [f"rank    score  {_COLUMNS}  what the user then did"]
+    lines = [f"rank   score  {_COLUMNS}  what the user then did"]
     for place, index in enumerate(order):
         if place < TOP or place >= len(order) - BOTTOM:
             item, outcome = int(visitor.items[index]), ACTIONS[int(visitor.outcomes[index])]
-            lines.append(f"{place + 1:>4}  {scores[index]:>7.3f}  {_describe_item(visitor, item)}  {outcome}".rstrip())
+            lines.append(f"{place + 1:>4}  {scores[index]:>6.2f}  {_describe_item(visitor, item)}  {outcome}".rstrip())
         elif place == TOP:
             lines.append("   …")
     return "\n".join([*lines, "", *_judge(visitor, scores, order[:TOP])])
@@ -138,8 +138,8 @@ def _judge(visitor: Visitor, scores: Scores, top: Ids) -> list[str]:
     ]
     if clicked.any() and not clicked.all():
         lines.append(
-            f"A clicked candidate is above one that was not in {measure_auc(clicked, scores):.0%} of all pairs (AUC); "
-            f"50% is chance, {measure_auc(clicked, visitor.truth):.0%} is ranking by the true probabilities."
+            f"AUC {measure_auc(clicked, scores):.2f}: how often a clicked one is above another; by chance 0.50, by the "
+            f"true probabilities {measure_auc(clicked, visitor.truth):.2f}."
         )
     return lines
 

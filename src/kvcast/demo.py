@@ -9,10 +9,10 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from kvcast.client import RankerClient
-from kvcast.client.__main__ import main as rank
 from kvcast.clicklog import ClickLog, Habits, PlantedLog, Shop, Visitor, draw_visitor
 from kvcast.clicklog.visitor import describe_ranking, describe_visitor
+from kvcast.client import RankerClient
+from kvcast.client.__main__ import main as rank
 from kvcast.contract.config import DEFAULT_CONFIG, ModelConfig, load_config
 from kvcast.contract.errors import KvcastError
 from kvcast.contract.tensors import RANKER
@@ -46,26 +46,11 @@ def main(argv: list[str] | None = None) -> int:
     """Run the demo; return the exit status."""
     parser = make_parser()
     arguments = parser.parse_args(argv)
-    config = load_config(arguments.config)
-    if arguments.user is not None and config.name != DEFAULT_CONFIG:
-        parser.error(f"--user: only {DEFAULT_CONFIG} has users, got --config {arguments.config}")
     signal.signal(signal.SIGTERM, _leave)
-    settings = ServerSettings(
-        repository=arguments.repository,
-        config=read_config_name(arguments.config),
-        http_port=arguments.http_port,
-        grpc_port=arguments.grpc_port,
-        metrics_port=arguments.metrics_port,
-    )
     try:
-        visitor = _draw_visitor(config, arguments.user or 1) if config.name == DEFAULT_CONFIG else None
-        ensure_exported(arguments.repository, settings.models, arguments.config)
-        print("starting tritonserver …", flush=True)
-        started = time.perf_counter()
-        with TritonServer(settings) as server:
-            print(f"ready after {time.perf_counter() - started:.1f} s\n", flush=True)
-            status = _rank_ids(config, server) if visitor is None else _show(visitor, server)
-        print("\nthe server is stopped")
+        config = load_config(arguments.config)
+        visitor = _draw_visitor(config, arguments.user)
+        return _run(arguments, config, visitor)
     except (KvcastError, ServerError) as error:
         print(f"kvcast demo: {error}", file=sys.stderr)
         return 1
@@ -73,12 +58,39 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     except KeyboardInterrupt:
         return 130
-    return status
 
 
-def _draw_visitor(config: ModelConfig, user: int) -> Visitor:
+def _draw_visitor(config: ModelConfig, user: int | None) -> Visitor | None:
+    """Return a user of the shop that the weights of `demo` know; None for another configuration.
+
+    Raises:
+        ValueError: there is no such user.
+    """
+    if config.name != DEFAULT_CONFIG:
+        if user is not None:
+            raise ValueError(f"--user: only {DEFAULT_CONFIG} has users, got --user {user} and --config {config.name}")
+        return None
     log = PlantedLog(Shop(config.schema), Habits(), LOG_SEED)
-    return draw_visitor(log, user, config.workload.history, config.workload.candidates)
+    return draw_visitor(log, 1 if user is None else user, config.workload.history, config.workload.candidates)
+
+
+def _run(arguments: argparse.Namespace, config: ModelConfig, visitor: Visitor | None) -> int:
+    """Serve and rank; return the exit status."""
+    settings = ServerSettings(
+        repository=arguments.repository,
+        config=read_config_name(arguments.config),
+        http_port=arguments.http_port,
+        grpc_port=arguments.grpc_port,
+        metrics_port=arguments.metrics_port,
+    )
+    ensure_exported(arguments.repository, settings.models, arguments.config)
+    print("starting tritonserver …", flush=True)
+    started = time.perf_counter()
+    with TritonServer(settings) as server:
+        print(f"ready after {time.perf_counter() - started:.1f} s\n", flush=True)
+        status = _rank_ids(config, server) if visitor is None else _show(visitor, server)
+    print(f"\nthe server is stopped{'' if visitor is None else '; another user: kvcast demo --user 2'}")
+    return status
 
 
 def _show(visitor: Visitor, server: TritonServer) -> int:
