@@ -46,7 +46,6 @@ def main(argv: list[str] | None = None) -> int:
     """Run the demo; return the exit status."""
     parser = make_parser()
     arguments = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, _leave)
     try:
         config = load_config(arguments.config)
         visitor = _draw_visitor(config, arguments.user)
@@ -76,6 +75,7 @@ def _draw_visitor(config: ModelConfig, user: int | None) -> Visitor | None:
 
 def _run(arguments: argparse.Namespace, config: ModelConfig, visitor: Visitor | None) -> int:
     """Serve and rank; return the exit status."""
+    signal.signal(signal.SIGTERM, _leave)
     settings = ServerSettings(
         repository=arguments.repository,
         config=read_config_name(arguments.config),

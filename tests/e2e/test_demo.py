@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,14 +19,14 @@ from kvcast.clicklog.log_file import write_rows
 from kvcast.client import RankerClient
 from kvcast.contract.config import load_config
 from kvcast.contract.request import RankRequest
-from kvcast.demo import LOG_SEED
+from kvcast.demo import LOG_SEED, main
 from kvcast.server import TritonServer
 from kvcast.train.batches import score_requests
 from kvcast.train.log import read_log
 from kvcast.train.metrics import score_by_popularity
 from kvcast.train.requests import Requests
 from tests.conftest import Demo, make_settings
-from tests.support import TOLERANCE
+from tests.support import TOLERANCE, find_free_ports
 
 ROOT = Path(__file__).parents[2]
 CONFIG = load_config("demo")
@@ -90,6 +92,29 @@ def test_a_newcomer_sees_a_ranking_beside_the_users_tastes(demo: Demo):
     assert int(top) == sum("♥" in line for line in places[:10])
     assert int(top) / 10 > int(everywhere) / 40 + 0.2, "the model ranks what the user likes first"
     assert "the server is stopped" in demo.printed
+
+
+def test_another_configuration_is_shown_as_ids_and_scores(tiny_repository: Path):
+    http, grpc, metrics = map(str, find_free_ports(3))
+    command = [sys.executable, "-m", "kvcast", "demo", "--config", "tiny", "--repository", str(tiny_repository)]
+    command += ["--http-port", http, "--grpc-port", grpc, "--metrics-port", metrics]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert len(re.findall(r"^ +\d+ +\d+ +-?\d\.\d{5}$", printed, re.MULTILINE)) == 10
+    assert "the server is stopped" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--user", "0"], "user: expected 1 to 2000, got 0"),
+        (["--user", "2", "--config", "tiny"], "only demo has users, got --user 2 and --config tiny"),
+    ],
+)
+def test_a_user_who_is_not_there_is_said_before_anything_starts(tmp_path, capsys, options, words):
+    with pytest.raises(SystemExit):
+        main([*options, "--repository", str(tmp_path / "repository")])
+    assert words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_shipped_example_is_what_the_demo_ranks(demo: Demo, served: TritonServer):
