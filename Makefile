@@ -1,7 +1,8 @@
 # The same targets a person and CI use. `make` alone lists them.
 SHELL := /bin/bash
 PYTHON ?= python3.11
-CONFIG ?= bench
+# What is exported and served; `perf` measures at a size of its own.
+CONFIG ?= $(if $(filter perf,$@),bench,demo)
 MODELS ?= ranker
 REPOSITORY ?= model_repository
 HTTP_PORT ?= 8000
@@ -21,7 +22,7 @@ PORTS = --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRI
 .PHONY: help setup setup-perf setup-deploy export serve demo test test-chaos test-deploy perf check format clean
 
 help: ## this list
-	@echo "make TARGET [CONFIG=bench|tiny|seed|path.toml] [MODELS=\"ranker ranker_full\"] [REPOSITORY=DIR]"
+	@echo "make TARGET [CONFIG=demo|tiny|bench|seed|path.toml] [MODELS=\"ranker ranker_full\"] [REPOSITORY=DIR]"
 	@echo "            [HTTP_PORT=8000] [GRPC_PORT=8001] [METRICS_PORT=8002] [WEIGHTS=FILE.safetensors]"
 	@echo
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "  %-12s %s\n", $$1, $$2 }'
@@ -55,13 +56,13 @@ $(DEPLOY_TOOLS):
 		&& for package in *.deb; do dpkg -x $$package . || exit 1; done && rm -f *.deb && touch $(notdir $@); } 2>/dev/null \
 		|| { rm -f *.deb; echo "make: cannot fetch $(DEPLOY_PACKAGES): install what is missing (Debian 12: apt-get install haproxy prometheus kubernetes-client)" >&2; exit 1; }
 
-export: $(READY) ## export CONFIG into REPOSITORY, proved exact (WEIGHTS=file, else random)
+export: $(READY) ## export CONFIG into REPOSITORY, proved exact (WEIGHTS=file, else its own or random)
 	$(BIN)/kvcast export --config $(CONFIG) --repository $(REPOSITORY) $(if $(WEIGHTS),--weights $(WEIGHTS))
 
 serve: $(READY) ## serve REPOSITORY with tritonserver in the foreground
 	@exec $(BIN)/kvcast serve --repository $(REPOSITORY) --config $(CONFIG) --models "$(MODELS)" $(PORTS)
 
-demo: $(READY) ## export if need be, serve, rank the example request, stop
+demo: $(READY) ## export if need be, serve, rank for a user of a small shop, show it, stop
 	@$(BIN)/kvcast demo --repository $(REPOSITORY) --config $(CONFIG) $(PORTS)
 
 test: $(READY) ## every test, those against a real tritonserver included
@@ -76,7 +77,7 @@ test-deploy: $(READY) ## deploy/ against real haproxy, Envoy, prometheus and kub
 	@$(MAKE) --no-print-directory setup-deploy || true  # the tests name what is missing
 	KVCAST_THOROUGH=1 KVCAST_REQUIRE_DEPLOY_TOOLS=1 KVCAST_AFFINITY_VISITS=4000 $(BIN)/python -m pytest tests/deploy
 
-perf: $(READY) $(LIBB64) ## measure CONFIG side by side, with report and plots (QUICK=1: 4 minutes)
+perf: $(READY) $(LIBB64) ## measure CONFIG (bench) side by side, with report and plots (QUICK=1: 4 minutes)
 	@$(BIN)/kvcast perf run --config $(CONFIG) --repository $(REPOSITORY) $(PORTS) $(if $(QUICK),--quick --results build/perf) \
 		$(PERF_FLAGS)
 

@@ -1,4 +1,4 @@
-"""`python -m kvcast.clicklog`: print a generated request (`client/examples/request.json` is one), or write a log."""
+"""`python -m kvcast.clicklog`: print a request (`client/examples/request.json` is user 1's), or write a log."""
 
 import argparse
 import importlib
@@ -8,8 +8,10 @@ from pathlib import Path
 from kvcast.clicklog.generator import ClickLog
 from kvcast.clicklog.shop import Shop
 from kvcast.clicklog.truth import Habits, PlantedLog, compute_best_auc
-from kvcast.contract.config import load_config
+from kvcast.clicklog.visitor import draw_visitor
+from kvcast.contract.config import DEFAULT_CONFIG, ModelConfig, load_config
 from kvcast.contract.log import LABEL
+from kvcast.contract.request import RankRequest
 from kvcast.contract.schema import FeatureSchema
 
 
@@ -18,22 +20,23 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="kvcast clicklog", description="Print a synthetic ranking request as JSON, or write a log to train on."
     )
-    parser.add_argument("--config", default="bench", help="whose schema and workload (%(default)s)")
+    parser.add_argument("--config", default=DEFAULT_CONFIG, help="whose schema and workload (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     request = parser.add_argument_group("a request")
     request.add_argument("--history", type=int, metavar="L", help="events (the configuration's workload)")
     request.add_argument("--candidates", type=int, metavar="N", help="candidates (the configuration's workload)")
+    request.add_argument(
+        "--user", type=int, metavar="NUMBER", help="of this user of the log below, when they come once more (anybody)"
+    )
     _add_log_options(parser)
     arguments = parser.parse_args(argv)
     config = load_config(arguments.config)
-    if arguments.log is not None:
-        try:
+    try:
+        if arguments.log is not None:
             return _write_log(arguments, config.schema)
-        except ValueError as error:
-            parser.error(str(error))
-    history = config.workload.history if arguments.history is None else arguments.history
-    count = config.workload.candidates if arguments.candidates is None else arguments.candidates
-    print(ClickLog(config.schema, arguments.seed).draw_request(history, count).to_json(config.schema), end="")
+        print(_draw_request(arguments, config).to_json(config.schema), end="")
+    except ValueError as error:
+        parser.error(str(error))
     return 0
 
 
@@ -51,6 +54,20 @@ def _add_log_options(parser: argparse.ArgumentParser) -> None:
     log.add_argument("--with-truth", action="store_true", help="add the true probabilities as a column")
 
 
+def _draw_request(arguments: argparse.Namespace, config: ModelConfig) -> RankRequest:
+    history = config.workload.history if arguments.history is None else arguments.history
+    count = config.workload.candidates if arguments.candidates is None else arguments.candidates
+    if arguments.user is None:
+        return ClickLog(config.schema, arguments.seed).draw_request(history, count)
+    return draw_visitor(_make_log(arguments, config.schema), arguments.user, history, count).request
+
+
+def _make_log(arguments: argparse.Namespace, schema: FeatureSchema) -> PlantedLog:
+    shop = Shop(schema, arguments.shop_seed, arguments.items, arguments.categories)
+    habits = Habits(arguments.users, arguments.days, arguments.visits_a_day, arguments.shown)
+    return PlantedLog(shop, habits, arguments.seed)
+
+
 def _write_log(arguments: argparse.Namespace, schema: FeatureSchema) -> int:
     try:
         log_file = importlib.import_module("kvcast.clicklog.log_file")
@@ -58,13 +75,12 @@ def _write_log(arguments: argparse.Namespace, schema: FeatureSchema) -> int:
         print(f"kvcast clicklog: {error.name} is not installed: pip install 'kvcast[train]'", file=sys.stderr)
         return 1
     log_file.check_name(arguments.log)
-    shop = Shop(schema, arguments.shop_seed, arguments.items, arguments.categories)
-    habits = Habits(arguments.users, arguments.days, arguments.visits_a_day, arguments.shown)
-    rows = PlantedLog(shop, habits, arguments.seed).draw_rows()
+    log = _make_log(arguments, schema)
+    rows = log.draw_rows()
     log_file.write_rows(arguments.log, rows, with_truth=arguments.with_truth)
     labels = rows.columns[LABEL]
     print(
-        f"{arguments.log}: {len(labels)} rows of {habits.users} users, {labels.mean():.1%} clicked; "
+        f"{arguments.log}: {len(labels)} rows of {log.habits.users} users, {labels.mean():.1%} clicked; "
         f"ranking by the true probability has an AUC of {compute_best_auc(rows.truth):.4f}"
     )
     return 0

@@ -22,7 +22,7 @@ Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 START = 1_700_000_000  # the time of the first day, seconds
-DAY = 86_400
+HOUR, DAY = 3600, 86_400
 NEVER = np.iinfo(np.int64).max
 FAVOURITES = 4
 DRIFTING_SHARE = 0.4  # of the users, whose favourites become others at some time
@@ -104,7 +104,28 @@ class PlantedLog:
         parts = []
         for visit in range(times.shape[1]):
             who = np.flatnonzero(self._visits > visit)
-            parts.append(self._visit(draw, who, times[who, visit], recency))
+            parts.append(self._visit(draw, who, times[who, visit], recency, self.habits.shown))
+        return self._tabulate(draw, parts)
+
+    def draw_visit(self, rows: PlantedRows, user: int, shown: int) -> PlantedRows:
+        """Let a user come once more, an hour after the last of `rows`, and return the rows of that visit.
+
+        Args:
+            rows: all that happened, as `draw_rows` returns it; the shop's schema must have an item and an action.
+            user: who comes.
+            shown: how many items they are shown.
+        """
+        draw = np.random.default_rng([self._seed, 3, user])
+        own = rows.columns[USER] == user
+        category, action = self.shop.category[rows.columns["item"][own]], rows.columns["action"][own]
+        who = np.array([user - 1])
+        recency = np.zeros((self.habits.users, self.shop.categories + 1))
+        recency[who] = _follow(recency[who], category[None], action[None])
+        time = rows.columns[TIME].max(keepdims=True) + HOUR
+        return self._tabulate(draw, [self._visit(draw, who, time, recency, shown)])
+
+    def _tabulate(self, draw: np.random.Generator, parts: list[dict[str, npt.NDArray[Any]]]) -> PlantedRows:
+        """Return visits as rows in order of time."""
         rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         order = np.lexsort((rows[USER], rows[TIME]))  # stable: what is shown together stays as it was shown
         rows = {name: column[order] for name, column in rows.items()}
@@ -123,10 +144,12 @@ class PlantedLog:
         times[np.arange(most) >= self._visits[:, None]] = self._span
         return START + np.sort(times, axis=1) + np.arange(most)
 
-    def _visit(self, draw: np.random.Generator, who: Ids, time: Ids, recency: Floats) -> dict[str, npt.NDArray[Any]]:
+    def _visit(
+        self, draw: np.random.Generator, who: Ids, time: Ids, recency: Floats, shown: int
+    ) -> dict[str, npt.NDArray[Any]]:
         """Let users visit once and act; `recency` is what they acted on lately, and is brought up to date."""
         favourites = self._favourites[(time >= self._changes[who]).astype(np.int64), who]  # [A, FAVOURITES]
-        items = self._choose_shown(draw, favourites)  # [A, shown]
+        items = self._choose_shown(draw, favourites, shown)  # [A, shown]
         truth = self._compute_truth(items, favourites, self.price_level[who], recency[who])
         clicked = draw.random(truth.shape) < truth
         kind = draw.random(truth.shape)
@@ -142,9 +165,9 @@ class PlantedLog:
             "truth": truth.ravel(),
         }
 
-    def _choose_shown(self, draw: np.random.Generator, favourites: Ids) -> Ids:
+    def _choose_shown(self, draw: np.random.Generator, favourites: Ids, shown: int) -> Ids:
         """Return different items for each user, in no order: `[A, shown]`."""
-        count = (len(favourites), min(self.habits.shown, self.shop.items))
+        count = (len(favourites), min(shown, self.shop.items))
 
         def draw_items() -> Ids:
             own = np.take_along_axis(favourites, draw.integers(0, FAVOURITES, count), axis=1)

@@ -22,8 +22,8 @@ WRONG_REQUEST, TRY_AGAIN, SERVER_FAULT = 2, 3, 4
 
 EXAMPLE = """\
 example request:
-  {"history": [{"item": 812, "action": 2}],
-   "candidates": [{"item": 31, "category": 4, "brand": 17, "price_bucket": 9}]}
+  {"history": [{"item": 690, "category": 8, "price_bucket": 49, "action": 2}],
+   "candidates": [{"item": 673, "category": 19, "brand": 85, "price_bucket": 31}]}
 
 exit status: 0 ranked, 2 the request is wrong, 3 try again later, 4 the server is broken
 """

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from kvcast.contract.config import list_configs, load_config
+from kvcast.contract.config import DEFAULT_CONFIG, list_configs, load_config
 from kvcast.contract.errors import KvcastError
 from kvcast.export.pipeline import WeightsSource, export_release
 
@@ -19,12 +19,17 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--config",
-        default="bench",
+        default=DEFAULT_CONFIG,
         help=f"{', '.join(list_configs())}, or the path of a TOML file (%(default)s)",
     )
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--weights", type=Path, metavar="FILE.safetensors", help="trained weights")
-    source.add_argument("--seed", type=int, default=0, help="draw random weights from this seed (%(default)s)")
+    source.add_argument(
+        "--weights",
+        type=Path,
+        metavar="FILE.safetensors",
+        help="trained weights (those that the configuration comes with; if it has none, random ones)",
+    )
+    source.add_argument("--seed", type=int, help="draw random weights from this seed")
     parser.add_argument(
         "--accept-undirected",
         action="store_true",

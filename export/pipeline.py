@@ -5,6 +5,7 @@ old artefact, or a new one whose checksums hold, or a mismatch that it refuses. 
 """
 
 import contextlib
+import dataclasses
 import platform
 import shutil
 import tempfile
@@ -38,13 +39,13 @@ STEPS = 9
 
 @dataclass(frozen=True)
 class WeightsSource:
-    """Where weights come from: a safetensors file if there is one, else a seed.
+    """Where weights come from: a safetensors file or a seed; without either, what the configuration comes with.
 
     accept_undirected: take a file that says it was trained with the undirected mask.
     """
 
     file: Path | None = None
-    seed: int = 0
+    seed: int | None = None
     accept_undirected: bool = False
 
 
@@ -74,7 +75,7 @@ def export_release(
 
     Args:
         config: what to build.
-        weights: a safetensors file or a seed.
+        weights: a safetensors file, a seed, or what the configuration comes with.
         repository: the folder that Triton will load; made and furnished with the models if need be.
         say: receives lines of progress.
 
@@ -90,6 +91,8 @@ def export_release(
             f"{repository} holds published releases, which are never overwritten: "
             "export into another folder, and `kvcast release publish` that"
         )
+    weights = _choose_weights(config, weights)
+    say(f"weights: {weights.file or f'random, of seed {weights.seed or 0}'}")
     progress = Progress(say)
     with progress.step(f"build {config.name} ({config.network.family})"):
         network = build_network(config)
@@ -127,11 +130,24 @@ def export_release(
     return manifest
 
 
+def _choose_weights(config: ModelConfig, weights: WeightsSource) -> WeightsSource:
+    """Return the weights that are meant: where nothing was asked for, the file that the configuration comes with."""
+    own = config.weights
+    if own is None or weights.file is not None or weights.seed is not None:
+        return weights
+    if not own.exists():
+        raise ConfigError(
+            f"weights {own}, which {config.name} comes with: there is no such file; train them "
+            f"(kvcast train --config … --log … --out {own}), or export others (--weights FILE, --seed 0)"
+        )
+    return dataclasses.replace(weights, file=own)
+
+
 def _set_weights(network: RankingNetwork, weights: WeightsSource) -> MaskKind | None:
     """Set every parameter; return the mask of training, where a file says it."""
     if weights.file is not None:
         return load_weights(network, weights.file, accept_undirected=weights.accept_undirected)
-    draw_weights(network, weights.seed)
+    draw_weights(network, weights.seed or 0)
     return None
 
 

@@ -30,9 +30,8 @@ def fingerprint_release(network: RankingNetwork) -> str:
 
 
 def _list_settings(config: ModelConfig) -> dict[str, Any]:
-    """Return the configuration but for where its file lies; options only if there are any."""
-    settings = dataclasses.asdict(config)
-    del settings["network"]["folder"]
+    """Return the configuration but for where its files lie; options only if there are any."""
+    settings = config.list_settings()
     if not config.network.options:
         del settings["network"]["options"]
     return settings

@@ -1,15 +1,27 @@
-"""Fixtures that cost seconds, made once a session: an exported `tiny` repository and a tritonserver on it."""
+"""Fixtures that cost seconds, made once a session: exports of `tiny` and `demo`, a tritonserver on the first."""
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from kvcast.contract.config import load_config
+from kvcast.contract.errors import ArtefactError
+from kvcast.contract.manifest import read_manifest
+from kvcast.contract.tensors import USER_ENCODER
 from kvcast.export.pipeline import WeightsSource, export_release
+from kvcast.export.release import fingerprint_release
+from kvcast.network.interface import RankingNetwork, build_network
+from kvcast.network.weights import load_weights
 from kvcast.server import ServerSettings, TritonServer
 from tests.support import find_free_ports
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +44,51 @@ def server(tiny_repository: Path) -> Iterator[TritonServer]:
     log: list[str] = []
     with TritonServer(make_settings(tiny_repository), log=log.append) as running:
         yield running
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What `make demo` printed in this checkout, the repository that it exported into, and the network in torch."""
+
+    printed: str
+    repository: Path
+    network: RankingNetwork
+
+
+@pytest.fixture(scope="session")
+def demo() -> Demo:
+    """Run `make demo` once, as a newcomer does; what the checkout has exported of other weights is exported again."""
+    config = load_config("demo")
+    assert config.weights is not None
+    network = build_network(config)
+    load_weights(network, config.weights)
+    repository = ROOT / "model_repository"
+    try:
+        exported = read_manifest(repository / USER_ENCODER.name / "1")
+        is_stale = exported.config == config.name and exported.release != fingerprint_release(network)
+    except ArtefactError:
+        is_stale = False
+    if is_stale:
+        run_make("export")
+    return Demo(run_make("demo"), repository, network)
+
+
+def make_environment() -> dict[str, str]:
+    """Return the environment of a person's shell in which `make` and `kvcast` take free ports."""
+    ports = dict(zip(("HTTP_PORT", "GRPC_PORT", "METRICS_PORT"), map(str, find_free_ports(3)), strict=True))
+    environment = {**os.environ, **ports, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for name in ("MAKEFLAGS", "CONFIG", "REPOSITORY"):
+        environment.pop(name, None)
+    return environment
+
+
+def run_make(target: str) -> str:
+    """Run a target in the checkout; return what it printed."""
+    done = subprocess.run(
+        ["make", target], cwd=ROOT, env=make_environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"make {target}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
 
 
 def make_settings(repository: Path) -> ServerSettings:

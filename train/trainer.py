@@ -477,8 +477,7 @@ def describe_run(config: ModelConfig, settings: Settings, parts: Parts) -> dict[
     data = {name: check_part(name, getattr(parts, name), config) for name in ("training", "validation")}
     if parts.test:
         data["test"] = check_part("test", parts.test, config)
-    described = {"config": dataclasses.asdict(config), "settings": dataclasses.asdict(settings), "data": data}
-    del described["config"]["network"]["folder"]  # where the TOML lies is no part of what is trained
+    described = {"config": config.list_settings(), "settings": dataclasses.asdict(settings), "data": data}
     return dict(json.loads(json.dumps(described)))
 
 

@@ -118,7 +118,7 @@ def _summarise(name: str, answers: list[dict[str, Any]], first: list[dict[str, A
     if not difference <= SCORE_TOLERANCE:
         raise RaceError(
             f"{name}: expected the scores of the others to {SCORE_TOLERANCE}, got a difference of {difference:.3g} "
-            "(peers have the weights of seed 0: has the export others?)"
+            "(peers have the weights that the configuration comes with, else those of seed 0: has the export others?)"
         )
     counted = answers[WARM_UPS:]
     return {

@@ -17,7 +17,7 @@ from typing import cast
 from kvcast.clicklog import ClickLog
 from kvcast.contract.config import load_config
 from kvcast.network.interface import build_network
-from kvcast.network.weights import draw_weights
+from kvcast.network.weights import draw_weights, load_weights
 from kvcast.perf.peers.interface import Peer
 from kvcast.perf.peers.ort_expanded import OrtExpanded
 from kvcast.perf.peers.ours import Ours, Traditional
@@ -26,11 +26,18 @@ from kvcast.perf.peers.torch_peers import CompiledPeer, TorchPeer, attend_expand
 
 
 def make_peer(name: str, config_name: str, repository: Path, threads: int, seed: int) -> Peer:
-    """Return a peer by name, on weights drawn from `seed` (those of the repository's export, where it uses that)."""
+    """Return a peer by name, on the configuration's weights, or on those of `seed` where it comes with none.
+
+    A peer that uses the repository's export has the weights of that.
+    """
 
     def network() -> SoftmaxNetwork:
-        built = build_network(load_config(config_name))
-        draw_weights(built, seed)
+        config = load_config(config_name)
+        built = build_network(config)
+        if config.weights is None:
+            draw_weights(built, seed)
+        else:
+            load_weights(built, config.weights)
         return cast("SoftmaxNetwork", built)
 
     makers: dict[str, Callable[[], Peer]] = {

@@ -1,7 +1,6 @@
 """`kvcast rank` against a running server, and the commands of the README, run as written."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -18,7 +17,8 @@ from kvcast.contract.config import load_config
 from kvcast.contract.request import RankRequest
 from kvcast.contract.tensors import USER_ENCODER
 from kvcast.perf.report import write_headline, write_reuse_headline
-from tests.support import TOLERANCE, find_free_ports
+from tests.conftest import make_environment
+from tests.support import TOLERANCE
 
 ROOT = Path(__file__).parents[2]
 CONFIG = load_config("tiny")
@@ -92,12 +92,12 @@ def test_the_served_manifest_is_the_exported_one(server, tiny_repository):
 
 
 def test_the_shipped_example_is_the_generators():
-    command = [sys.executable, "-m", "kvcast", "clicklog", "--config", "bench", "--seed", "7"]
+    command = [sys.executable, "-m", "kvcast", "clicklog", "--user", "1"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert printed == (ROOT / "client" / "examples" / "request.json").read_text()
-    request = RankRequest.from_json(printed, load_config("bench").schema)
-    assert request.history.shape == (1000, 2)
-    assert request.candidates.shape == (50, 4)
+    request = RankRequest.from_json(printed, load_config("demo").schema)
+    assert request.history.shape == (30, 4)
+    assert request.candidates.shape == (40, 4)
 
 
 def test_the_front_door_lists_its_commands_and_each_explains_itself():
@@ -115,12 +115,10 @@ def read_blocks(path: Path, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", path.read_text(), re.DOTALL)
 
 
-def test_the_readme_does_what_it_says(tmp_path):
+def test_the_readme_does_what_it_says(demo, tmp_path):
     """Every command block of the README in order, on free ports; `make test` itself only has to exist."""
-    http, grpc, metrics = (str(port) for port in find_free_ports(3))
-    environment = {**os.environ, "HTTP_PORT": http, "GRPC_PORT": grpc, "METRICS_PORT": metrics}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    environment.pop("MAKEFLAGS", None)
+    environment = make_environment()
+    http, grpc = environment["HTTP_PORT"], environment["GRPC_PORT"]
 
     def run(block: str) -> str:
         block = block.replace("127.0.0.1:8000", f"127.0.0.1:{http}").replace("127.0.0.1:8001", f"127.0.0.1:{grpc}")
@@ -139,10 +137,10 @@ def test_the_readme_does_what_it_says(tmp_path):
 
     blocks = read_blocks(ROOT / "README.md", "sh")
     assert [block.strip() for block in blocks[:3]] == ["make demo", "make test", "make serve"]
-    demo = run(blocks[0])
-    assert "50 candidates after 1000 events" in demo
-    assert len(re.findall(r"^ +\d+ +\d+ +-?\d\.\d+$", demo, re.MULTILINE)) == 10
-    assert "the server is stopped" in demo
+    shown = re.search(r"<!-- demo -->\n```\n(.*?)```\n<!-- /demo -->", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert shown is not None
+    assert shown[1].count("\n") > 10
+    assert set(shown[1].splitlines()) <= set(demo.printed.splitlines()), "shortened, and otherwise what make demo says"
     run("make --dry-run test")
     serving = subprocess.Popen(
         ["make", "serve"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -162,7 +160,7 @@ def test_the_readme_does_what_it_says(tmp_path):
             [float(number) for number in re.findall(r"-?\d+\.\d+", printed.splitlines()[0])], scores, atol=TOLERANCE
         )
         returned = run(blocks[5])
-        assert "1000 events were kept already" in returned  # the ranking above has kept them
+        assert "30 events were kept already" in returned  # the ranking above has kept them
         assert "cache hit: encoded in 0.0 ms, scored in" in returned
         kept = run(f"python - <<'END'\n{keeps}\nEND")
         assert "CacheResult.HIT" in kept
@@ -193,6 +191,12 @@ def test_documents_show_the_committed_numbers_and_link_to_files_that_exist():
         differences = [f"{row[f'score_difference_{kind}']:.1e}" for kind in ("max", "mean")]
         cells = [str(row["history"]), *differences, f"{row['score_deviation']:.2f}", *keys]
         assert f"| {' | '.join(cells)} |" in mask
+    *_, last = map(json.loads, (ROOT / "docs" / "results" / "demo_training.jsonl").read_text().splitlines())
+    training = (ROOT / "docs" / "training.md").read_text()
+    for name, best in (("popularity", ""), ("best", "**")):
+        metrics = last[f"{name}_test"]
+        cells = [f"{best}{metrics[each]:.3f}{best}" for each in ("auc", "request_auc", "ndcg_at_10")]
+        assert f" | {' | '.join(cells)} |" in training
     for document in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):
             if "://" not in target:

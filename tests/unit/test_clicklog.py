@@ -24,7 +24,7 @@ def test_the_seed_decides_everything(log):
     assert not np.array_equal(first.history, ClickLog(CONFIG.schema, seed=10).draw_request(30, 5).history)
 
 
-@pytest.mark.parametrize("name", ["tiny", "bench", "seed", "hstu"])
+@pytest.mark.parametrize("name", ["demo", "tiny", "bench", "seed", "hstu"])
 def test_ids_are_known_and_within_their_vocabularies(name):
     schema = load_config(name).schema
     log = ClickLog(schema, seed=2)

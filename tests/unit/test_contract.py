@@ -32,11 +32,11 @@ LAYOUT = KVLayout(layers=2, heads=3, key_rows=6, value_columns=5, lead_slots=1, 
 
 
 def test_shipped_configurations():
-    assert {"bench", "hstu", "seed", "tiny", "tiny-hstu"} <= set(list_configs())
+    assert {"bench", "demo", "hstu", "seed", "tiny", "tiny-hstu"} <= set(list_configs())
     for name in list_configs():
         config = load_config(name)
         assert config.name == name
-        assert [field.name for field in config.schema.history_fields][:2] == ["item", "action"]
+        assert {"item", "action"} <= {field.name for field in config.schema.history_fields}
         assert [field.name for field in config.schema.candidate_fields] == ["item", "category", "brand", "price_bucket"]
         assert all(field.vocab_size >= MIN_VOCABULARY for field in config.schema.candidate_fields)
     bench, seed = load_config("bench"), load_config("seed")
@@ -57,17 +57,30 @@ def read_tiny_table() -> dict[str, Any]:
         (["limits"], {"history": 5}, "limits: expected the keys ['candidates', 'history'], got ['history']"),
         (["network", "width"], 33, "network.width: expected a multiple of heads = 2, got 33"),
         (["limits"], {"history": 7, "candidates": 5}, "limits.history: expected at least 8, got 7"),
-        (["network", "layers"], 0, "layers: expected a usable int, got 0"),
-        (["network", "layers"], True, "layers: expected a usable int, got True"),
-        (["network", "family"], "transformer", "family"),
-        (["vocabularies", "item"], 63, "item: expected a usable int, got 63"),
+        (["network", "layers"], 0, "network.layers: expected a whole number, at least 1, got 0"),
+        (["network", "layers"], True, "network.layers: expected a whole number, at least 1, got True"),
+        (["limits", "candidates"], "5", "limits.candidates: expected a whole number, at least 1, got '5'"),
+        (
+            ["network", "family"],
+            "transformer",
+            "network.family: expected 'package.module:Class' or 'file.py:Class', got",
+        ),
+        (
+            ["vocabularies", "item"],
+            63,
+            "vocabularies.item: expected a whole number, at least 64 (ids 0 to size - 1), got",
+        ),
+        (["vocabularies"], 63, "vocabularies: expected a table, got 63"),
+        (["name"], 5, "name: expected a string, got 5"),
+        (["weights"], "trained.pt", "weights: expected a file *.safetensors, got 'trained.pt'"),
         (
             ["fields", "candidates"],
             ["item", "colour"],
             "fields.candidates: expected names listed under [vocabularies], got ['colour']",
         ),
-        (["fields", "history"], [], "history"),
-        (["fields", "history"], ["item", "item"], "history"),
+        (["fields", "history"], [], "fields.history: expected a list of different names, at least one, got []"),
+        (["fields", "history"], ["item", "item"], "fields.history: expected a list of different names, at least one"),
+        (["fields", "history"], [["item"]], "fields.history: expected a list of different names, at least one"),
         (["workload", "history"], 1000, "workload: expected it within limits"),
         (["speed"], 3, "config: expected the keys"),
         (["network"], 3, "network: expected a table, got 3"),
@@ -98,6 +111,20 @@ def test_a_configuration_from_a_path(tmp_path):
     text = (resources.files("kvcast.contract") / "configs" / "tiny.toml").read_text()
     path.write_text(text.replace('name = "tiny"', 'name = "own"'))
     assert load_config(str(path)) == dataclasses.replace(load_config("tiny"), name="own")
+
+
+def test_weights_lie_beside_the_configuration_and_are_no_part_of_it(tmp_path):
+    path = tmp_path / "demo.toml"
+    text = (resources.files("kvcast.contract") / "configs" / "demo.toml").read_text()
+    path.write_text(text.replace("demo.safetensors", "other.safetensors"))
+    own, shipped = load_config(str(path)), load_config("demo")
+    assert own.weights == tmp_path / "other.safetensors"  # which nobody has trained yet
+    assert shipped.weights is not None
+    assert shipped.weights.is_file()
+    assert own == shipped
+    assert own.list_settings() == shipped.list_settings()
+    assert "safetensors" not in json.dumps(own.list_settings())
+    assert load_config("tiny").weights is None
 
 
 def test_valid_histories_pass_whatever_their_integer_type():

@@ -1,8 +1,10 @@
 """Export: every proof can fail, names its property, and leaves the repository alone; weights are checked by name."""
 
 import dataclasses
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,19 +12,23 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kvcast.contract.config import list_configs
+from kvcast.clicklog.__main__ import main as clicklog
+from kvcast.contract.config import list_configs, load_config
 from kvcast.contract.errors import ConfigError
 from kvcast.contract.manifest import hash_file, read_manifest
 from kvcast.contract.tensors import EXPORTED_MODELS, MODELS
+from kvcast.export.__main__ import main
 from kvcast.export.calls import TorchCalls
-from kvcast.export.pipeline import WeightsSource, export_release
+from kvcast.export.pipeline import WeightsSource, _choose_weights, export_release
 from kvcast.export.proofs import ProofError, draw_sample, prove, prove_history_is_blind
 from kvcast.export.release import fingerprint_release
 from kvcast.network.interface import MaskKind, UserKV, build_network
 from kvcast.network.transformer import Transformer
 from kvcast.network.weights import draw_weights, load_weights
+from kvcast.train.__main__ import main as train
 from tests.support import make_config, make_network
 
+ROOT = Path(__file__).parents[2]
 CONFIG = make_config()
 
 
@@ -207,6 +213,7 @@ def test_the_fingerprint_changes_with_any_weight_and_with_the_configuration():
     assert fingerprint == fingerprint_release(make_network(CONFIG))
     assert fingerprint != fingerprint_release(make_network(CONFIG, seed=1))
     assert fingerprint != fingerprint_release(make_network(dataclasses.replace(CONFIG, name="other")))
+    assert fingerprint == fingerprint_release(make_network(dataclasses.replace(CONFIG, weights=Path("a.safetensors"))))
     with torch.no_grad():
         next(iter(network.parameters())).view(-1)[-1] += 1e-6
     assert fingerprint != fingerprint_release(network)
@@ -263,16 +270,38 @@ def test_the_exported_repository(tiny_repository):
     assert {path.name for path in tiny_repository.iterdir()} == {model.name for model in MODELS}
 
 
-def test_exporting_again_keeps_an_operators_configuration(own_repository):
+def test_weights_are_those_asked_for_or_those_that_the_configuration_comes_with(tmp_path):
+    config = dataclasses.replace(CONFIG, weights=tmp_path / "own.safetensors")
+    for asked in (WeightsSource(tmp_path / "other.safetensors"), WeightsSource(seed=0)):
+        assert _choose_weights(config, asked) == asked
+    assert _choose_weights(CONFIG, WeightsSource()) == WeightsSource()
+    with pytest.raises(
+        ConfigError, match=r"own\.safetensors, which small comes with: there is no such file; train them"
+    ):
+        export_release(config, WeightsSource(), tmp_path / "repository", say=lambda _: None)
+    config.weights.touch()
+    assert _choose_weights(config, WeightsSource()).file == config.weights
+
+
+def test_a_trained_demo_is_exported_over_another_and_keeps_an_operators_configuration(own_repository, tmp_path, capsys):
+    """From a log to an export by the commands alone; what is trained lies where the TOML says."""
+    toml, log = tmp_path / "demo.toml", tmp_path / "log.csv"
+    shutil.copy(ROOT / "contract" / "configs" / "demo.toml", toml)
+    assert clicklog(["--config", str(toml), "--log", str(log), "--users", "40", "--days", "5", "--seed", "2"]) == 0
+    out = tmp_path / "demo.safetensors"
+    assert train(["--config", str(toml), "--log", str(log), "--out", str(out), "--steps", "4"]) == 0
     config = own_repository / "doc_fusion" / "config.pbtxt"
     config.write_text(config.read_text().replace("count: 1", "count: 2"))
-    before = read_manifest(own_repository / "doc_fusion" / "1").release
-    command = [sys.executable, "-m", "kvcast.export", "--config", "tiny", "--seed", "1", "--repository", own_repository]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    capsys.readouterr()
+    assert main(["--config", str(toml), "--repository", str(own_repository)]) == 0
+    printed = capsys.readouterr().out
+    assert f"weights: {out}" in printed
+    assert "[9/9]" in printed
+    assert "cached = monolith" in printed
     assert "count: 2" in config.read_text()
-    assert read_manifest(own_repository / "doc_fusion" / "1").release != before
-    assert "[9/9]" in done.stdout
-    assert "cached = monolith" in done.stdout
+    network = build_network(load_config("demo"))
+    load_weights(network, out)
+    assert read_manifest(own_repository / "doc_fusion" / "1").release == fingerprint_release(network)
 
 
 @pytest.mark.parametrize(

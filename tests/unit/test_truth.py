@@ -1,5 +1,6 @@
 """Logs with known truth: labels follow the probabilities, which follow the history; nothing else ranks as well."""
 
+import re
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from kvcast.clicklog.truth import (
     PlantedLog,
     compute_best_auc,
 )
+from kvcast.clicklog.visitor import ACTIONS, MARK, describe_ranking, describe_visitor, draw_visitor, measure_auc
 from kvcast.contract.config import load_config
 from kvcast.contract.log import log_fields
 from kvcast.contract.schema import FeatureSchema, Field, Limits
@@ -29,6 +31,7 @@ from kvcast.train.requests import Requests
 
 TINY = load_config("tiny")
 Floats = npt.NDArray[np.float64]
+Ids = npt.NDArray[np.int64]
 
 
 class Drawn:
@@ -104,20 +107,93 @@ def test_the_signal_is_in_the_history_held_against_the_candidate(drawn):
     assert abs(activity - 0.5) < 0.1
 
 
-def test_the_probability_is_the_documented_function_of_the_history(drawn):
+def compute_documented_truth(drawn: Drawn, user: int, time: int | None, history: Ids, items: Ids) -> Floats:
+    """Return the probability of a click on each item after these events (item, action), as docs/training.md says."""
     effects, shop = Effects(), drawn.shop
+    recency = np.zeros(shop.categories + 1)
+    for item, action in history:
+        recency *= RECENCY_DECAY
+        recency[shop.category[item]] += (1 - RECENCY_DECAY) * ACTION_WEIGHTS[action]
+    likes = np.isin(shop.category[items], drawn.planted.list_tastes(user, time))
+    logit = effects.base + effects.taste * likes + effects.recency * recency[shop.category[items]]
+    logit += effects.quality * shop.quality[items]
+    logit -= effects.price * np.abs(shop.price[items] - drawn.planted.price_level[user - 1])
+    return 1 / (1 + np.exp(-logit))
+
+
+def test_the_probability_is_the_documented_function_of_the_history(drawn):
     for index in range(0, len(drawn.requests), 97):
         request = drawn.requests[index]
         items = request.candidates[:, 0]
-        recency = np.zeros(shop.categories + 1)
-        for item, action in request.history:
-            recency *= RECENCY_DECAY
-            recency[shop.category[item]] += (1 - RECENCY_DECAY) * ACTION_WEIGHTS[action]
-        likes = np.isin(shop.category[items], drawn.planted.list_tastes(int(request.user), request.time))
-        level = drawn.planted.price_level[int(request.user) - 1]
-        logit = effects.base + effects.taste * likes + effects.recency * recency[shop.category[items]]
-        logit += effects.quality * shop.quality[items] - effects.price * np.abs(shop.price[items] - level)
-        assert np.allclose(1 / (1 + np.exp(-logit)), drawn.truth[drawn.requests.rows(index)])
+        expected = compute_documented_truth(drawn, int(request.user), request.time, request.history, items)
+        assert np.allclose(expected, drawn.truth[drawn.requests.rows(index)])
+
+
+def test_a_user_comes_once_more_with_all_their_history(drawn):
+    for user in (1, 150):
+        visitor = draw_visitor(drawn.planted, user, events=10**6, shown=40)
+        history = [tuple(row) for row in visitor.request.history]
+        columns = zip(*(drawn.columns[name].tolist() for name in ("user", "item", "action")), strict=True)
+        assert history == [(item, action) for who, item, action in columns if who == user and action > 0]
+        assert [*zip(visitor.events, visitor.actions, strict=True)] == history
+        items = visitor.request.candidates[:, 0]
+        assert len(set(items)) == 40
+        for column, name in enumerate(("item", "category", "brand", "price_bucket")):
+            assert np.array_equal(visitor.request.candidates[:, column], drawn.shop.attributes[name][visitor.items])
+        assert np.allclose(visitor.truth, compute_documented_truth(drawn, user, None, visitor.request.history, items))
+        assert visitor.tastes == drawn.planted.list_tastes(user)
+        last = draw_visitor(drawn.planted, user, events=5, shown=40)
+        assert np.array_equal(last.request.history, visitor.request.history[-5:])
+        assert np.array_equal(last.request.candidates, visitor.request.candidates)
+    assert draw_visitor(drawn.planted, 1, events=0, shown=3).request.history.shape == (0, 2)
+
+
+def test_visitors_are_shown_what_users_are_shown(drawn):
+    log = PlantedLog(drawn.shop, Habits(users=60, days=3))
+    visitors = [draw_visitor(log, user, events=30, shown=12) for user in range(1, 61)]
+    liked = np.array([[visitor.likes(item) for item in visitor.items] for visitor in visitors])
+    assert 0.5 < liked.mean() < 0.67  # half, and four in 24 of the rest
+    truth, clicked = (np.concatenate(each) for each in zip(*((v.truth, v.outcomes > 0) for v in visitors), strict=True))
+    assert abs(clicked.mean() - truth.mean()) < 4 * np.sqrt((truth * (1 - truth)).sum()) / len(truth)
+
+
+def test_a_ranking_is_put_into_words(drawn):
+    visitor = draw_visitor(drawn.planted, 2, events=20, shown=40)
+    who = describe_visitor(visitor).splitlines()
+    assert f"  likes     {', '.join(drawn.shop.name_category(each) for each in visitor.tastes)}" in who
+    assert who[6].strip().startswith(ACTIONS[int(visitor.actions[-1])]), "the latest event comes first"
+    scores = np.random.default_rng(0).normal(size=40)
+    said = describe_ranking(visitor, scores).splitlines()
+    assert max(map(len, who + said)) <= 100
+    rows = [line for line in said if re.match(r" +\d+ ", line)]
+    assert [int(row.split()[0]) for row in rows] == [*range(1, 11), 38, 39, 40]
+    for row, index in zip(rows, np.argsort(-scores)[[*range(10), 37, 38, 39]], strict=True):
+        item = int(visitor.items[index])
+        assert row.split()[2:4] == [str(item), drawn.shop.name_brand(int(drawn.shop.brand[item]))]
+        assert drawn.shop.name_category(int(drawn.shop.category[item])) in row
+        assert (MARK in row) == (drawn.shop.category[item] in visitor.tastes)
+        assert row.endswith(ACTIONS[int(visitor.outcomes[index])])
+    labels = visitor.outcomes > 0
+    assert f"AUC {roc_auc_score(labels, scores):.2f}" in said[-1]
+    assert f"true probabilities {roc_auc_score(labels, visitor.truth):.2f}" in said[-1]
+    assert f"{sum(MARK in row for row in rows[:10])} of the top 10, " in said[-3]
+    few = describe_ranking(draw_visitor(drawn.planted, 2, events=20, shown=11), np.zeros(11))
+    assert "…" not in few
+    assert "\n  11 " in few
+
+
+def test_a_tie_counts_half_in_the_auc():
+    labels, scores = np.array([True, False, True, False, False]), np.array([1.0, 1.0, 0.5, 0.2, 0.7])
+    assert measure_auc(labels, scores) == pytest.approx(roc_auc_score(labels, scores))
+
+
+@pytest.mark.parametrize("user", [0, 301])
+def test_a_user_that_the_log_does_not_have_is_refused(drawn, user):
+    with pytest.raises(ValueError, match=f"user: expected 1 to 300, got {user}"):
+        draw_visitor(drawn.planted, user, events=10, shown=5)
+    nameless = FeatureSchema((Field("item", 64), Field("mood", 64)), (Field("item", 64),))
+    with pytest.raises(ValueError, match="expected the fields item and action"):
+        draw_visitor(PlantedLog(Shop(nameless), Habits(users=3, days=1)), 1, events=10, shown=5)
 
 
 def test_an_effect_can_be_switched_off(drawn):
@@ -202,7 +278,7 @@ def test_the_command_writes_a_log_that_is_read(tmp_path, capsys, name):
     assert np.allclose(read_log(tmp_path / name, TINY.schema, truth=True).truth, expected.truth)
 
 
-@pytest.mark.parametrize("options", [["--log", "x.txt"], ["--users", "0"], ["--days", "nan"]])
+@pytest.mark.parametrize("options", [["--log", "x.txt"], ["--users", "0"], ["--days", "nan"], ["--user", "2001"]])
 def test_the_command_refuses_what_it_cannot_do(options):
     with pytest.raises(SystemExit):
         main(["--config", "tiny", *options])
