@@ -17,6 +17,7 @@ from kvcast.contract.config import load_config
 from kvcast.contract.request import RankRequest
 from kvcast.contract.tensors import USER_ENCODER
 from kvcast.perf.report import write_headline, write_reuse_headline
+from kvcast.train.study_command import write_table
 from tests.conftest import make_environment
 from tests.support import TOLERANCE
 
@@ -191,6 +192,9 @@ def test_documents_show_the_committed_numbers_and_link_to_files_that_exist():
         differences = [f"{row[f'score_difference_{kind}']:.1e}" for kind in ("max", "mean")]
         cells = [str(row["history"]), *differences, f"{row['score_deviation']:.2f}", *keys]
         assert f"| {' | '.join(cells)} |" in mask
+    study = json.loads((ROOT / "docs" / "results" / "mask_study.json").read_text())
+    assert write_table(study) in mask
+    assert study["command"] in mask
     *_, last = map(json.loads, (ROOT / "docs" / "results" / "demo_training.jsonl").read_text().splitlines())
     training = (ROOT / "docs" / "training.md").read_text()
     for name, best in (("popularity", ""), ("best", "**")):
