@@ -21,11 +21,10 @@ from kvcast.contract.config import ModelConfig
 from kvcast.contract.errors import ConfigError
 from kvcast.contract.golden import GOLDEN_FILE, Golden
 from kvcast.contract.manifest import MANIFEST_FILE, ONNX_FILE, RELEASES_FILE, Dims, Manifest, Parity, hash_file
-from kvcast.contract.schema import KVLayout
 from kvcast.contract.tensors import EXPORTED_MODELS
 from kvcast.export.calls import OnnxCalls, TorchCalls
 from kvcast.export.graphs import OPSET, describe_graphs, export_graph
-from kvcast.export.proofs import Calls, Sample, draw_sample, prove, prove_history_is_blind, prove_layout
+from kvcast.export.proofs import Calls, Sample, draw_sample, prove, prove_history_is_blind, prove_layout, prove_limits
 from kvcast.export.release import fingerprint_release
 from kvcast.network.interface import MaskKind, RankingNetwork, build_network
 from kvcast.network.weights import draw_weights, load_weights
@@ -111,7 +110,7 @@ def export_release(
                 export_graph(graph, release, folder / ONNX_FILE)
         with progress.step("prove the ONNX graphs: six properties"):
             calls = OnnxCalls(staging)
-            onnx_error = _prove_calls(calls, samples, network.kv_layout)
+            onnx_error = _prove_calls(calls, samples, network)
             golden = _record_golden(calls, samples[0])
         parity = Parity(torch_error, onnx_error, undirected_difference)
         with progress.step(f"write {repository}"):
@@ -157,8 +156,9 @@ def _draw_samples(config: ModelConfig) -> list[Sample]:
     return [draw_sample(config.schema, length, count, seed=1), draw_sample(config.schema, 3, count, seed=2)]
 
 
-def _prove_calls(calls: Calls, samples: list[Sample], layout: KVLayout) -> float:
-    return max(prove(calls, sample, layout) for sample in samples)
+def _prove_calls(calls: Calls, samples: list[Sample], network: RankingNetwork) -> float:
+    layout = network.kv_layout
+    return max(*(prove(calls, sample, layout) for sample in samples), prove_limits(calls, network.config, layout))
 
 
 def _record_golden(calls: Calls, sample: Sample) -> Golden:
@@ -170,7 +170,7 @@ def _prove_network(network: RankingNetwork, samples: list[Sample]) -> tuple[floa
     calls = TorchCalls(network)
     for sample in samples:
         prove_layout(calls.encode_user(sample.history), sample, network.kv_layout)
-    error = _prove_calls(calls, samples, network.kv_layout)
+    error = _prove_calls(calls, samples, network)
     for sample in samples:
         prove_history_is_blind(calls.probe_user_keys, network.config.schema, sample)
     differences = [

@@ -7,12 +7,14 @@ looked at. The module knows no family and no file.
 
 import abc
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from kvcast.contract.config import ModelConfig
 from kvcast.contract.errors import ArtefactError
 from kvcast.contract.schema import FeatureSchema, Field, KVLayout
 from kvcast.contract.tensors import SCORE_TOLERANCE
@@ -27,6 +29,10 @@ DIFFERENT = "property 4, different candidates get different scores"
 PADDING = "property 5, padding changes nothing"
 EXACT = "property 6, cached path = monolith"
 RESIDENT = "property 6, resident path = cached path"
+# Requests at the limits are held against requests of so many candidates, after so many events.
+SMALL_REQUEST, SHORT_HISTORY = 5, 3
+# A longer history takes the monolith too much memory and time.
+LONG_HISTORY = 1024
 
 
 class ProofError(ArtefactError):
@@ -123,6 +129,49 @@ def prove(calls: Calls, sample: Sample, layout: KVLayout) -> float:
         return max(error, _prove_resident_equals_cached(calls, sample, scores, layout))
 
 
+def prove_limits(calls: Calls, config: ModelConfig, layout: KVLayout) -> float:
+    """Prove that the largest requests score as small ones do, for which the properties are proved.
+
+    Each of `limits.candidates` slots must score as in a small request, by every path and in both orders; and one
+    candidate after a long history (`limits.history` events, at most `LONG_HISTORY`) as in the monolith.
+
+    Args:
+        calls: the network, or its ONNX graphs.
+        config: says the limits.
+        layout: of the user KV that `rank_resident` takes and gives.
+
+    Returns:
+        The largest difference of scores.
+
+    Raises:
+        ProofError: a request scores otherwise; the message names the property.
+    """
+    generator, schema, count = np.random.default_rng(3), config.schema, config.limits.candidates
+    history = draw_ids(schema.history_fields, SHORT_HISTORY, generator)[None]
+    candidates = draw_ids(schema.candidate_fields, count, generator)[None]
+    name = f"{TOGETHER} ({count} candidates"
+    with _proving(TOGETHER):
+        user_kv = calls.encode_user(history)
+        parts = [candidates[:, start : start + SMALL_REQUEST] for start in range(0, count, SMALL_REQUEST)]
+        expected = np.concatenate([calls.fuse(user_kv, part) for part in parts], axis=1)
+        cold, made = calls.rank_resident(history, candidates, make_no_user_kv(layout, 1), use_kept=False)
+        warm, _ = calls.rank_resident(np.zeros_like(history[:, :1]), candidates, made, use_kept=True)
+        paths = {
+            "cached path": calls.fuse(user_kv, candidates),
+            "cached path, reversed": calls.fuse(user_kv, candidates[:, ::-1])[:, ::-1],
+            "resident path, cold": cold,
+            "resident path, warm": warm,
+            "monolith": calls.run_monolith(history, candidates),
+        }
+        error = max(_expect_equal(f"{name}, {path})", expected, got) for path, got in paths.items())
+    length = min(config.limits.history, LONG_HISTORY)
+    history = draw_ids(schema.history_fields, length, generator)[None]
+    with _proving(EXACT):
+        expected = calls.run_monolith(history, candidates[:, :1])
+        got = calls.rank(history, candidates[:, :1])
+        return max(error, _expect_equal(f"{EXACT} ({length} events)", expected, got))
+
+
 @contextlib.contextmanager
 def _proving(name: str) -> Iterator[None]:
     """Name the property that was looked at when a call failed."""
@@ -152,6 +201,11 @@ def prove_layout(user_kv: list[Floats], sample: Sample, layout: KVLayout) -> Non
         raise ProofError(
             f"kv_layout: expected {layout.layers} keys [B, {', '.join(map(str, wanted[0]))}] and as many values "
             f"[B, {', '.join(map(str, wanted[-1]))}] of {length} events, got {[list(shape) for shape in got]}"
+        )
+    if not math.isfinite(layout.mask_value):
+        raise ProofError(
+            f"kv_layout: expected a finite mask_value, got {layout.mask_value}: models refuse KV that is not finite; "
+            "a large negative number, such as -1e9, does the same"
         )
     if not 0 <= layout.mask_row < layout.key_rows:
         raise ProofError(f"kv_layout: expected mask_row within 0..{layout.key_rows - 1}, got {layout.mask_row}")
@@ -250,7 +304,8 @@ def _prove_resident_equals_cached(calls: Calls, sample: Sample, scores: Floats, 
     warm, _ = calls.rank_resident(no_event, candidates, made, use_kept=True)
     error = max(error, _expect_equal(f"{name} (warm)", scores, warm))
     warm, _ = calls.rank_resident(no_event, candidates, add_padding_slots(made, layout), use_kept=True)
-    _expect_equal(f"{PADDING} (slots as kv_layout says)", scores, warm)
+    padding = f"slots as kv_layout says: mask_row {layout.mask_row}, mask_value {layout.mask_value:g}"
+    _expect_equal(f"{PADDING} ({padding})", scores, warm)
     half, others = history[:, : history.shape[1] // 2], candidates[:, ::-1]
     expected = calls.rank(half, others)
     short = np.pad(half, ((0, 0), (0, history.shape[1] - half.shape[1]), (0, 0)))
@@ -283,5 +338,9 @@ def _expect_equal(name: str, expected: Floats, got: Floats) -> float:
         raise ProofError(f"{name}: expected scores of shape {list(expected.shape)}, got {list(got.shape)}")
     difference = float(np.abs(expected - got).max())
     if not difference <= SCORE_TOLERANCE:  # a NaN fails too
-        raise ProofError(f"{name}: expected scores equal to {SCORE_TOLERANCE}, got a difference of {difference:.3g}")
+        first = np.argwhere(~(np.abs(expected - got) <= SCORE_TOLERANCE))[0].tolist()  # user, slot
+        raise ProofError(
+            f"{name}: expected scores equal to {SCORE_TOLERANCE}, got a difference of {difference:.3g}, "
+            f"the first at {first}"
+        )
     return difference

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import tomllib
 from importlib import resources
 from pathlib import Path
@@ -87,6 +88,42 @@ class KnowsTheSlot(Transformer):
         return super().fuse(user_kv, candidates) + 0.01 * torch.arange(candidates.shape[1])
 
 
+class KnowsLateSlots(Transformer):
+    """A fault behind the first few slots, as of a loop over chunks; the monolith is right."""
+
+    def fuse(self, user_kv: UserKV, candidates: Tensor) -> Tensor:
+        return super().fuse(user_kv, candidates) + 0.01 * (torch.arange(candidates.shape[1]) >= 5)
+
+
+class KnowsTheLastSlot(Transformer):
+    """The same on both paths, in the last slot alone."""
+
+    def fuse(self, user_kv: UserKV, candidates: Tensor) -> Tensor:
+        return super().fuse(user_kv, candidates) + self._add(candidates)
+
+    def run_monolith(self, history: Tensor, candidates: Tensor, mask: str) -> tuple[Tensor, tuple[Tensor, ...]]:
+        scores, keys = super().run_monolith(history, candidates, mask)  # type: ignore[arg-type]
+        return scores + self._add(candidates), keys
+
+    def _add(self, candidates: Tensor) -> Tensor:
+        return 0.01 * (torch.arange(candidates.shape[1]) == self.config.limits.candidates - 1)
+
+
+class ForgetsOldEvents(Transformer):
+    """The cached path leaves out what lies behind the longest history of the other proofs."""
+
+    def encode_user(self, history: Tensor) -> UserKV:
+        return super().encode_user(torch.where(torch.arange(history.shape[1])[:, None] < 20, history, 0))
+
+
+class MasksWithInfinity(Transformer):
+    """KV that the models would refuse wherever there is padding."""
+
+    @property
+    def kv_layout(self) -> KVLayout:
+        return dataclasses.replace(super().kv_layout, mask_value=-math.inf)
+
+
 class LikesDescendingOrder(Transformer):
     """Candidates together score as each alone, as long as the first has the larger id."""
 
@@ -166,12 +203,16 @@ BROKEN = {
     SharesOutScores: "property 2",
     RanksCandidates: "property 2",
     KnowsTheSlot: "property 2",
+    KnowsLateSlots: "property 2, N candidates together = each alone (32 candidates, cached path): expected",
+    KnowsTheLastSlot: "property 2, N candidates together = each alone (32 candidates, cached path): expected",
+    ForgetsOldEvents: "property 6, cached path = monolith (64 events)",
+    MasksWithInfinity: "kv_layout: expected a finite mask_value, got -inf",
     LikesDescendingOrder: "property 3, permuting candidates",
     ForgetsTheCandidate: "property 4, different candidates",
     CountsPaddingAsPlaces: "property 5, padding changes nothing (front)",
     AveragesOverPadding: "property 5, padding changes nothing",
     StumblesOverBatches: "property 5, padding changes nothing: a call failed",
-    TellsAnotherPadding: "property 5, padding changes nothing (slots as kv_layout says)",
+    TellsAnotherPadding: "property 5, padding changes nothing (slots as kv_layout says: mask_row",
     RoundsTheKV: "property 6, cached path = monolith: expected scores equal",
     RefusesEmptyHistories: "property 6, cached path = monolith (empty history)",
     TellsAnotherShape: "kv_layout: expected 2 keys [B, 2, 9, 13]",
