@@ -9,6 +9,7 @@ slice inside a graph is a copy. `ranker_resident` does both sides in one graph, 
 import contextlib
 import io
 import logging
+import traceback
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import onnxscript
 import torch
 from torch import Tensor, nn
 
+from kvcast.contract.errors import ArtefactError
 from kvcast.contract.manifest import RELEASE_METADATA_KEY
 from kvcast.contract.tensors import (
     CANDIDATES,
@@ -168,12 +170,19 @@ def describe_graphs(network: RankingNetwork, release: str) -> list[Graph]:
     ]
 
 
+class TraceError(ArtefactError):
+    """A network's code cannot be made into a graph."""
+
+
 def export_graph(graph: Graph, release: str, path: Path) -> None:
     """Trace one graph into an ONNX file at `path`, weights in `path` + ".data" beside it.
 
     The release is written into the file's metadata, so that a file that was swapped is noticed at load.
+
+    Raises:
+        TraceError: the network's code cannot be traced for any number of users, events and candidates.
     """
-    with _quiet_exporter():
+    with _quiet_exporter(), _explaining(graph.model):
         program = torch.onnx.export(
             graph.module,
             graph.sample,
@@ -202,13 +211,47 @@ def translate_attend_unmasked(query: Any, key: Any, value: Any, heads: int) -> A
 
 
 @contextlib.contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """Hold back what the exporter prints of its own steps; its errors are exceptions."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def _explaining(model: str) -> Iterator[None]:
+    """Say of a failed trace what went wrong, and in which line of the network's, in a few lines."""
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        yield
+    except Exception as error:  # a family's own mistakes have any type
+        chain = _list_causes(error)
+        words = " ".join(line.strip() for line in str(chain[-1]).strip().splitlines()[:2])
+        frames = [frame for each in chain for frame in traceback.extract_tb(each.__traceback__) if _is_own(frame)]
+        where = f"\n  {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
+        raise TraceError(
+            f"{model} cannot be traced for any number of users, events and candidates: "
+            f"{type(chain[-1]).__name__}: {words}{where}\n"
+            "  Sizes come from the tensors that are given, and no Python loop runs over them; a choice by content is "
+            "torch.where or branch.choose; a constant tensor is a registered buffer (docs/bring-your-own.md)"
+        ) from error
+
+
+def _list_causes(error: BaseException) -> list[BaseException]:
+    """Return an error, what it was raised for, and so on."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    return chain
+
+
+def _is_own(frame: traceback.FrameSummary) -> bool:
+    """Whether a line is a network's: no library's, and none of this room's."""
+    path = Path(frame.filename)
+    is_library = "site-packages" in path.parts or path.is_relative_to(Path(contextlib.__file__).parent)
+    return path.is_absolute() and not is_library and path.resolve().parent != Path(__file__).resolve().parent
+
+
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Hold back what the exporter prints of its own steps, and of a graph that fails; its errors are exceptions."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    nowhere = io.StringIO()
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
             warnings.simplefilter("ignore")
             yield
     finally:

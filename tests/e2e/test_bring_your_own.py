@@ -74,6 +74,7 @@ def test_the_guide_leads_to_a_served_and_proved_model(tmp_path):
         "make_checkpoint.py",
         "save_weights.py",
         "my.toml",
+        "ask.py",
     }
     prepare, serve, rank = commands
     reader = Reader(tmp_path)
@@ -89,6 +90,8 @@ def test_the_guide_leads_to_a_served_and_proved_model(tmp_path):
         for model in ("ranker", "ranker_resident", "ranker_resident", "ranker_full"):  # the second time with kept KV
             printed = json.loads(reader.run(f"kvcast rank request.json --json --model {model}"))
             np.testing.assert_allclose(printed["scores"], expected, rtol=0, atol=TOLERANCE)
+        asked = (tmp_path / "ask.py").read_text().replace("127.0.0.1:8001", f"127.0.0.1:{reader.ports[1]}")
+        assert float(reader.run(f"python - <<'END'\n{asked}\nEND")) <= TOLERANCE
     finally:
         serving.send_signal(signal.SIGTERM)
         serving.communicate(timeout=30)

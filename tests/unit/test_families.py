@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import tomllib
 from importlib import resources
 from pathlib import Path
@@ -16,7 +17,9 @@ from kvcast.contract.config import ModelConfig, list_configs, load_config, parse
 from kvcast.contract.errors import ConfigError
 from kvcast.contract.manifest import Dims, Manifest, Parity, parse_manifest
 from kvcast.contract.schema import KVLayout
+from kvcast.contract.tensors import DOC_FUSION
 from kvcast.export.calls import TorchCalls
+from kvcast.export.graphs import TraceError, describe_graphs, export_graph
 from kvcast.export.pipeline import WeightsSource, _prove_network, _set_weights
 from kvcast.export.proofs import ProofError, draw_sample, prove
 from kvcast.export.release import _list_settings, fingerprint_release
@@ -234,6 +237,29 @@ def test_a_family_that_breaks_one_property_is_refused_by_its_name(family):
     with pytest.raises(ProofError) as caught:
         _prove_network(network, [sample])
     assert str(caught.value).startswith(BROKEN[family])
+
+
+class ChoosesInPython(Transformer):
+    """An `if` that looks into a tensor."""
+
+    def fuse(self, user_kv: UserKV, candidates: Tensor) -> Tensor:
+        scores = super().fuse(user_kv, candidates)
+        return scores if candidates[0, 0, 0] > 3 else scores * 1
+
+
+@torch.inference_mode()
+def test_code_that_cannot_be_traced_is_named_by_its_line(tmp_path, capfd):
+    network = ChoosesInPython(CONFIG).eval().requires_grad_(False)
+    draw_weights(network, 0)
+    release = fingerprint_release(network)
+    graph = next(graph for graph in describe_graphs(network, release) if graph.model == DOC_FUSION.name)
+    with pytest.raises(TraceError) as caught:
+        export_graph(graph, release, tmp_path / "model.onnx")
+    said = str(caught.value)
+    assert said.startswith("doc_fusion cannot be traced for any number of users, events and candidates: ")
+    assert re.search(r"test_families\.py:\d+: return scores if candidates\[0, 0, 0\] > 3 else", said)
+    assert len(said.splitlines()) <= 4
+    assert capfd.readouterr() == ("", ""), "torch prints hundreds of lines"
 
 
 @torch.inference_mode()
