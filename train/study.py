@@ -8,6 +8,7 @@ probabilities say what the best possible ranking reaches. The module knows train
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
@@ -22,6 +23,7 @@ from scipy import stats
 
 from kvcast.contract.config import ModelConfig
 from kvcast.train.batches import SCHEMES, Scheme, score_requests
+from kvcast.train.errors import TrainingError
 from kvcast.train.log import read_log
 from kvcast.train.metrics import Metrics, measure_ranking, score_by_popularity
 from kvcast.train.requests import Requests
@@ -93,6 +95,11 @@ def run_study(plan: Plan, processes: int, say: Callable[[str], None]) -> dict[st
                 rows += found
                 results = ", ".join(describe_row(row) for row in found)
                 say(f"run {number} of {len(jobs)} ({waiting[done].name}): {results}")
+        except BrokenProcessPool:
+            raise TrainingError(
+                "the process of a run was ended from outside, perhaps for its memory: give the command again, with "
+                "fewer --jobs; what is complete is kept"
+            ) from None
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
