@@ -6,6 +6,7 @@ ensemble may change. Both are done without a restart and beside the traffic. It 
 
 import contextlib
 import dataclasses
+import math
 import os
 import signal
 import threading
@@ -32,6 +33,9 @@ LOOK_SECONDS = 0.1
 HELD_SECONDS = 1.0
 # After a repair that failed, the next waits twice as long, up to this.
 LONGEST_PAUSE_SECONDS = 30.0
+# A repair that takes longer than this, and than so many whole starts, never ends.
+LEAST_REPAIR_SECONDS = 8.0
+REPAIR_STARTS = 3
 # A process that was replaced ends when its last request is answered. One that died never answered, so Triton never
 # lets go of that version; its living twin is ended after this long.
 RETIRED_SECONDS = 60.0
@@ -41,6 +45,10 @@ MAX_CRASHES = 5
 CRASH_WINDOW_SECONDS = 300
 RESTARTED_WITHIN_SECONDS = 900
 TRIAL_SUFFIX = "_trial"
+
+
+class HangsError(ServerError):
+    """Triton is not done with something for so long that it never will be."""
 
 
 class DiedMeanwhileError(ServerError):
@@ -132,26 +140,34 @@ class Supervisor:
             except Exception as error:  # noqa: BLE001 without this thread nobody repairs
                 self._log(f"kvcast: supervisor: {type(error).__name__}: {error}")
 
-    def _check_ensembles(self, release: int) -> None:
+    def _check_ensembles(self, release: int, until: float = math.inf) -> None:
         """Ask the golden request; models that rank by themselves have done so when they were loaded."""
         for ensemble in self._ensembles:
-            self._check_golden(ensemble.name, ensemble, release)
+            self._check_golden(ensemble.name, ensemble, release, until)
 
-    def _check_golden(self, name: str, ensemble: ModelSpec, release: int) -> None:
+    def _check_golden(self, name: str, ensemble: ModelSpec, release: int, until: float = math.inf) -> None:
         """Ask an ensemble, under whatever name, the golden request of a release."""
         golden = read_golden(self._store.find_folder(ensemble.steps[0], release))
-        self._do_watching(lambda: self._admin.check_golden(name, golden), needed=ensemble.steps)
+        self._do_watching(lambda: self._admin.check_golden(name, golden), needed=ensemble.steps, until=until)
 
-    def _do_watching(self, action: Callable[[], None], being_loaded: str = "", needed: Collection[str] = ()) -> None:
+    def _do_watching(
+        self,
+        action: Callable[[], None],
+        being_loaded: str = "",
+        needed: Collection[str] = (),
+        until: float = math.inf,
+    ) -> None:
         """Do what takes a while, and look at the processes meanwhile.
 
         Args:
             action: what to do.
             being_loaded: a model whose processes come and go with that.
             needed: models without whose processes Triton may never be done.
+            until: when it must be done.
 
         Raises:
             DiedMeanwhileError: a process of one that is needed has died meanwhile.
+            HangsError: it is not done in time.
         """
         done: Future[None] = Future()
 
@@ -170,6 +186,8 @@ class Supervisor:
             for model in needed:
                 if self.state.deaths.get(model, 0) != known[model]:
                     raise DiedMeanwhileError(f"a process of {model} died during the golden request")
+            if time.monotonic() > until:
+                raise HangsError("tritonserver is not done with it")
         done.result()
 
     # -- dead processes
@@ -240,12 +258,19 @@ class Supervisor:
 
     def _replace(self, models: tuple[str, ...]) -> None:
         started = time.monotonic()
+        until = started + max(LEAST_REPAIR_SECONDS, REPAIR_STARTS * self._triton.start_seconds)
         try:
             for model in models:
                 self._view.renew(model)
-                self._load(model)
+                self._load(model, until)
             if not {*self.state.broken} - {*models}:  # else that is asked when the others have been replaced too
-                self._check_ensembles(self.state.release)
+                self._check_ensembles(self.state.release, until)
+        except HangsError:
+            # A process that is killed with a lock of its shared memory in hand leaves it locked for Triton too.
+            seconds = time.monotonic() - started
+            self._log(f"kvcast: {', '.join(models)} not replaced in {seconds:.0f} s: tritonserver hangs; ending it")
+            self._triton.kill()
+            return
         except (ServerError, ArtefactError) as error:
             self._pause = min(max(1.0, 2 * self._pause), LONGEST_PAUSE_SECONDS)
             self._not_before = time.monotonic() + self._pause
@@ -257,10 +282,10 @@ class Supervisor:
         # Another model's process can have died meanwhile.
         self._tell_broken({*self.state.broken} - {*models}, repairs=self.state.repairs + 1)
 
-    def _load(self, model: str) -> None:
+    def _load(self, model: str, until: float = math.inf) -> None:
         """Load a model as the view has it; watch its new processes, and no longer those that they replace."""
         old = list_stubs(self._triton.pid)
-        self._do_watching(lambda: self._admin.load(model), being_loaded=model)
+        self._do_watching(lambda: self._admin.load(model), being_loaded=model, until=until)
         shared_memory.hide_regions(self._triton.instance)
         living = list_stubs(self._triton.pid)
         new = {pid: stub for pid, stub in living.items() if stub.model == model and pid not in old}

@@ -27,6 +27,7 @@ REQUEST = ClickLog(load_config("tiny").schema, seed=5).draw_request(30, 6)
 TENSORS = {"history": ("INT64", REQUEST.history[None]), "candidates": ("INT64", REQUEST.candidates[None])}
 UNLIMITED = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 SOON = 5.0
+HELD_SECONDS = 3.0
 Answer = Callable[[str, bytes, Any], bytes]
 
 
@@ -274,7 +275,7 @@ def hold(name: str, body: bytes, context: Any) -> bytes:
     """Answer when the caller has long gone."""
     ended = threading.Event()
     context.add_callback(ended.set)
-    ended.wait(SOON)
+    ended.wait(HELD_SECONDS)
     return b""
 
 
@@ -291,8 +292,7 @@ def test_metadata_and_deadlines_are_passed_on():
 
         call(channel, "ModelInfer", message, timeout=20)
         seconds = upstream.seen["ModelInfer"][2]
-        assert seconds is not None
-        assert 15 < seconds < 25, "the gate answers first"
+        assert seconds is None or seconds > 1e9, "a deadline of gRPC's can crash Triton"
         assert 15 < upstream.read_timeout() < 21, "gRPC rounds it up"
         request = make_ranking()
         request.parameters["timeout"].int64_param = 2_000_000
@@ -300,7 +300,7 @@ def test_metadata_and_deadlines_are_passed_on():
         assert 1 < upstream.read_timeout() <= 2, "the sooner one counts"
 
 
-def test_a_caller_whose_deadline_passes_takes_the_question_along():
+def test_a_caller_whose_deadline_passes_leaves_the_question_and_its_place_with_triton():
     with guard_upstream(answer=hold) as (guard, upstream, channel):
         asked = time.monotonic()
         with pytest.raises(grpc.RpcError) as caught:
@@ -308,6 +308,7 @@ def test_a_caller_whose_deadline_passes_takes_the_question_along():
         details: Any = caught.value
         assert details.code().name in ("DEADLINE_EXCEEDED", "UNAVAILABLE"), "whichever of the two notices first"
         assert time.monotonic() - asked < 2
+        assert (upstream.gone.is_set(), count_inside(guard.metrics)) == (False, 1)
         assert upstream.gone.wait(SOON)
         wait_until(lambda: count_inside(guard.metrics) == 0)
 
@@ -319,10 +320,10 @@ def test_a_deadline_that_only_the_request_names_is_kept_too():
         asked = time.monotonic()
         assert ask(channel, request)[0] in ("DEADLINE_EXCEEDED", "UNAVAILABLE")
         assert time.monotonic() - asked < 2
-        assert count_inside(guard.metrics) == 0
+        wait_until(lambda: count_inside(guard.metrics) == 0)
 
 
-def test_callers_who_leave_free_the_gate():
+def test_callers_who_leave_free_the_gate_when_triton_is_done():
     with guard_upstream("--in-flight", "2", "--waiting", "2", answer=hold) as (guard, upstream, channel):
         message = make_ranking().SerializeToString()
         calls = [channel.unary_unary(SERVICE + "ModelInfer").future(message) for _ in range(4)]
@@ -333,6 +334,8 @@ def test_callers_who_leave_free_the_gate():
         assert (status, text) == ("UNAVAILABLE", "busy: 2 requests are waiting already")
         for each in calls:
             each.cancel()
+        wait_until(lambda: sum(sample.value for sample in read_metrics(guard.metrics)[waiting].samples) == 0)
+        assert (upstream.gone.is_set(), count_inside(guard.metrics)) == (False, 2)
         assert upstream.gone.wait(SOON)
         wait_until(lambda: count_inside(guard.metrics) == 0)
         assert sum(sample.value for sample in read_metrics(guard.metrics)[waiting].samples) == 0
