@@ -260,7 +260,7 @@ class Gate:
                 return await self._watch(sending, incidents, deadline)
             except UnansweredError as error:
                 sending.cancel()
-                place.sending = None  # the process that had it has none of Triton's time any more
+                place.sending = None  # what had it is dead, or has given it back
                 if isinstance(error, ModelDiedError) and attempt + 1 < SENT_AT_MOST:
                     await self._wait_until_noticed(incidents)
         raise self.count_refusal("broken", TryAgainError(f"{model} left a request unanswered {SENT_AT_MOST} times"))

@@ -190,8 +190,8 @@ class GrpcProxy(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no ty
 async def await_whole(call: Any) -> bytes:
     """Return the reply to a call. Who is cancelled here waits on until Triton has answered: the call goes on.
 
-    Triton up to 24.11 crashes if an inference over gRPC is cancelled, or meets its deadline, while it is answered
-    (github.com/triton-inference-server/server/issues/7368), so it gets no deadline of gRPC's either.
+    Triton 2.51 crashes if an inference over gRPC is cancelled, or meets its deadline, while it is answered
+    (github.com/triton-inference-server/server/issues/7368; 8034 is of 25.01), so it gets no deadline of gRPC's either.
     """
     answering = asyncio.ensure_future(call)
     try:
