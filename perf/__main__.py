@@ -1,7 +1,4 @@
-"""`kvcast perf run`: the proof, side by side, with a report and plots. `kvcast perf model`: the arithmetic alone.
-
-`kvcast perf plan` and `kvcast perf simulate` say what many servers would do.
-"""
+"""`kvcast perf run`: the proof, side by side, with a report and plots. `kvcast perf model`: the arithmetic alone."""
 
 import argparse
 import contextlib
@@ -24,8 +21,6 @@ from kvcast.perf import affinity, cost_model, experiments, guard_cost, reuse, so
 from kvcast.perf.analyzer import PerfError, find_analyzer
 from kvcast.perf.environment import describe_machine
 from kvcast.perf.experiments import Bench, Plan
-from kvcast.perf.fleet import plan, study
-from kvcast.perf.fleet import report as fleet_report
 from kvcast.perf.peers.race import Field, RaceError
 from kvcast.perf.plots import draw_all, regime
 from kvcast.perf.report import write_report
@@ -85,8 +80,6 @@ def make_parser() -> argparse.ArgumentParser:
     report.add_argument("result", type=Path, metavar="RESULT.json")
     model = commands.add_parser("model", help="print FLOPs, bytes and ideal speedups; runs nothing")
     model.add_argument("--config", default="bench")
-    plan.add_parser(commands)
-    study.add_parser(commands)
     return parser
 
 
@@ -98,12 +91,6 @@ def main(argv: list[str] | None = None) -> int:
             print(cost_model.describe(load_config(arguments.config)))
         elif arguments.command == "report":
             write_files(json.loads(arguments.result.read_text()), arguments.result.parent)
-        elif arguments.command == "plan":
-            plan.run_plan(arguments)
-        elif arguments.command == "simulate":
-            result = study.run_simulate(arguments)
-            if result:
-                write_files(result, arguments.results)
         else:
             run(arguments)
     except (PerfError, RaceError, ServerError, KvcastError) as error:
@@ -133,7 +120,6 @@ def run(arguments: argparse.Namespace) -> None:
             "layers": config.network.layers,
             "heads": config.network.heads,
             "candidate_tokens": len(config.schema.candidate_fields),
-            **describe_network(config),
         },
     }
     print(f"{regime(result)}\n\n{REGIME}\n", flush=True)
@@ -165,12 +151,6 @@ def run(arguments: argparse.Namespace) -> None:
         notes.take("affinity", lambda: affinity.run_affinity(settings.repository, config, visitors, notes.say))
     result["seconds"] = time.monotonic() - started
     write_files(result, arguments.results)
-
-
-def describe_network(config: ModelConfig) -> dict[str, Any]:
-    """Return what the network itself says of its size, for whoever plans with the result file alone."""
-    network = cost_model.build_shape(config)
-    return {"user_kv": dataclasses.asdict(network.kv_layout), "layer_flops": network.count_layer_flops()}
 
 
 def describe_command(arguments: argparse.Namespace) -> str:
@@ -300,10 +280,8 @@ def save_raw(result: dict[str, Any], folder: Path) -> None:
 def write_files(result: dict[str, Any], folder: Path) -> None:
     """Write the raw result, the report and the plots."""
     save_raw(result, folder)
-    is_fleet = result.get("kind") == fleet_report.KIND
-    report, draw = (fleet_report.write_fleet, fleet_report.draw_fleet) if is_fleet else (write_report, draw_all)
-    (folder / f"{result['name']}.md").write_text(report(result))
-    plots = draw(result, folder)
+    (folder / f"{result['name']}.md").write_text(write_report(result))
+    plots = draw_all(result, folder)
     print(f"\nwritten: {folder}/{result['name']}.json, .md and {len(plots)} plots")
     for row in result.get("table", []):
         print(json.dumps({key: row[key] for key in ("candidates", "speedup", "ideal_speedup", "claimed_speedup")}))

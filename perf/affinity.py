@@ -6,6 +6,7 @@ on one machine, so times mean little here; hit rates and the shares of users who
 """
 
 import contextlib
+import csv
 import http.client
 import itertools
 import json
@@ -37,8 +38,6 @@ from kvcast.contract.tensors import CANDIDATES, HISTORY, RANKER_RESIDENT, SCORE_
 from kvcast.perf.analyzer import PerfError
 from kvcast.perf.counters import Counters
 from kvcast.perf.experiments import Row
-from kvcast.perf.fleet.simulator import Fleet, Policy, simulate, summarise
-from kvcast.perf.fleet.visits import Visits, read_visits
 from kvcast.perf.programs import explain_absence, find_program, make_environment
 from kvcast.runtime.options import CACHE_BUDGET
 from kvcast.runtime.user_kv_cache import ENTRY_OVERHEAD_BYTES
@@ -356,10 +355,30 @@ def choose_visitors(trace: Path | None, visits: int, seed: int) -> Visitors:
         PerfError: the trace cannot be read.
     """
     if trace is not None:
-        users = [int(user) for user in read_visits(trace).users]
+        users = read_trace(trace)
         return Visitors(users, seed, f"{len(set(users))} users of the trace {trace.name}")
     said = f"{USERS} users who come by Zipf's law (exponent {EXPONENT}, seed {seed})"
     return Visitors(draw_visitors(visits, seed), seed, said)
+
+
+def read_trace(path: Path) -> list[int]:
+    """Return whose each visit is, in order of time: a number for each name in the column `user`.
+
+    Raises:
+        PerfError: it is not a trace.
+    """
+    try:
+        with path.open(newline="") as file:
+            rows = sorted(csv.DictReader(file), key=lambda row: float(row["seconds"]))
+        numbers: dict[str, int] = {}
+        users = [numbers.setdefault(row["user"], len(numbers)) for row in rows]
+    except OSError as error:
+        raise PerfError(f"{path}: cannot be read ({error.strerror})") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise PerfError(f"{path}: expected CSV with the columns seconds, user: {error!r}") from error
+    if not users:
+        raise PerfError(f"{path}: expected CSV with the columns seconds, user, and at least one visit")
+    return users
 
 
 def draw_visitors(visits: int, seed: int, users: int = USERS, exponent: float = EXPONENT) -> list[int]:
@@ -528,19 +547,9 @@ def measure_policies(members: Members, folder: Path, config: ModelConfig, visito
         requests = draw_requests(config, visitors.users, seed=1000 * visitors.seed + place)
         with make_haproxy(members.members, folder, policy) as proxy:
             row = measure_hit_rate(members, proxy, protocol, visitors.users, requests)
-        rows.append({"policy": policy, "simulated_hit_rate": predict_hit_rate(policy, visitors.users)} | row)
+        rows.append({"policy": policy} | row)
         say(f"    {policy}, {protocol}: {100 * row['hit_rate']:.1f}% found, busiest {row['busiest_to_mean']:.2f}× mean")
     return rows
-
-
-def predict_hit_rate(policy: str, visitors: Sequence[int]) -> float | None:
-    """Return what the simulator says of the same visitors; None where it depends on how long requests take."""
-    simulated = {"affinity": Policy.AFFINITY, "round robin": Policy.ROUND_ROBIN}
-    if policy not in simulated:
-        return None
-    users = np.array(visitors)
-    visits = Visits(np.arange(len(visitors), dtype=np.float64), users, users)
-    return float(summarise(simulate(Fleet(len(NAMES), KEPT_USERS, simulated[policy]), visits))["hit_rate"])
 
 
 def lose_a_server(members: Members, proxy: Proxy, config: ModelConfig, seed: int, say: Any) -> Row:

@@ -26,7 +26,7 @@ class CostModel:
     layers: int
     heads: int
     candidate_tokens: int
-    layer_flops: tuple[float, float] | None = None
+    layer_flops: tuple[float, float]
     """Of one layer: for a token, and for each token it looks at. None: attention and a feed-forward part, 4·d wide."""
 
     @classmethod
@@ -66,7 +66,7 @@ class CostModel:
 
     def _count_layer(self, tokens: int, seen: int) -> float:
         """FLOPs of one layer for `tokens` that look at `seen` tokens each."""
-        token, pair = self.layer_flops or (24 * self.width**2, 4 * self.width)
+        token, pair = self.layer_flops
         return tokens * (token + pair * seen)
 
 

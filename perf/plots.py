@@ -286,12 +286,7 @@ def draw_affinity(axes: Axes, result: dict[str, Any]) -> None:
             label={"grpc": "gRPC", "http": "HTTP"}[protocol],
         )
         axes.bar_label(bars, fmt="%.0f%%", fontsize=10, padding=4)
-    simulated = {row["policy"]: row["simulated_hit_rate"] for row in affinity["policies"]}
-    known = [index for index, policy in enumerate(policies) if simulated[policy] is not None]
-    heights = [100 * simulated[policies[index]] for index in known]
-    begins, ends = ([index + side for index in known] for side in (-0.4, 0.4))
-    axes.hlines(heights, begins, ends, colors=TRADITIONAL, linestyles="--", linewidth=1.6, label="simulated", zorder=3)
     axes.set_xticks(range(len(policies)), policies)
     axes.set_ylabel("% of visits")
     axes.set_ylim(0, 1.25 * max(100 * row["hit_rate"] for row in affinity["policies"]))
-    axes.legend(frameon=False, ncols=3, loc="upper right")
+    axes.legend(frameon=False, ncols=2, loc="upper right")

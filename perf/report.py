@@ -408,19 +408,17 @@ def write_affinity(result: dict[str, Any]) -> str:
             row["policy"],
             row["protocol"],
             say_share(row["hit_rate"]),
-            say_share(row["simulated_hit_rate"]),
             f"{row['busiest_to_mean']:.2f}×",
             f"{row['outcomes']['right']} of {row['visits']}",
         ]
         for row in affinity["policies"]
     ]
-    header = ["balanced by", "over", "found their user", "simulated", "busiest ÷ mean", "right"]
+    header = ["balanced by", "over", "found their user", "busiest ÷ mean", "right"]
     return (
         "## Users behind a proxy\n\n"
         f"{affinity['servers']} tritonservers behind haproxy with the shipped configuration (*affinity*), each with "
-        f"room for {affinity['kept_users']} of {affinity['visitors']}, {affinity['in_flight']} requests in flight. "
-        "*Simulated*: "
-        "`perf/fleet/simulator.py` on the same visits; its ring is another than haproxy's.\n\n"
+        f"room for {affinity['kept_users']} of {affinity['visitors']}, {affinity['in_flight']} requests in "
+        "flight.\n\n"
         f"{make_table(header, rows)}\n\n{write_loss(affinity['lost'])}"
     )
 
@@ -441,6 +439,6 @@ def write_loss(lost: dict[str, Any]) -> str:
     )
 
 
-def say_share(value: float | None) -> str:
+def say_share(value: float) -> str:
     """Return a share in percent."""
-    return "–" if value is None else f"{100 * value:.1f}%"
+    return f"{100 * value:.1f}%"

@@ -27,7 +27,6 @@ from kvcast.deploy.__main__ import main as run_deploy
 from kvcast.deploy.__main__ import make_parser as make_deploy_parser
 from kvcast.deploy.sizes import STOP_SECONDS
 from kvcast.guard.metrics import ASK_SECONDS
-from kvcast.perf.fleet.plan import UTILISATION
 from kvcast.server import ServerSettings
 from kvcast.server.__main__ import make_parser
 from kvcast.server.stubs import list_stubs
@@ -39,6 +38,8 @@ from tests.processes import find_children, wait_until
 
 ROOT = FOLDER.parents[1]
 OVERLAYS = ["cpu", "gpu"]
+# Of a server's time: docs/operations.md, "How many servers".
+UTILISATION = 0.6
 BUILDS = ["overlays/cpu", "overlays/gpu", "repository", "haproxy", "istio"]
 # With the definitions of custom resources (CustomResourceDefinition, YAML), objects are held against them too.
 CRDS_VARIABLE = "KVCAST_CRDS"
@@ -276,7 +277,7 @@ def test_the_autoscaler_adds_servers_before_the_queue_is_full_and_takes_them_awa
     assert {each["type"] for each in targets.values()} == {"AverageValue"}
     in_flight = parse_arguments(find_container(overlay)).in_flight
     assert 0 < float(targets["kvcast_pending_requests"]["averageValue"]) < in_flight
-    assert targets["kvcast_busy_ratio"]["averageValue"] == f"{1000 * UTILISATION:.0f}m", "as the plan has it"
+    assert targets["kvcast_busy_ratio"]["averageValue"] == f"{1000 * UTILISATION:.0f}m", "as docs/operations.md has it"
     # One server that is stuck must not ask for servers that cannot help: its share of the mean is bounded.
     assert f", {in_flight})" in read_rules()["kvcast_pending_requests"]["metricsQuery"]
     up, down = (autoscaler["behavior"][name] for name in ("scaleUp", "scaleDown"))

@@ -13,6 +13,7 @@ from kvcast.contract.config import load_config
 from kvcast.contract.request import RankRequest
 from kvcast.perf import cost_model
 from kvcast.perf.__main__ import main, write_files
+from kvcast.perf.affinity import read_trace
 from kvcast.perf.analyzer import PerfError, read_report, write_input_data
 from kvcast.perf.cost_model import CostModel, claimed_gain, claimed_speedup, throughput_drop
 from kvcast.perf.peers.race import Field, RaceError, _summarise, race, start_workers
@@ -134,3 +135,18 @@ def test_a_plain_lru_counts_the_hits_that_its_budget_allows():
     assert simulate_lru(trace, lambda length: length, budget=100) == 2
     assert simulate_lru(trace, lambda length: length, budget=8) == 1  # 3 drives 2 out
     assert simulate_lru(trace, lambda length: length, budget=3) == 0
+
+
+def test_a_trace_is_read_in_order_of_time(tmp_path):
+    path = tmp_path / "trace.csv"
+    path.write_text("user,seconds\nanna,2\nbert,0.5\nanna,10\n")
+    first, *others = read_trace(path)
+    assert others == [others[0]] * 2
+    assert first != others[0]
+
+
+@pytest.mark.parametrize("text", ["", "user,seconds\n", "who,when\n1,2\n", "user,seconds\n1,noon\n"])
+def test_what_is_no_trace_is_refused(text, tmp_path):
+    (tmp_path / "trace.csv").write_text(text)
+    with pytest.raises(PerfError, match="expected CSV with the columns"):
+        read_trace(tmp_path / "trace.csv")
