@@ -145,10 +145,6 @@ def check_release(array: npt.NDArray[np.generic], users: int, release: str) -> N
     if array.shape != (users, expected.size):
         raise InvalidRequestError(f"{RELEASE.name}: expected shape {[users, expected.size]}, got {list(array.shape)}")
     for row in array:
-        if not row.any():  # an encoder that has no other way of saying no (deploy/native_graph.py)
-            raise InvalidRequestError(
-                f"{HISTORY.name}: refused by the encoder: an id outside its vocabulary, or too many events or fields"
-            )
         if not np.array_equal(row, expected):
             raise InvalidRequestError(
                 f"{RELEASE.name}: expected user KV of release {release[:12]}…, got {bytes(row).hex()[:12]}…: "

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from kvcast.deploy import native_backend, sizes
+from kvcast.deploy import sizes
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -15,9 +15,6 @@ def make_parser() -> argparse.ArgumentParser:
     size = commands.add_parser("size", help="what one server needs: memory, shared memory, cores, time to stop")
     sizes.add_arguments(size)
     size.set_defaults(run=sizes.run)
-    native = commands.add_parser("native", help="a repository with user_encoder on Triton's own onnxruntime backend")
-    native_backend.add_arguments(native)
-    native.set_defaults(run=native_backend.run)
     return parser
 
 

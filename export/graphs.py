@@ -1,9 +1,8 @@
 """The four ONNX graphs of a network, traced by `torch.onnx.export`.
 
-`user_encoder` takes histories and returns stacked KV and the release, so that Triton's native onnxruntime backend
-could serve it as it is. `doc_fusion` takes one KV tensor a layer: a layer of a stacked array is a view, while a
-slice inside a graph is a copy. `ranker_resident` does both sides in one graph, KV layer by layer on both ends.
-`ranker_full` is the monolith. The module traces; it proves and writes nothing else.
+`user_encoder` takes histories and returns stacked KV and the release. `doc_fusion` takes one KV tensor a layer: a layer
+of a stacked array is a view, while a slice inside a graph is a copy. `ranker_resident` does both sides in one graph, KV
+layer by layer on both ends. `ranker_full` is the monolith. The module traces; it proves and writes nothing else.
 """
 
 import contextlib

@@ -48,7 +48,7 @@ MAY_USE = {
     "guard": {"tritonclient"},
     "server": set(),
     "client": {"tritonclient"},
-    "deploy": {"onnx", "tritonclient"},
+    "deploy": {"tritonclient"},
 }
 
 
