@@ -16,7 +16,6 @@ COMMANDS = {
     "probe": ("kvcast.client.probe", "say whether a running server ranks, for health checks"),
     "clicklog": ("kvcast.clicklog.__main__", "draw a synthetic ranking request, or a log with known truth"),
     "perf": ("kvcast.perf.__main__", "measure against the traditional scheme, with report and plots"),
-    "deploy": ("kvcast.deploy.__main__", "size a deployment, write what its files need to know of a model"),
     "demo": ("kvcast.demo", "serve, rank for one user of a small shop, show it, stop"),
 }
 

@@ -24,7 +24,6 @@ MAY_IMPORT = {
     "guard": {"contract"},
     "server": {"contract", "guard"},
     "client": {"contract"},
-    "deploy": {"contract", "server"},
     "perf": {"client", "clicklog", "contract", "network", "runtime", "server"},
 }
 HEAVY = {
@@ -48,7 +47,6 @@ MAY_USE = {
     "guard": {"tritonclient"},
     "server": set(),
     "client": {"tritonclient"},
-    "deploy": {"tritonclient"},
 }
 
 
