@@ -73,7 +73,7 @@ test: $(READY) ## every test, those against a real tritonserver included
 test-chaos: $(READY) ## tens of thousands of hostile requests, and faults for longer than `test` takes
 	KVCAST_THOROUGH=1 KVCAST_FUZZ_REQUESTS=20000 KVCAST_OVERLOAD_SECONDS=120 $(BIN)/python -m pytest tests/chaos
 
-test-deploy: $(READY) ## deploy/ against real haproxy, Envoy, prometheus and kubectl, for longer than `test` takes
+test-deploy: $(READY) ## deploy/ against real haproxy, prometheus and kubectl, for longer than `test` takes
 	@$(MAKE) --no-print-directory setup-deploy || true  # the tests name what is missing
 	KVCAST_THOROUGH=1 KVCAST_REQUIRE_DEPLOY_TOOLS=1 KVCAST_AFFINITY_VISITS=4000 $(BIN)/python -m pytest tests/deploy
 

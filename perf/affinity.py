@@ -210,7 +210,7 @@ class Proxy:
     def __exit__(self, *ignored: object) -> None:
         """End it."""
         if self._process is not None:
-            self._process.terminate()  # Envoy leaves files in shared memory if it is killed
+            self._process.terminate()
             try:
                 self._process.wait(ENDS_WITHIN_SECONDS)
             except subprocess.TimeoutExpired:

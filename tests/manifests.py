@@ -20,11 +20,11 @@ FOLDER = Path(__file__).parents[1] / "deploy" / "kubernetes"
 KUSTOMIZATION = "kustomization.yaml"
 VERSIONS = ("1.37.0", "1.35.0")
 # What an operator of somebody else's reads: not in Kubernetes' schemas.
-CUSTOM = {"PodMonitor", "DestinationRule", "VirtualService", "EnvoyFilter", "PeerAuthentication"}
+CUSTOM = {"PodMonitor"}
 # Files of kustomizations: objects, folders, patches, files that are put into ConfigMaps.
 OBJECTS, FOLDERS, PATCHES = "resources", "bases", "patchesStrategicMerge"
 # Not for kustomize.
-OTHERS = {"README.md", "prometheus-adapter/values.yaml"}
+OTHERS = {"README.md"}
 
 Object = dict[str, Any]
 

@@ -21,8 +21,6 @@ import jsonschema
 import pytest
 import yaml
 
-from kvcast.client import RankerClient
-from kvcast.contract.routing import ROUTING_HEADER
 from kvcast.guard.metrics import ASK_SECONDS
 from kvcast.server import ServerSettings
 from kvcast.server.__main__ import make_parser
@@ -35,25 +33,14 @@ from tests.processes import find_children, wait_until
 
 ROOT = FOLDER.parents[1]
 OVERLAYS = ["cpu", "gpu"]
-# Of a server's time: docs/operations.md, "How many servers".
-UTILISATION = 0.6
 # What `kvcast serve` takes at most beyond the time for requests that are there: `TritonServer.stop`.
 STOP_SECONDS = 20
-BUILDS = ["overlays/cpu", "overlays/gpu", "repository", "haproxy", "istio"]
+BUILDS = ["overlays/cpu", "overlays/gpu", "repository", "haproxy"]
 # With the definitions of custom resources (CustomResourceDefinition, YAML), objects are held against them too.
 CRDS_VARIABLE = "KVCAST_CRDS"
 # Names of fields, anywhere in a custom resource's spec, that its project's documentation has: for typing errors.
 FIELDS = {
     "PodMonitor": "selector matchLabels podMetricsEndpoints port path interval scrapeTimeout",
-    "DestinationRule": "host trafficPolicy loadBalancer consistentHash httpHeaderName ringHash minimumRingSize "
-    "localityLbSetting enabled outlierDetection splitExternalLocalOriginErrors consecutiveLocalOriginFailures "
-    "consecutive5xxErrors consecutiveGatewayErrors interval baseEjectionTime maxEjectionPercent retryBudget percent "
-    "minRetryConcurrency",
-    "VirtualService": "hosts http match port route destination host number retries attempts retryOn "
-    "retryIgnorePreviousHosts",
-    "EnvoyFilter": "configPatches applyTo match context cluster service patch operation value common_lb_config "
-    "consistent_hashing_lb_config hash_balance_factor",
-    "PeerAuthentication": "selector matchLabels portLevelMtls mode",
 }
 LISTENING = "0A"  # in /proc/net/tcp
 
@@ -127,7 +114,7 @@ def overlay(request: pytest.FixtureRequest) -> list[Object]:
 @pytest.mark.parametrize("name", BUILDS)
 def test_what_is_built_is_what_kubernetes_takes(name):
     objects = build(name)
-    assert {each["kind"] for each in objects} & {"Deployment", "Pod", "DestinationRule"}
+    assert {each["kind"] for each in objects} & {"Deployment", "Pod"}
     for thing, version in product(objects, VERSIONS):
         if thing["kind"] not in CUSTOM:
             assert find_errors(thing, version) == [], (thing["kind"], version)
@@ -140,7 +127,7 @@ def test_every_folder_with_a_kustomization_is_built_here():
 
 @pytest.mark.parametrize("name", BUILDS)
 def test_selectors_find_pods_and_ports_have_names_that_the_pods_have(name):
-    objects = build(name) + (build("overlays/cpu") if name == "istio" else [])
+    objects = build(name)
     pods = [each["spec"]["template"] for each in objects if each["kind"] == "Deployment"]
     pods += [each for each in objects if each["kind"] == "Pod"]
     selectors = [labels for each in objects for labels in find_values(each, "matchLabels")]
@@ -178,8 +165,6 @@ def test_images_are_pinned_and_ours_is_of_this_version():
 def test_names_that_objects_call_each_other_by_exist(overlay):
     pod = find_pod(overlay)["spec"]
     assert find(overlay, "ServiceAccount")["metadata"]["name"] == pod["serviceAccountName"]
-    target = find(overlay, "HorizontalPodAutoscaler")["spec"]["scaleTargetRef"]
-    assert (target["kind"], target["name"]) == ("Deployment", find(overlay, "Deployment")["metadata"]["name"])
     claim = find(build("repository"), "PersistentVolumeClaim")["metadata"]["name"]
     claims = {*find_values(overlay, "claimName"), *find_values(build("repository"), "claimName")}
     assert claims == {claim}
@@ -270,23 +255,6 @@ def test_the_times_fit_into_each_other(overlay):
     assert ASK_SECONDS < timeout <= interval
 
 
-def test_the_autoscaler_adds_servers_before_the_queue_is_full_and_takes_them_away_slowly(overlay):
-    autoscaler = find(overlay, "HorizontalPodAutoscaler")["spec"]
-    targets = {each["pods"]["metric"]["name"]: each["pods"]["target"] for each in autoscaler["metrics"]}
-    assert {each["type"] for each in targets.values()} == {"AverageValue"}
-    in_flight = parse_arguments(find_container(overlay)).in_flight
-    assert 0 < float(targets["kvcast_pending_requests"]["averageValue"]) < in_flight
-    assert targets["kvcast_busy_ratio"]["averageValue"] == f"{1000 * UTILISATION:.0f}m", "as docs/operations.md has it"
-    # One server that is stuck must not ask for servers that cannot help: its share of the mean is bounded.
-    assert f", {in_flight})" in read_rules()["kvcast_pending_requests"]["metricsQuery"]
-    up, down = (autoscaler["behavior"][name] for name in ("scaleUp", "scaleDown"))
-    assert down["stabilizationWindowSeconds"] >= 10 * up["stabilizationWindowSeconds"]
-    (policy,) = down["policies"]
-    assert (policy["type"], policy["value"]) == ("Pods", 1)
-    assert find(overlay, "PodDisruptionBudget")["spec"]["maxUnavailable"] < autoscaler["minReplicas"]
-    assert "replicas" not in find(overlay, "Deployment")["spec"]
-
-
 def test_callers_and_prometheus_reach_their_ports_and_a_server_reaches_nobody(overlay):
     policy = find(overlay, "NetworkPolicy")["spec"]
     assert {*policy["policyTypes"]} == {"Ingress", "Egress"}
@@ -335,72 +303,6 @@ def test_probes_and_scrapes_are_answered_by_a_server(server, overlay):
     asked += find(overlay, "PodMonitor")["spec"]["podMetricsEndpoints"]
     for each in asked:
         assert ask_as_kubelet(addresses[each["port"]], each["path"]) == 200
-
-
-def read_rules() -> dict[str, Object]:
-    """Return the rules of prometheus-adapter, by the metric that each makes."""
-    rules = yaml.safe_load((FOLDER / "prometheus-adapter" / "values.yaml").read_text())["rules"]["custom"]
-    return {rule["name"]["as"]: rule for rule in rules}
-
-
-def test_the_autoscalers_metrics_are_made_of_what_a_server_has(server, overlay):
-    metrics = find(overlay, "HorizontalPodAutoscaler")["spec"]["metrics"]
-    rules = read_rules()
-    assert sorted(rules) == sorted(each["pods"]["metric"]["name"] for each in metrics)
-    with RankerClient(server.grpc_address) as client:
-        for _ in range(2):  # encoded, then found: both stages have run
-            client.rank([[1, 1]], [[1, 1, 1, 1]])
-    with urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=5) as reply:
-        page = reply.read().decode()
-    for rule in rules.values():
-        for name in re.findall(r"kvcast_\w+", f"{rule['seriesQuery']} {rule['metricsQuery']}"):
-            assert re.search(rf"^{name}{{.*model=", page, re.MULTILINE), name
-
-
-def evaluate(metric: str, series: dict[str, str], expected: dict[str, float], folder: Path) -> None:
-    """Have promtool hold what the adapter's rule makes of series after two minutes against what is expected, by pod."""
-    query = read_rules()[metric]["metricsQuery"]
-    for placeholder, text in (("LabelMatchers", 'namespace="ours",pod=~"one|two"'), ("GroupBy", "pod")):
-        query = query.replace(f"<<.{placeholder}>>", text)
-    assert "<<" not in query
-    groups = [{"name": "adapter", "rules": [{"record": "made", "expr": query}]}]
-    (folder / "rules.yml").write_text(yaml.safe_dump({"groups": groups}))
-    samples = [{"labels": f'made{{pod="{pod}"}}', "value": value} for pod, value in expected.items()]
-    case = {
-        "interval": "15s",
-        "input_series": [{"series": name, "values": values} for name, values in series.items()],
-        "promql_expr_test": [{"expr": "made", "eval_time": "2m", "exp_samples": samples}],
-    }
-    test = {"rule_files": ["rules.yml"], "evaluation_interval": "15s", "tests": [case]}
-    (folder / "test.yml").write_text(yaml.safe_dump(test))
-    result = run_tool("promtool", "test", "rules", folder / "test.yml")
-    assert result.returncode == 0, result.stdout + result.stderr
-
-
-def test_the_autoscaler_sees_the_share_of_its_time_in_which_a_pod_computes(tmp_path):
-    series = {
-        'kvcast_encode_seconds_sum{model="ranker_resident",namespace="ours",pod="one"}': "0+9x12",
-        'kvcast_fuse_seconds_sum{model="ranker_resident",namespace="ours",pod="one"}': "0+3x12",
-        'kvcast_encode_seconds_sum{model="ranker_resident",namespace="ours",pod="two"}': "0+3x12",
-        'kvcast_encode_seconds_sum{model="ranker_resident",namespace="theirs",pod="one"}': "0+15x12",
-    }
-    evaluate("kvcast_busy_ratio", series, {"one": 0.8, "two": 0.2}, tmp_path)
-
-
-def test_the_autoscaler_sees_a_pods_requests_of_all_models_and_no_more_than_it_can_help(tmp_path):
-    series = {
-        'kvcast_guard_waiting{model="ranker",namespace="ours",pod="one"}': "0x3 6 2 10 2 10 6",
-        'kvcast_guard_in_flight{model="ranker",namespace="ours",pod="one"}': "16x9",
-        'kvcast_guard_waiting{model="ranker_resident",namespace="ours",pod="one"}': "2x9",
-        'kvcast_guard_in_flight{model="ranker_resident",namespace="ours",pod="one"}': "0x9",
-        'kvcast_guard_waiting{model="ranker",namespace="ours",pod="two"}': "0x9",
-        'kvcast_guard_in_flight{model="ranker",namespace="ours",pod="two"}': "1x9",
-        'kvcast_guard_waiting{model="ranker",namespace="theirs",pod="one"}': "100x9",
-        'kvcast_guard_in_flight{model="ranker",namespace="theirs",pod="one"}': "100x9",
-    }
-    evaluate("kvcast_pending_requests", series, {"one": 16.0, "two": 1.0}, tmp_path)
-    few = {name: values.replace("16x9", "1x9") for name, values in series.items()}
-    evaluate("kvcast_pending_requests", few, {"one": 9.0, "two": 1.0}, tmp_path)
 
 
 class Pod:
@@ -536,7 +438,7 @@ def test_fields_of_custom_resources_are_spelt_as_their_projects_spell_them():
 def test_custom_resources_fit_their_definitions():
     folder = os.environ.get(CRDS_VARIABLE)
     if not folder:
-        pytest.skip(f"set {CRDS_VARIABLE} to a folder with the definitions of Istio and of the Prometheus operator")
+        pytest.skip(f"set {CRDS_VARIABLE} to a folder with the definition of the Prometheus operator")
     known = {
         (f"{each['spec']['group']}/{version['name']}", each["spec"]["names"]["kind"]): version["schema"]
         for path in Path(folder).rglob("*.yaml")
@@ -564,58 +466,6 @@ def close(schema: Any) -> Any:
 
 
 # -- affinity
-
-
-def test_istio_hashes_the_clients_header_and_names_services_and_ports_that_exist():
-    objects = build("istio")
-    rule, routes = find(objects, "DestinationRule")["spec"], find(objects, "VirtualService")["spec"]
-    assert rule["trafficPolicy"]["loadBalancer"]["consistentHash"]["httpHeaderName"] == ROUTING_HEADER
-    assert rule["trafficPolicy"]["loadBalancer"]["localityLbSetting"] == {"enabled": False}
-    service = find(build("overlays/cpu"), "Service", "kvcast")
-    hosts = {rule["host"], *routes["hosts"], *(each["host"] for each in find_values(routes, "destination"))}
-    assert hosts == {service["metadata"]["name"]}
-    ports = {each["port"] for each in service["spec"]["ports"]}
-    assert {*find_values(routes, "number")} == ports
-    for route in routes["http"]:
-        (match,) = route["match"]
-        (target,) = route["route"]
-        assert match["port"] == target["destination"]["port"]["number"]
-        assert route["retries"]["retryIgnorePreviousHosts"]
-    (patch,) = find(objects, "EnvoyFilter")["spec"]["configPatches"]
-    assert patch["match"]["cluster"]["service"].startswith(f"{service['metadata']['name']}.")
-    (factor,) = find_values(patch, "hash_balance_factor")
-    assert f"hash-balance-factor {factor}" in read_sections(FOLDER.parent / "haproxy" / "haproxy.cfg")["backend http"]
-    (port,) = find(objects, "PeerAuthentication")["spec"]["portLevelMtls"]
-    assert int(port) in {
-        each["port"] for each in find(build("overlays/cpu"), "Service", "kvcast-servers")["spec"]["ports"]
-    }
-
-
-def test_envoy_takes_the_patch_on_the_cluster_that_istio_makes_of_the_rule(tmp_path):
-    envoy = Path(sys.executable).with_name("envoy")
-    if not envoy.exists():
-        pytest.skip("envoy is not installed: make setup")
-    objects = build("istio")
-    (patch,) = find(objects, "EnvoyFilter")["spec"]["configPatches"]
-    balancer = find(objects, "DestinationRule")["spec"]["trafficPolicy"]["loadBalancer"]["consistentHash"]
-    cluster = {
-        "name": "outbound|8001||kvcast",
-        "type": "STATIC",
-        "lb_policy": "RING_HASH",
-        "ring_hash_lb_config": {"minimum_ring_size": balancer["ringHash"]["minimumRingSize"]},
-        **patch["patch"]["value"],
-    }
-    check = functools.partial(check_with_envoy, envoy, tmp_path)
-    assert check(cluster) == 0
-    wrong = {"consistent_hashing_lb_config": {"hash_balance_factor": 99}}
-    assert check(cluster | {"common_lb_config": wrong}) == 1
-
-
-def check_with_envoy(envoy: Path, folder: Path, cluster: Object) -> int:
-    path = folder / "envoy.yaml"
-    path.write_text(yaml.safe_dump({"static_resources": {"clusters": [cluster]}}))
-    command = [envoy, "--mode", "validate", "--config-path", path, "--log-level", "off"]
-    return subprocess.run(command, capture_output=True, check=False, timeout=30).returncode
 
 
 def read_sections(path: Path) -> dict[str, list[str]]:
@@ -666,13 +516,14 @@ def test_haproxy_reads_its_configuration_and_has_room_for_all_servers(monkeypatc
     assert result.returncode == 0, result.stderr
     servers = [line.split() for lines in read_sections(path).values() for line in lines if "server-template" in line]
     overlay = build("overlays/cpu")
-    most = find(overlay, "HorizontalPodAutoscaler")["spec"]["maxReplicas"]
-    surge = find(overlay, "Deployment")["spec"]["strategy"]["rollingUpdate"]["maxSurge"]
+    deployment = find(overlay, "Deployment")["spec"]
+    most = deployment["replicas"] + deployment["strategy"]["rollingUpdate"]["maxSurge"]
+    assert find(overlay, "PodDisruptionBudget")["spec"]["maxUnavailable"] < deployment["replicas"]
     service = find(overlay, "Service", "kvcast-servers")
     ports = [str(each["port"]) for each in service["spec"]["ports"]]
     assert len(servers) == 2
     for (_, _, slots, address, *_), port in zip(servers, ports, strict=False):
-        assert int(slots) >= most + surge
+        assert int(slots) >= most
         assert address == f'"{service["metadata"]["name"]}.${{NAMESPACE}}.svc.cluster.local:{port}"'
     proxied = {each["name"]: each["port"] for each in find(build("haproxy"), "Service")["spec"]["ports"]}
     assert proxied == {each["name"]: each["port"] for each in find(overlay, "Service", "kvcast")["spec"]["ports"]}
@@ -688,8 +539,8 @@ def test_haproxy_reads_its_configuration_and_has_room_for_all_servers(monkeypatc
         ("base/deployment.yaml", "path: /v2/health/ready", "paths: /v2/health/ready", "'paths' was unexpected"),
         ("base/services.yaml", "clusterIP: None", "clusterIP: None\n  clusterIP: None", "clusterIP: is there twice"),
         ("base/disruption-budget.yaml", "policy/v1", "policy/v1beta1", "there is no PodDisruptionBudget"),
-        ("base/kustomization.yaml", "- autoscaler.yaml\n", "", "autoscaler.yaml: no kustomization names it"),
-        ("base/kustomization.yaml", "autoscaler.yaml", "hpa.yaml", "hpa.yaml: there is no such file"),
+        ("base/kustomization.yaml", "- pod-monitor.yaml\n", "", "pod-monitor.yaml: no kustomization names it"),
+        ("base/kustomization.yaml", "pod-monitor.yaml", "monitor.yaml", "monitor.yaml: there is no such file"),
         ("overlays/cpu/kustomization.yaml", "../../base", "../base", "there is no kustomization in ../base"),
         ("overlays/cpu/sizes.yaml", "sizeLimit", "size", "'size' was unexpected"),
         ("overlays/gpu/gpu.yaml", "effect: NoSchedule", "effects: NoSchedule", "'effects' was unexpected"),
