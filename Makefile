@@ -19,7 +19,11 @@ DEPLOY_PACKAGES := haproxy liblua5.3-0 libopentracing-c-wrapper0 libopentracing1
 PORTS = --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
 
 .DEFAULT_GOAL := help
+# Known vulnerabilities that are accepted, a line each: its id, and in a comment the date and the reason.
+ACCEPTED_VULNERABILITIES :=
+
 .PHONY: help setup setup-perf setup-deploy export serve demo test test-chaos test-deploy perf check format clean
+.PHONY: check-manifests check-pins check-vulnerabilities
 
 help: ## this list
 	@echo "make TARGET [CONFIG=demo|tiny|bench|seed|path.toml] [MODELS=\"ranker ranker_full\"] [REPOSITORY=DIR]"
@@ -81,12 +85,46 @@ perf: $(READY) $(LIBB64) ## measure CONFIG (bench) side by side, with report and
 	@$(BIN)/kvcast perf run --config $(CONFIG) --repository $(REPOSITORY) $(PORTS) $(if $(QUICK),--quick --results build/perf) \
 		$(PERF_FLAGS)
 
-check: $(READY) ## formatting, lint, types, and known vulnerabilities of what is installed
+check: $(READY) ## formatting, lint, types, Kubernetes' schemas, pins, known vulnerabilities of what is pinned
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m tests.manifests
-	$(BIN)/python -m tests.audit
+	@$(MAKE) --no-print-directory check-manifests check-pins check-vulnerabilities
+
+# What kustomize makes of deploy/kubernetes, or its files where there is no kubectl, against the newest Kubernetes and
+# the oldest that is supported. Every line is an error, but for the PodMonitor, whose schema is not Kubernetes' own.
+check-manifests: $(READY)
+	@rm -rf build/manifests && mkdir -p build/manifests
+	@if kubectl=$$(PATH="build/deploy-tools/usr/bin:$$PATH" command -v kubectl); then \
+		for folder in overlays/cpu overlays/gpu haproxy repository; do \
+			$$kubectl kustomize deploy/kubernetes/$$folder 2>/dev/null > build/manifests/$$(basename $$folder).yaml \
+				|| { echo "make: kubectl kustomize deploy/kubernetes/$$folder fails" >&2; exit 1; }; \
+		done; \
+	else \
+		for file in $$(ls deploy/kubernetes/{base,haproxy,repository}/*.yaml | grep -v kustomization.yaml); do \
+			cp $$file build/manifests/$$(basename $$(dirname $$file))-$$(basename $$file); \
+		done; \
+	fi
+	@for version in 1.35.0 1.37.0; do \
+		! $(BIN)/kubernetes-validate --strict --quiet -k $$version build/manifests/*.yaml 2>&1 \
+			| grep -v "kind PodMonitor" >&2 || exit 1; \
+	done
+	@echo "manifests: $$(cat build/manifests/*.yaml | grep -c ^kind:) objects fit Kubernetes 1.35 and 1.37"
+
+check-pins: $(READY)
+	@$(BIN)/pip check
+	@$(BIN)/pip freeze --exclude-editable | sed 's/+.*//' \
+		| diff --label installed --label constraints.txt -U0 - constraints.txt \
+		|| { echo "make: what is installed is not what is pinned: make setup, or renew constraints.txt" >&2; exit 1; }
+
+# pip-audit ends with 1 for a vulnerability and for a service that does not answer; it writes a report for the first.
+check-vulnerabilities: $(READY)
+	@mkdir -p build && rm -f build/audit.txt
+	@timeout 120 $(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip --progress-spinner off \
+		--vulnerability-service osv --timeout 10 --output build/audit.txt \
+		$(ACCEPTED_VULNERABILITIES:%=--ignore-vuln %) 2>build/audit.log && tail -n 1 build/audit.log || \
+	if [ -s build/audit.txt ]; then cat build/audit.txt >&2; exit 1; else \
+		echo "known vulnerabilities: skipped, no service answers ($$(tail -n 1 build/audit.log | cut -c 1-80)…)"; fi
 
 format: $(READY) ## rewrite the code in the project's format
 	$(BIN)/ruff format .
