@@ -50,7 +50,7 @@ MESSAGES: dict[str, type[Message]] = {
         "ModelInfer",
     )
 }
-# Triton copies a message into shared memory, which never shrinks, before a model can refuse it.
+# Of any message.
 MAX_MESSAGE_BYTES = 64 << 20
 # An error repeats names, in metadata, whose size gRPC limits.
 MAX_TEXT = 1024
@@ -61,7 +61,7 @@ SERVER_OPTIONS = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc
 CHANNEL_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 # gRPC's own pauses between attempts grow to minutes; Triton is back within seconds.
 RECONNECTING = [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 250)]
-# What one caller sends in a shared-memory region, another could read; and Triton has no bounds for it.
+# What one caller sends in a shared-memory region, another could read.
 SHARED_MEMORY = "shared_memory_"
 LARGEST_AXIS = 2**31
 
@@ -190,8 +190,8 @@ class GrpcProxy(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no ty
 async def await_whole(call: Any) -> bytes:
     """Return the reply to a call. Who is cancelled here waits on until Triton has answered: the call goes on.
 
-    Triton 2.51 crashes if an inference over gRPC is cancelled, or meets its deadline, while it is answered
-    (github.com/triton-inference-server/server/issues/7368; 8034 is of 25.01), so it gets no deadline of gRPC's either.
+    Triton 2.51 can crash on cancelled gRPC inferences (github.com/triton-inference-server/server/issues/7368; 8034 is
+    of 25.01), so no cancellation is passed on, and no deadline of gRPC's.
     """
     answering = asyncio.ensure_future(call)
     try:
@@ -249,7 +249,7 @@ def read_seconds(message: Any, rpc: Rpc) -> float:
 
 
 def check_infer(message: Any) -> None:
-    """Check what Triton would stumble over.
+    """Check what Triton itself reads of a request.
 
     Raises:
         InvalidRequestError: a shape or a name is impossible, or a tensor lies in shared memory.

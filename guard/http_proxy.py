@@ -1,8 +1,8 @@
-"""The guard's HTTP side: a reverse proxy before Triton's HTTP endpoint, which one absurd body can kill.
+"""The guard's HTTP side: a reverse proxy before Triton's HTTP endpoint.
 
-It lets through what it has checked (`inference_body`), paths that it knows, and nothing else; Triton's replies go back
-as they are, but for those that would mislead a caller or show paths of this machine. Every error is JSON with one key,
-`error`.
+tritonserver 2.51 ends on some malformed bodies, so the guard sends only bodies that it wrote itself. It lets through
+what it has checked (`inference_body`), paths that it knows, and nothing else; Triton's replies go back as they are, but
+for those that would mislead a caller or show paths of this machine. Every error is JSON with one key, `error`.
 
 It knows the KServe v2 paths; it does not know who may call, or how to start a server.
 """

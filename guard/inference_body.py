@@ -1,8 +1,8 @@
 """The body of an inference request over HTTP, checked before Triton sees it: pure functions, no sockets.
 
-Triton 2.51 believes a body: a shape of a trillion elements makes it allocate them and die. So a body is parsed strictly
-here, held against itself (does the data fill the shape?), and written anew from what was checked. Every tensor leaves
-as raw bytes: Triton's JSON parser then sees nothing but a small header that was made here.
+tritonserver 2.51 ends on some malformed bodies. So a body is parsed strictly here, held against itself (does the data
+fill the shape?), and written anew from what was checked. Every tensor leaves as raw bytes: Triton's JSON parser then
+sees nothing but a small header that was made here.
 
 This module knows the KServe v2 protocol with its binary extension; it does not know which models there are, nor which
 tensors they take. That stays Triton's and the models' to check.
@@ -158,7 +158,7 @@ def check_body(body: bytes, header_length: int | None = None) -> InferenceBody:
 
 
 def parse_json_object(text: bytes, where: str) -> Object:
-    """Parse JSON strictly: UTF-8, no key twice, no NaN or infinity, not nested absurdly.
+    """Parse JSON strictly: UTF-8, no key twice, no NaN or infinity, not nested too deep.
 
     Raises:
         InvalidRequestError: it is anything else, or not an object.
@@ -299,7 +299,7 @@ def _check_shape(where: str, shape: Any, datatype: Any) -> int:
     for size in shape:
         if type(size) is not int or not 0 <= size < 1 << 31:
             raise InvalidRequestError(f"{where}.shape: expected whole numbers from 0 to 2^31 - 1, got {_show(size)}")
-    # An axis of 0 must not hide what the others multiply to: Triton multiplies one by one.
+    # An axis of 0 must not hide what the others multiply to.
     largest = math.prod(max(1, size) for size in shape) * ELEMENT_BYTES[datatype]
     if largest > MAX_TENSOR_BYTES:
         raise InvalidRequestError(

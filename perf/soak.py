@@ -34,7 +34,7 @@ CALLERS = 3
 MODELS = (RANKER.name, RANKER_RESIDENT.name)
 CACHE_MEGABYTES = 200
 COMPARED_EVERY, WRONG_EVERY, PREFETCHED_EVERY, GIVEN_UP_EVERY = 20, 25, 10, 30
-HASTE_SECONDS = 0.005
+HASTE_SECONDS = 0.05
 SAMPLES = 360
 # Memory settles while caches fill and allocators learn sizes; the slope is that of what comes after this share.
 SETTLED_AFTER = 1 / 3

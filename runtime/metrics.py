@@ -2,7 +2,7 @@
 
 Triton itself counts a returned error as a success, and knows nothing of users that were kept. The numbers gather in
 plain Python and are published before the reply that they belong to leaves, so a reader of both sees them agree.
-Only the thread that serves may publish: two threads that do so at once crash tritonserver 2.51.
+Only the thread that serves may publish: the metrics of tritonserver 2.51 are not made for several threads.
 """
 
 from collections.abc import Sequence

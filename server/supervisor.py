@@ -266,7 +266,7 @@ class Supervisor:
             if not {*self.state.broken} - {*models}:  # else that is asked when the others have been replaced too
                 self._check_ensembles(self.state.release, until)
         except HangsError:
-            # A process that is killed with a lock of its shared memory in hand leaves it locked for Triton too.
+            # tritonserver can hang after a process died, and then no repair helps.
             seconds = time.monotonic() - started
             self._log(f"kvcast: {', '.join(models)} not replaced in {seconds:.0f} s: tritonserver hangs; ending it")
             self._triton.kill()

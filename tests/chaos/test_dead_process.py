@@ -62,7 +62,7 @@ def test_a_process_that_dies_under_load_is_replaced_and_nobody_sees_it(guarded, 
 
 
 def test_a_repair_that_tritonserver_never_ends_is_ended(guarded, requests, monkeypatch):
-    """A process that is killed with a lock in hand can leave tritonserver waiting for ever; here it is stopped."""
+    """Tritonserver can hang after a process died; here it is stopped."""
     monkeypatch.setattr(supervisor, "LEAST_REPAIR_SECONDS", 1.0)
     monkeypatch.setattr(supervisor, "REPAIR_STARTS", 0)
     expected = expect(requests, record_answers(guarded.grpc_address, requests))

@@ -9,9 +9,7 @@ import contextlib
 import http.client
 import os
 import random
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -21,6 +19,7 @@ from tritonclient.grpc import service_pb2
 
 from kvcast.server import TritonServer
 from tests.chaos.fuzzing import (
+    SERVICE,
     GrpcCase,
     GrpcFuzzer,
     HttpFuzzer,
@@ -37,9 +36,6 @@ from tests.support import TOLERANCE
 REQUESTS = int(os.environ.get("KVCAST_FUZZ_REQUESTS", "1000"))
 SEED = int(os.environ.get("KVCAST_FUZZ_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 31)
 VALID_EVERY = 50
-HASTY_SECONDS = 300.0 if os.environ.get("KVCAST_THOROUGH") else 12.0
-HASTY_CALLERS = 6
-PATIENCE_SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 5.0)
 UNLIMITED = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 
 
@@ -109,29 +105,14 @@ def test_hostile_requests(target, channel, protocol):
 
 
 def test_callers_who_give_up_over_grpc_end_no_process(target, channel):
-    """Triton 2.51 crashes on cancelled inferences within seconds, so a caller's haste must not reach it."""
+    """No cancellation is passed on to Triton: tests/unit/test_grpc_proxy.py holds that; here it is the whole server."""
     requests = Requests.prepare(target.grpc_address)
     witness = Witness(target, channel, requests)
-    messages = [make_infer_request(model, tensors).SerializeToString() for model, tensors in requests.tensors.items()]
-    deadline = time.monotonic() + HASTY_SECONDS
-
-    def hurry(seed: int) -> collections.Counter[str]:
-        draw, statuses = random.Random(seed), collections.Counter[str]()  # noqa: S311
-        with grpc.insecure_channel(target.grpc_address, [("grpc.use_local_subchannel_pool", 1)]) as own:
-            while time.monotonic() < deadline:
-                try:
-                    call(own, "ModelInfer", draw.choice(messages), draw.choice(PATIENCE_SECONDS))
-                    statuses["OK"] += 1
-                except grpc.RpcError as error:
-                    statuses[error.code().name] += 1
-        return statuses
-
-    with ThreadPoolExecutor(HASTY_CALLERS) as pool:
-        statuses = sum(pool.map(hurry, range(HASTY_CALLERS)), collections.Counter[str]())
-    assert statuses["OK"] > 0, statuses
-    assert statuses["DEADLINE_EXCEEDED"] > 0, statuses
-    harm = witness.find_harm("ranker")
-    assert harm is None, f"{harm}; {statuses}"
+    for model, tensors in requests.tensors.items():
+        message = make_infer_request(model, tensors).SerializeToString()
+        channel.unary_unary(SERVICE + "ModelInfer").future(message).cancel()
+        harm = witness.find_harm("ranker")
+        assert harm is None, f"{model}: {harm}"
 
 
 def send_all(

@@ -93,18 +93,18 @@ def test_streaming_is_not_offered(channel):
     assert details.code() == grpc.StatusCode.UNIMPLEMENTED
 
 
-@pytest.mark.parametrize("axis", [-1, 1 << 31, 1 << 62, -(1 << 63)])
-def test_an_impossible_axis_is_refused(channel, axis):
+@pytest.mark.parametrize("shape", [[1, -1, 2], [0, 1 << 31, 2]])
+def test_an_impossible_axis_is_refused(channel, shape):
     request = make_ranking()
-    request.inputs[0].shape[1] = axis
+    request.inputs[0].shape[:] = shape
     status, message = ask(channel, request)
     assert status == "INVALID_ARGUMENT"
-    assert str(axis) in message
+    assert str(shape) in message
 
 
 def test_a_shape_that_the_data_does_not_fill_is_refused(channel):
     request = make_ranking()
-    request.inputs[0].shape[:] = [(1 << 31) - 1] * 4
+    request.inputs[0].shape[1] += 1
     assert ask(channel, request)[0] == "INVALID_ARGUMENT"
     assert ask(channel, make_ranking())[0] == "OK"
 
@@ -212,11 +212,10 @@ def test_the_metrics_page_has_tritons_families_and_the_guards(server, channel):
     assert families["kvcast_active_release"].samples[0].value >= 1
 
 
-def test_hasty_callers_leave_nothing_behind(server, channel):
+def test_callers_who_give_up_leave_nothing_behind(server, channel):
     message = make_ranking().SerializeToString()
-    for timeout in (0.0001, 0.001, 0.002, 0.004) * 10:
-        with contextlib.suppress(grpc.RpcError):
-            call(channel, "ModelInfer", message, timeout)
+    for _ in range(10):
+        channel.unary_unary(SERVICE + "ModelInfer").future(message).cancel()
     wait_until(lambda: count_inside(server.metrics_address) == 0)
     assert ask(channel, make_ranking())[0] == "OK"
 
@@ -292,7 +291,7 @@ def test_metadata_and_deadlines_are_passed_on():
 
         call(channel, "ModelInfer", message, timeout=20)
         seconds = upstream.seen["ModelInfer"][2]
-        assert seconds is None or seconds > 1e9, "a deadline of gRPC's can crash Triton"
+        assert seconds is None or seconds > 1e9, "the request's parameter says it"
         assert 15 < upstream.read_timeout() < 21, "gRPC rounds it up"
         request = make_ranking()
         request.parameters["timeout"].int64_param = 2_000_000
