@@ -8,13 +8,12 @@ Field names that the shop does not know get uniform random ids, so any schema ca
 import numpy as np
 import numpy.typing as npt
 
+from kvcast.clicklog.stock import draw_brands, zipf_shares
 from kvcast.contract.request import RankRequest
 from kvcast.contract.schema import FeatureSchema, Field
 
 Ids = npt.NDArray[np.int64]
 
-ZIPF_EXPONENT = 1.05
-BRANDS_PER_CATEGORY = 12
 CATEGORIES_PER_USER = 4
 SESSION_LENGTH = 12.0
 RETURN_PROBABILITY = 0.15
@@ -37,9 +36,8 @@ class ClickLog:
         sizes = {field.name: field.vocab_size for field in schema.history_fields + schema.candidate_fields}
         items = sizes.get("item", 2)
         self._attributes = self._stock_items(items, sizes)  # field name → [items], index 0 unused
-        popularity = 1 / np.arange(1, items) ** ZIPF_EXPONENT
         # Popular items are spread over the ids, as in a catalogue that grew over the years.
-        self._popularity = self._generator.permutation(popularity / popularity.sum())  # [items - 1]
+        self._popularity = self._generator.permutation(zipf_shares(items - 1))  # [items - 1]
         self._by_category = self._shelve(self._attributes["category"])
 
     def draw_history(self, length: int) -> Ids:
@@ -63,15 +61,13 @@ class ClickLog:
         categories, brands = sizes.get("category", 64), sizes.get("brand", 64)
         prices = sizes.get("price_bucket", 64)
         category = draw.integers(1, categories, items)
-        own_brands = draw.integers(1, brands, (categories, BRANDS_PER_CATEGORY))
-        # A few brands of a category sell most of its items.
-        brand_rank = np.minimum(draw.geometric(0.3, items) - 1, BRANDS_PER_CATEGORY - 1)
+        brand = draw_brands(draw, category, categories, brands)
         price_level = draw.uniform(0.1, 0.9, categories)
         price = (price_level[category] + draw.normal(0, 0.08, items)) * prices
         return {
             "item": np.arange(items),
             "category": category,
-            "brand": own_brands[category, brand_rank],
+            "brand": brand,
             "price_bucket": np.clip(price.astype(np.int64), 1, prices - 1),
         }
 

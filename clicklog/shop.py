@@ -7,7 +7,7 @@ trained on one can be judged on another. It knows the feature schema; it knows n
 import numpy as np
 import numpy.typing as npt
 
-from kvcast.clicklog.generator import BRANDS_PER_CATEGORY, ZIPF_EXPONENT
+from kvcast.clicklog.stock import draw_brands, zipf_weights
 from kvcast.contract.schema import FeatureSchema
 
 Ids = npt.NDArray[np.int64]
@@ -60,16 +60,14 @@ class Shop:
         brands, prices = sizes.get("brand", 64), sizes.get("price_bucket", 64)
         rows = self.items + 1
         self.category: Ids = draw.integers(1, self.categories + 1, rows)
-        own_brands = draw.integers(1, brands, (self.categories + 1, BRANDS_PER_CATEGORY))
-        rank = np.minimum(draw.geometric(0.3, rows) - 1, BRANDS_PER_CATEGORY - 1)
-        self.brand: Ids = own_brands[self.category, rank]
+        self.brand = draw_brands(draw, self.category, self.categories + 1, brands)
         level = draw.uniform(0.2, 0.8, self.categories + 1)
         self.price: Floats = np.clip(level[self.category] + draw.normal(0, PRICE_SPREAD, rows), 0, 1)
         own_quality = draw.normal(0, np.sqrt(1 - BRAND_SPREAD**2), rows)
         self.quality: Floats = own_quality + draw.normal(0, BRAND_SPREAD, brands)[self.brand]
         # Good items tend to be shown more often.
         rank = np.argsort(np.argsort(-self.quality[1:] - draw.normal(0, POPULARITY_NOISE, self.items)))
-        share = 1 / (1 + rank) ** ZIPF_EXPONENT  # [items]
+        share = zipf_weights(self.items)[rank]  # [items]
         self._shelf: Ids = 1 + np.argsort(self.category[1:], kind="stable")  # items sorted by category
         self._cumulated: Floats = np.append(0.0, np.cumsum(share[self._shelf - 1]))
         starts = np.searchsorted(self.category[self._shelf], np.arange(self.categories + 2))

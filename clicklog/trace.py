@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcast.clicklog.generator import ClickLog
+from kvcast.clicklog.stock import zipf_shares
 from kvcast.contract.request import RankRequest
 
 Ids = npt.NDArray[np.int64]
@@ -55,8 +56,7 @@ class Trace:
     def __init__(self, log: ClickLog, traffic: Traffic, seed: int) -> None:
         self._log, self._traffic = log, traffic
         self._generator = np.random.default_rng(seed)
-        popularity = 1 / np.arange(1, traffic.users + 1) ** traffic.exponent
-        self._popularity = popularity / popularity.sum()  # [users]
+        self._popularity = zipf_shares(traffic.users, traffic.exponent)  # [users]
         self._events: dict[int, Ids] = {}  # what each user will ever have done, as far as drawn
         self._ends: dict[int, int] = {}  # how much of it has happened
         self._recent: deque[int] = deque(maxlen=traffic.recent)

@@ -27,6 +27,7 @@ from typing import Any, Self
 import numpy as np
 
 from kvcast.clicklog import ClickLog
+from kvcast.clicklog.stock import zipf_shares
 from kvcast.client import RankerClient, RetryPolicy
 from kvcast.client.clients import DEFAULT_RETRY
 from kvcast.contract.config import ModelConfig
@@ -383,8 +384,7 @@ def read_trace(path: Path) -> list[int]:
 
 def draw_visitors(visits: int, seed: int, users: int = USERS, exponent: float = EXPONENT) -> list[int]:
     """Return whose each visit is: few users come often, most come rarely (Zipf's law)."""
-    popularity = 1 / np.arange(1, users + 1) ** exponent
-    drawn = np.random.default_rng(seed).choice(users, size=visits, p=popularity / popularity.sum())
+    drawn = np.random.default_rng(seed).choice(users, size=visits, p=zipf_shares(users, exponent))
     return [int(user) for user in drawn]
 
 

@@ -3,7 +3,6 @@
 import statistics
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,18 @@ from kvcast.contract.config import ModelConfig
 from kvcast.contract.tensors import RANKER_RESIDENT
 from kvcast.perf.analyzer import Load, run_analyzer, write_input_data
 from kvcast.perf.experiments import Plan, Row
-from kvcast.server import ServerSettings, TritonServer
-from kvcast.server.repository import find_free_ports
+from kvcast.perf.harness import serve_own
+from kvcast.server import ServerSettings
 
 COUNTS = (1, 10, 50)
 
 
 def run_guard(settings: ServerSettings, config: ModelConfig, plan: Plan, counts: Sequence[int], say: Any) -> Row:
     """Measure users who are kept, the quickest requests there are: of those the guard's share is largest."""
-    http, grpc, metrics = find_free_ports(3)
-    own = replace(
-        settings, models=[RANKER_RESIDENT.name], is_guarded=True, http_port=http, grpc_port=grpc, metrics_port=metrics
-    )
     log = ClickLog(config.schema, seed=23)
     rows = []
-    with TritonServer(own) as server, tempfile.TemporaryDirectory() as folder:
+    served = serve_own(settings, [RANKER_RESIDENT.name], is_guarded=True)
+    with served as server, tempfile.TemporaryDirectory() as folder:
         addresses = {"direct": server.direct_grpc_address, "guarded": server.grpc_address}
         for count in counts:
             data = Path(folder) / f"{count}.json"

@@ -10,9 +10,9 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,11 @@ from kvcast.contract.tensors import RANKER, RANKER_RESIDENT, SCORE_TOLERANCE, US
 from kvcast.perf.analyzer import Load, PerfError, run_analyzer, write_input_data
 from kvcast.perf.counters import Counters
 from kvcast.perf.experiments import Plan, Row
+from kvcast.perf.harness import serve_own
 from kvcast.perf.peers.race import Field, Worker, start_workers
 from kvcast.perf.processes import read_model_memory
-from kvcast.runtime.options import CACHE_BUDGET
 from kvcast.runtime.user_kv_cache import Arrays, UserKVCache
 from kvcast.server import ServerSettings, TritonServer
-from kvcast.server.repository import find_free_ports
 
 # Who keeps the users of whom callers ask.
 KEPT_BY = {RANKER.name: USER_ENCODER.name, RANKER_RESIDENT.name: RANKER_RESIDENT.name}
@@ -59,20 +58,9 @@ class Lab:
         length, layout = self.config.workload.history, self.manifest.user_kv
         return users * 1.01 * layout.bytes_of(length) / 1e6  # 1%: the history itself, bookkeeping, rounding
 
-    @contextlib.contextmanager
-    def serve(self, models: list[str], users: float) -> Iterator[TritonServer]:
-        """Serve models with a cache for so many users (0: off), on ports of the system's choice."""
-        http, grpc, metrics = find_free_ports(3)
-        own = replace(
-            self.settings,
-            parameters={CACHE_BUDGET: f"{self.count_megabytes(users):g}"},
-            models=models,
-            http_port=http,
-            grpc_port=grpc,
-            metrics_port=metrics,
-        )
-        with TritonServer(own) as server:
-            yield server
+    def serve(self, models: list[str], users: float) -> contextlib.AbstractContextManager[TritonServer]:
+        """Serve models with a cache for so many users (0: off)."""
+        return serve_own(self.settings, models, cache_megabytes=self.count_megabytes(users))
 
 
 # ---- warm against cold ----------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -24,10 +23,9 @@ from kvcast.contract.config import ModelConfig
 from kvcast.contract.errors import InvalidRequestError, KvcastError, TryAgainError
 from kvcast.contract.tensors import CANDIDATES, HISTORY, RANKER, RANKER_RESIDENT, SCORE_TOLERANCE, SCORES
 from kvcast.perf.experiments import Row
+from kvcast.perf.harness import serve_own
 from kvcast.perf.processes import ProcessUse, read_shared_memory, read_uses
-from kvcast.runtime.options import CACHE_BUDGET
 from kvcast.server import ServerSettings, TritonServer
-from kvcast.server.repository import find_free_ports
 
 SOAK_SECONDS = 1800
 CALLERS = 3
@@ -42,12 +40,7 @@ SETTLED_AFTER = 1 / 3
 
 def run_soak(settings: ServerSettings, config: ModelConfig, seconds: float, say: Any) -> Row:
     """Serve mixed load for so long; return samples, slopes an hour, and what came of the requests."""
-    http, grpc, metrics = find_free_ports(3)
-    own = replace(
-        settings, parameters={CACHE_BUDGET: f"{CACHE_MEGABYTES}"}, models=list(MODELS), is_guarded=True,
-        http_port=http, grpc_port=grpc, metrics_port=metrics,
-    )  # fmt: skip
-    with TritonServer(own) as server:
+    with serve_own(settings, MODELS, cache_megabytes=CACHE_MEGABYTES, is_guarded=True) as server:
         outcomes, samples = soak(server, config, seconds, say)
     slopes = find_slopes(samples)
     say(f"    {sum(outcomes.values())} requests: {dict(outcomes)}")
