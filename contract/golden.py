@@ -1,4 +1,4 @@
-"""The golden request of a release: one request and its scores as they were at export, kept beside each artefact.
+"""The golden request of a release: one request and the scores of the trained network, kept beside each artefact.
 
 Whoever is about to send traffic to a release asks it this request first: other hardware, another ONNX Runtime or a
 wrong file then shows before a caller sees a wrong score. The module compares scores; it does not know who made them.
@@ -18,6 +18,19 @@ from kvcast.contract.tensors import SCORE_TOLERANCE, SCORES
 GOLDEN_FILE = "golden.json"
 
 
+def measure_differences(
+    expected: npt.NDArray[Any], got: npt.NDArray[Any], size: npt.NDArray[Any] | None = None
+) -> npt.NDArray[np.float64]:
+    """Return how far numbers are from the expected ones: absolute, relative above 1; NaN or infinite if they are.
+
+    size: what a difference is relative to, broadcast to the numbers; the expected ones if it is left out.
+    """
+    with np.errstate(invalid="ignore"):
+        difference = np.abs(got.astype(np.float64) - expected)
+    relative: npt.NDArray[np.float64] = difference / np.maximum(1, np.abs(expected) if size is None else size)
+    return relative
+
+
 @dataclass(frozen=True)
 class Golden:
     """History INT64 `[L, history_fields]`, candidates INT64 `[N, T]`, and the FP32 scores `[N]` that are right."""
@@ -33,13 +46,13 @@ class Golden:
             scores: FP32 `[N]`.
 
         Raises:
-            ArtefactError: they are not those recorded at export, within `SCORE_TOLERANCE`.
+            ArtefactError: they are not those recorded at export, within `SCORE_TOLERANCE` (relative above 1).
         """
         if scores.shape != self.scores.shape:
             raise ArtefactError(
                 f"golden request: expected {SCORES.name} of shape {list(self.scores.shape)}, got {list(scores.shape)}"
             )
-        difference = np.abs(scores - self.scores).max()
+        difference = measure_differences(self.scores, scores).max()
         if not difference <= SCORE_TOLERANCE:  # so that NaN is refused too
             raise ArtefactError(
                 f"golden request: expected the {SCORES.name} recorded at export within {SCORE_TOLERANCE:g}, "

@@ -20,7 +20,7 @@ ONNX_FILE = "model.onnx"
 # In a repository: which releases were published into it, and which of them is served (server/releases.py).
 RELEASES_FILE = "releases.json"
 # Raised whenever a tensor, its meaning or this file changes, so that artefacts of both sides cannot be mixed.
-CONTRACT_VERSION = 2
+CONTRACT_VERSION = 3
 # Where the ONNX file itself repeats the release, so that a swapped file is noticed.
 RELEASE_METADATA_KEY = "kvcast.release"
 
@@ -39,10 +39,13 @@ class Dims:
 class Parity:
     """What the proofs of this export measured: largest absolute differences of scores (1 = one logit).
 
+    `graphs` is that between the graphs and the network, of scores and user KV, relative above 1; `torch` and `onnx` are
+    those between cached path and monolith, in the network and through the graphs.
     `undirected_difference` is the negative control: how far the scores under the undirected mask lie from
     those under the target-blind mask.
     """
 
+    graphs: float
     torch: float
     onnx: float
     undirected_difference: float

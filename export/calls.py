@@ -1,6 +1,8 @@
 """The three calls of an export candidate, through torch and through its ONNX files, as the proofs see them."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +13,7 @@ from kvcast.contract.manifest import ONNX_FILE
 from kvcast.contract.tensors import (
     CANDIDATES,
     DOC_FUSION,
+    EXPORTED_MODELS,
     HISTORY,
     RANKER_FULL,
     RANKER_RESIDENT,
@@ -19,44 +22,39 @@ from kvcast.contract.tensors import (
     USER_ENCODER,
     USER_KEYS,
     USER_VALUES,
+    TensorSpec,
     kept_tensor_name,
     layer_tensor_name,
 )
+from kvcast.export.graphs import open_session
 from kvcast.export.proofs import Calls, Floats, Ids
 from kvcast.network.interface import MaskKind, RankingNetwork, UserKV
 
+Feeds = dict[str, npt.NDArray[Any]]
+
 
 class TorchCalls(Calls):
-    """The calls of the network itself. User KV is M keys and then M values."""
+    """The calls of the network itself."""
 
     def __init__(self, network: RankingNetwork) -> None:
         self.network = network
 
     def encode_user(self, history: Ids) -> list[Floats]:
         """Run `encode_user`."""
-        user_kv = self.network.encode_user(_to_torch(history))
-        return [tensor.numpy() for tensor in user_kv.keys + user_kv.values]
+        return _to_arrays(self.network.encode_user(_to_torch(history)))
 
     def fuse(self, user_kv: list[Floats], candidates: Ids) -> Floats:
         """Run `fuse`."""
-        tensors = tuple(torch.from_numpy(array) for array in user_kv)
-        layers = len(tensors) // 2
-        scores = self.network.fuse(UserKV(tensors[:layers], tensors[layers:]), _to_torch(candidates))
+        scores = self.network.fuse(_to_user_kv(user_kv), _to_torch(candidates))
         return np.asarray(scores.numpy(), np.float32)
 
     def rank_resident(
         self, history: Ids, candidates: Ids, kept: list[Floats], *, use_kept: bool
     ) -> tuple[Floats, list[Floats]]:
-        """Run `rank`. Its user KV is M keys and then M values, as above."""
-        tensors = tuple(torch.from_numpy(array) for array in kept)
-        layers = len(tensors) // 2
-        scores, made = self.network.rank(
-            _to_torch(history),
-            _to_torch(candidates),
-            UserKV(tensors[:layers], tensors[layers:]),
-            torch.tensor(use_kept),
-        )
-        return np.asarray(scores.numpy(), np.float32), [tensor.numpy() for tensor in made.keys + made.values]
+        """Run `rank`."""
+        given = _to_torch(history), _to_torch(candidates), _to_user_kv(kept), torch.tensor(use_kept)
+        scores, made = self.network.rank(*given)
+        return np.asarray(scores.numpy(), np.float32), _to_arrays(made)
 
     def run_monolith(self, history: Ids, candidates: Ids, mask: MaskKind = "target_blind") -> Floats:
         """Run `forward`, which also knows the undirected mask."""
@@ -70,49 +68,63 @@ class TorchCalls(Calls):
 
 
 class OnnxCalls(Calls):
-    """The calls of the exported files in `folder/<model>/model.onnx`. User KV is the two stacked tensors."""
+    """The calls of ONNX graphs, a session each by the model's name."""
 
-    def __init__(self, folder: Path) -> None:
-        self._sessions = {
-            model: ort.InferenceSession(folder / model / ONNX_FILE, providers=["CPUExecutionProvider"])
-            for model in (USER_ENCODER.name, DOC_FUSION.name, RANKER_RESIDENT.name, RANKER_FULL.name)
-        }
+    def __init__(self, sessions: Mapping[str, ort.InferenceSession]) -> None:
+        self.sessions = sessions
+        self.feeds: dict[str, Feeds] = {}
+        """What each graph was given last."""
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """Open the exported files, `folder/<model>/model.onnx`."""
+        files = {model.name: folder / model.name / ONNX_FILE for model in EXPORTED_MODELS}
+        return cls({model: open_session(file) for model, file in files.items()})
 
     def encode_user(self, history: Ids) -> list[Floats]:
-        """Run `user_encoder`."""
-        names = [USER_KEYS.name, USER_VALUES.name]
-        return list(self._sessions[USER_ENCODER.name].run(names, {HISTORY.name: history}))
+        """Run `user_encoder`; return a view of each layer."""
+        stacked = self._run(USER_ENCODER.name, [USER_KEYS.name, USER_VALUES.name], {HISTORY.name: history})
+        return [array[:, layer] for array in stacked for layer in range(array.shape[1])]
 
     def fuse(self, user_kv: list[Floats], candidates: Ids) -> Floats:
-        """Run `doc_fusion`, a view of each layer as its input."""
-        feeds: dict[str, npt.NDArray[np.generic]] = {CANDIDATES.name: np.ascontiguousarray(candidates)}
-        for spec, stacked in zip((USER_KEYS, USER_VALUES), user_kv, strict=True):
-            for layer in range(stacked.shape[1]):
-                feeds[layer_tensor_name(spec, layer)] = stacked[:, layer]
-        (scores,) = self._sessions[DOC_FUSION.name].run(None, feeds)
-        return np.asarray(scores)
+        """Run `doc_fusion`."""
+        feeds = _name_layers(layer_tensor_name, user_kv) | {CANDIDATES.name: candidates}
+        return self._run(DOC_FUSION.name, [SCORES.name], feeds)[0]
 
     def rank_resident(
         self, history: Ids, candidates: Ids, kept: list[Floats], *, use_kept: bool
     ) -> tuple[Floats, list[Floats]]:
-        """Run `ranker_resident`. Its user KV is M keys and then M values."""
-        layers = len(kept) // 2
-        names = [(spec, layer) for spec in (USER_KEYS, USER_VALUES) for layer in range(layers)]
-        feeds: dict[str, npt.NDArray[np.generic]] = {
-            kept_tensor_name(*name): array for name, array in zip(names, kept, strict=True)
-        }
-        feeds |= {HISTORY.name: history, CANDIDATES.name: np.ascontiguousarray(candidates)}
-        outputs = [SCORES.name, *(layer_tensor_name(*name) for name in names)]
-        session = self._sessions[RANKER_RESIDENT.name]
-        scores, *made = session.run(outputs, {**feeds, USE_KEPT: np.array(use_kept)})
-        return np.asarray(scores), list(made)
+        """Run `ranker_resident`."""
+        feeds = _name_layers(kept_tensor_name, kept)
+        feeds |= {HISTORY.name: history, CANDIDATES.name: candidates, USE_KEPT: np.array(use_kept)}
+        outputs = [SCORES.name, *_name_layers(layer_tensor_name, kept)]
+        scores, *made = self._run(RANKER_RESIDENT.name, outputs, feeds)
+        return scores, made
 
     def run_monolith(self, history: Ids, candidates: Ids) -> Floats:
         """Run `ranker_full`."""
-        feeds = {HISTORY.name: history, CANDIDATES.name: candidates}
-        (scores,) = self._sessions[RANKER_FULL.name].run(None, feeds)
-        return np.asarray(scores)
+        return self._run(RANKER_FULL.name, [SCORES.name], {HISTORY.name: history, CANDIDATES.name: candidates})[0]
+
+    def _run(self, model: str, outputs: list[str], feeds: Feeds) -> list[Floats]:
+        self.feeds[model] = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+        return [np.asarray(array) for array in self.sessions[model].run(outputs, self.feeds[model])]
+
+
+def _name_layers(name: Callable[[TensorSpec, int], str], user_kv: list[Floats]) -> Feeds:
+    """Return M keys and then M values by the names that a graph has for them."""
+    layers = len(user_kv) // 2
+    names = [name(spec, layer) for spec in (USER_KEYS, USER_VALUES) for layer in range(layers)]
+    return dict(zip(names, user_kv, strict=True))
 
 
 def _to_torch(ids: Ids) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(ids))
+
+
+def _to_user_kv(layers: list[Floats]) -> UserKV:
+    tensors = tuple(torch.from_numpy(layer) for layer in layers)
+    return UserKV(tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :])
+
+
+def _to_arrays(user_kv: UserKV) -> list[Floats]:
+    return [layer.numpy() for layer in user_kv.keys + user_kv.values]

@@ -2,7 +2,9 @@
 
 `user_encoder` takes histories and returns stacked KV and the release. `doc_fusion` takes one KV tensor a layer: a layer
 of a stacked array is a view, while a slice inside a graph is a copy. `ranker_resident` does both sides in one graph, KV
-layer by layer on both ends. `ranker_full` is the monolith. The module traces; it proves and writes nothing else.
+layer by layer on both ends. `ranker_full` is the monolith. What was traced is kept beside the file, without weights, so
+that the proofs can run it with others and look at what its operators return. The module traces; it proves and writes
+nothing else.
 """
 
 import contextlib
@@ -10,12 +12,15 @@ import io
 import logging
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy.typing as npt
 import onnx
+import onnx_ir
+import onnxruntime as ort
 import onnxscript
 import torch
 from torch import Tensor, nn
@@ -41,6 +46,8 @@ from kvcast.network.attention import ATTEND_UNMASKED
 from kvcast.network.interface import RankingNetwork, UserKV
 
 OPSET = 20
+# Before the network's own names of its weights, in each of the modules below.
+WEIGHTS_PREFIX = "network"
 # The part of ONNX Runtime's operator that is used here; onnx itself has no schema of it.
 MULTI_HEAD_ATTENTION = onnx.defs.OpSchema(
     "MultiHeadAttention",
@@ -51,6 +58,19 @@ MULTI_HEAD_ATTENTION = onnx.defs.OpSchema(
     type_constraints=[("T", ["tensor(float)"], "fp32, as it is exported")],
     attributes=[onnx.defs.OpSchema.Attribute("num_heads", onnx.defs.OpSchema.AttrType.INT, required=True)],
 )
+
+
+class FullGraph(nn.Module):
+    """history, candidates → scores, by full recomputation."""
+
+    def __init__(self, network: RankingNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, history: Tensor, candidates: Tensor) -> Tensor:
+        """INT64 `[B, L, fields]`, `[B, N, T]` → FP32 `[B, N]`."""
+        scores, _ = self.network.run_monolith(history, candidates, "target_blind")
+        return scores
 
 
 class EncoderGraph(nn.Module):
@@ -113,6 +133,58 @@ class Graph:
     output_names: list[str]
 
 
+@dataclass(frozen=True)
+class TracedGraph:
+    """A traced graph: the exported file, the program it was made from, and the same in ONNX before it was optimised.
+
+    The last has every weight by its name in `graph.module`; the optimiser folds weights into constants without a name.
+    """
+
+    graph: Graph
+    path: Path
+    program: torch.export.ExportedProgram
+    unoptimised: onnx_ir.Model
+
+    def open_file(self) -> ort.InferenceSession:
+        """Open the exported file."""
+        return open_session(self.path)
+
+    def open(self, network: RankingNetwork, more_outputs: Sequence[str] = ()) -> ort.InferenceSession:
+        """Open the graph as it was before it was optimised.
+
+        Args:
+            network: of the same configuration; the session runs with its weights, where they lie.
+            more_outputs: names of values in the graph that become outputs too.
+        """
+        model = self.unoptimised.clone()
+        weights: dict[str, ort.OrtValue] = {}
+        for name, weight in network.named_parameters(WEIGHTS_PREFIX, remove_duplicate=False):
+            if name in model.graph.initializers:
+                array = weight.contiguous().numpy()
+                weights[name] = ort.OrtValue.ortvalue_from_numpy(array)
+                model.graph.initializers[name].const_value = _describe_weight(name, array)
+        values = {value.name: value for node in model.graph for value in node.outputs}
+        model.graph.outputs.extend(values[name] for name in more_outputs)
+        return open_session(onnx_ir.to_proto(model).SerializeToString(), weights)
+
+
+def _describe_weight(name: str, array: npt.NDArray[Any]) -> onnx_ir.ExternalTensor:
+    """Return a tensor for a graph whose bytes the session is given when it is opened: no file is read."""
+    data_type = onnx_ir.DataType.from_numpy(array.dtype)
+    return onnx_ir.ExternalTensor("weights", 0, array.nbytes, data_type, shape=onnx_ir.Shape(array.shape), name=name)
+
+
+def open_session(model: Path | bytes, weights: Mapping[str, ort.OrtValue] | None = None) -> ort.InferenceSession:
+    """Open a graph for the proofs, on the CPU; what fails is an exception and not a line of ONNX Runtime's as well."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    # Sessions take turns with torch on the same cores: threads that wait busily slow everything else down.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if weights:
+        options.add_external_initializers(list(weights), list(weights.values()))
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
 def describe_graphs(network: RankingNetwork, release: str) -> list[Graph]:
     """Return the graphs of a network."""
     schema, layers = network.config.schema, network.kv_layout.layers
@@ -160,7 +232,7 @@ def describe_graphs(network: RankingNetwork, release: str) -> list[Graph]:
         ),
         Graph(
             RANKER_FULL.name,
-            network,
+            FullGraph(network),
             (history, candidates),
             ({0: "users", 1: "L"}, {0: "users", 1: "N"}),
             [HISTORY.name, CANDIDATES.name],
@@ -173,8 +245,8 @@ class TraceError(ArtefactError):
     """A network's code cannot be made into a graph."""
 
 
-def export_graph(graph: Graph, release: str, path: Path) -> None:
-    """Trace one graph into an ONNX file at `path`, weights in `path` + ".data" beside it.
+def export_graph(graph: Graph, release: str, path: Path) -> TracedGraph:
+    """Trace one graph into an ONNX file at `path`, weights in `path` + ".data" beside it; return what was traced.
 
     The release is written into the file's metadata, so that a file that was swapped is noticed at load.
 
@@ -191,15 +263,19 @@ def export_graph(graph: Graph, release: str, path: Path) -> None:
             output_names=graph.output_names,
             dynamic_shapes=graph.dynamic_shapes,
             custom_translation_table={ATTEND_UNMASKED: translate_attend_unmasked},
+            optimize=False,
             verbose=False,
         )
-    if program is None:
-        raise RuntimeError(f"{graph.model}: the ONNX exporter returned nothing")
+        if program is None or program.exported_program is None:
+            raise RuntimeError(f"{graph.model}: the ONNX exporter returned nothing")
+        unoptimised = program.model.clone()
+        program.optimize()
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces, with the paths of the exporting machine
     program.model.metadata_props[RELEASE_METADATA_KEY] = release
     program.save(str(path), external_data=True)
     onnx.checker.check_model(str(path))
+    return TracedGraph(graph, path, program.exported_program, unoptimised)
 
 
 def translate_attend_unmasked(query: Any, key: Any, value: Any, heads: int) -> Any:

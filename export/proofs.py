@@ -40,11 +40,14 @@ class ProofError(ArtefactError):
 
 
 class Calls(abc.ABC):
-    """The three calls of a network, on numpy arrays, however they are computed."""
+    """The three calls of a network, on numpy arrays, however they are computed.
+
+    User KV is a list of M keys `[B, H, key_rows, slots]` and then M values `[B, H, slots, value_columns]`.
+    """
 
     @abc.abstractmethod
     def encode_user(self, history: Ids) -> list[Floats]:
-        """INT64 `[B, L, history_fields]` → the user KV, opaque to the proofs but for equality."""
+        """INT64 `[B, L, history_fields]` → the user KV."""
 
     @abc.abstractmethod
     def fuse(self, user_kv: list[Floats], candidates: Ids) -> Floats:
@@ -54,10 +57,7 @@ class Calls(abc.ABC):
     def rank_resident(
         self, history: Ids, candidates: Ids, kept: list[Floats], *, use_kept: bool
     ) -> tuple[Floats, list[Floats]]:
-        """Both sides in one call, or with the KV that an earlier such call made → scores FP32 `[B, N]`, KV by layer.
-
-        The KV is M keys and then M values, a batch axis first.
-        """
+        """Both sides in one call, or with the KV that an earlier such call made → scores FP32 `[B, N]`, user KV."""
 
     @abc.abstractmethod
     def run_monolith(self, history: Ids, candidates: Ids) -> Floats:

@@ -848,7 +848,7 @@ def new_release(tiny_repository: Path, tmp_path_factory: pytest.TempPathFactory)
 def test_the_graphs_of_a_family_that_leaves_rank_as_it_comes_are_proved(new_release, tmp_path):
     for model in EXPORTED_MODELS:
         (tmp_path / model.name).symlink_to(new_release / model.name / "1")
-    manifest, calls = read_manifest(new_release / "ranker_resident" / "1"), OnnxCalls(tmp_path)
+    manifest, calls = read_manifest(new_release / "ranker_resident" / "1"), OnnxCalls.open(tmp_path)
     for length, count, seed in ((50, 7, 11), (2, 3, 12)):
         assert 0 <= prove(calls, draw_sample(CONFIG.schema, length, count, seed), manifest.user_kv) <= TOLERANCE
 

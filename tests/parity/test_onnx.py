@@ -119,7 +119,7 @@ def test_graphs_of_other_sizes(sizes, tmp_path):
         for graph in describe_graphs(network, release):
             (tmp_path / graph.model).mkdir()
             export_graph(graph, release, tmp_path / graph.model / "model.onnx")
-    calls = OnnxCalls(tmp_path)
+    calls = OnnxCalls.open(tmp_path)
     weights = {name: value.numpy() for name, value in network.state_dict().items()}
     for length, count, seed in ((1, 1, 0), (40, 7, 1), (13, 3, 2)):
         history, candidates = draw_request(config, length, count, seed)

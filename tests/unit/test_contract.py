@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kvcast.contract.config import MIN_VOCABULARY, list_configs, load_config, parse_config
 from kvcast.contract.errors import ArtefactError, ConfigError, ErrorKind, InvalidRequestError, KvcastError
-from kvcast.contract.manifest import Dims, Manifest, Parity, parse_manifest, read_manifest
+from kvcast.contract.manifest import CONTRACT_VERSION, Dims, Manifest, Parity, parse_manifest, read_manifest
 from kvcast.contract.request import RankRequest
 from kvcast.contract.schema import Field, KVLayout, Limits
 from kvcast.contract.validation import (
@@ -235,7 +235,7 @@ def make_manifest() -> Manifest:
         model="doc_fusion", config="own", network="a:B", release="ab" * 32,
         history_fields=FIELDS, candidate_fields=FIELDS, limits=LIMITS, workload=load_config("tiny").workload,
         dims=Dims(2, 3, 12, 2), user_kv=LAYOUT, dtype="FP32", opset=20, versions={"torch": "2"},
-        parity=Parity(1e-7, 2e-7, 0.1), files={"model.onnx": "00"},
+        parity=Parity(3e-7, 1e-7, 2e-7, 0.1), files={"model.onnx": "00"},
     )  # fmt: skip
 
 
@@ -252,8 +252,8 @@ def test_what_is_no_manifest_is_refused(text):
 
 def test_a_manifest_of_another_contract_is_refused(tmp_path):
     table = json.loads(make_manifest().to_json())
-    with pytest.raises(ArtefactError, match="contract version 2, got 3"):
-        parse_manifest(json.dumps({**table, "contract_version": 3}))
+    with pytest.raises(ArtefactError, match=f"contract version {CONTRACT_VERSION}, got {CONTRACT_VERSION + 1}"):
+        parse_manifest(json.dumps({**table, "contract_version": CONTRACT_VERSION + 1}))
     with pytest.raises(ArtefactError, match="run the export first"):
         read_manifest(tmp_path)
 

@@ -265,6 +265,7 @@ def test_the_exported_repository(tiny_repository):
         assert set(manifest.files) == {"golden.json", "model.onnx", "model.onnx.data"}
         assert all(hash_file(folder / name) == digest for name, digest in manifest.files.items())
         assert 0 < manifest.parity.onnx <= 1e-5
+        assert 0 < manifest.parity.graphs <= 1e-5
         assert manifest.parity.undirected_difference > 1e-3
         assert b"/" + b"network/transformer.py" not in (folder / "model.onnx").read_bytes(), "no path of this machine"
     assert {path.name for path in tiny_repository.iterdir()} == {model.name for model in MODELS}
@@ -296,7 +297,7 @@ def test_a_trained_demo_is_exported_over_another_and_keeps_an_operators_configur
     assert main(["--config", str(toml), "--repository", str(own_repository)]) == 0
     printed = capsys.readouterr().out
     assert f"weights: {out}" in printed
-    assert "[9/9]" in printed
+    assert "[10/10]" in printed
     assert "cached = monolith" in printed
     assert "count: 2" in config.read_text()
     network = build_network(load_config("demo"))
