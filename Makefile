@@ -82,7 +82,7 @@ test-deploy: $(READY) ## deploy/ against real haproxy, prometheus and kubectl, f
 	KVCAST_THOROUGH=1 KVCAST_REQUIRE_DEPLOY_TOOLS=1 KVCAST_AFFINITY_VISITS=4000 $(BIN)/python -m pytest tests/deploy
 
 perf: $(READY) $(LIBB64) ## measure CONFIG (bench) side by side, with report and plots (QUICK=1: 4 minutes)
-	@$(BIN)/kvcast perf run --config $(CONFIG) --repository $(REPOSITORY) $(PORTS) $(if $(QUICK),--quick --results build/perf) \
+	@$(BIN)/python -m perf run --config $(CONFIG) --repository $(REPOSITORY) $(PORTS) $(if $(QUICK),--quick --results build/perf) \
 		$(PERF_FLAGS)
 
 check: $(READY) ## formatting, lint, types, Kubernetes' schemas, pins, known vulnerabilities of what is pinned

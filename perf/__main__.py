@@ -1,4 +1,4 @@
-"""`kvcast perf run`: the proof, side by side, with a report and plots. `kvcast perf model`: the arithmetic alone."""
+"""`python -m perf run`: the proof, side by side, with report and plots; `python -m perf model`: arithmetic alone."""
 
 import argparse
 import contextlib
@@ -14,19 +14,19 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from kvcast.contract.config import ModelConfig, load_config
-from kvcast.contract.errors import KvcastError
-from kvcast.contract.tensors import RANKER_RESIDENT
-from kvcast.perf import affinity, cost_model, experiments, guard_cost, reuse, soak
-from kvcast.perf.analyzer import PerfError, find_analyzer
-from kvcast.perf.environment import describe_machine
-from kvcast.perf.experiments import Bench, Plan
-from kvcast.perf.peers.race import Field, RaceError
-from kvcast.perf.plots import draw_all, regime
-from kvcast.perf.report import write_report
-from kvcast.runtime.options import CACHE_BUDGET
+from kvcast.protocol.config import ModelConfig, load_config
+from kvcast.protocol.errors import KvcastError
+from kvcast.protocol.tensors import RANKER_RESIDENT
 from kvcast.server import ServerError, ServerSettings, TritonServer
 from kvcast.server.repository import ensure_exported, read_config_name
+from kvcast.serving.options import CACHE_BUDGET
+from perf import affinity, cost_model, experiments, guard_cost, reuse, soak
+from perf.analyzer import PerfError, find_analyzer
+from perf.baselines.race import Field, RaceError
+from perf.environment import describe_machine
+from perf.experiments import Bench, Plan
+from perf.plots import draw_all, regime
+from perf.report import write_report
 
 COLD = ("table", "history_growth", "stages", "load", "packing", "memory", "peers")
 KEPT = ("reuse", "trace", "endurance")
@@ -40,7 +40,7 @@ candidate a full sequence. There requests are cold: the cache is off. reuse, tra
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(prog="kvcast perf", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m perf", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="measure, report, plot", description="Measure on a running tritonserver.")
     run.add_argument("--config", default="bench")
@@ -93,8 +93,8 @@ def main(argv: list[str] | None = None) -> int:
             write_files(json.loads(arguments.result.read_text()), arguments.result.parent)
         else:
             run(arguments)
-    except (PerfError, RaceError, ServerError, KvcastError) as error:
-        print(f"kvcast perf: {error}", file=sys.stderr)
+    except (PerfError, RaceError, ServerError, KvcastError, OSError) as error:
+        print(f"perf: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -159,7 +159,7 @@ def describe_command(arguments: argparse.Namespace) -> str:
     options = (*measured, "visits", "seed", "trace")
     parser = make_parser()
     default = parser.parse_args(["run"])
-    parts = ["kvcast perf run"] + (["--quick"] if arguments.quick else [])
+    parts = ["python -m perf run"] + (["--quick"] if arguments.quick else [])
     for option in options:
         value = getattr(arguments, option)
         if option == "config" or value != getattr(default, option):

@@ -26,24 +26,24 @@ from typing import Any, Self
 
 import numpy as np
 
-from kvcast.clicklog import ClickLog
-from kvcast.clicklog.stock import zipf_shares
 from kvcast.client import RankerClient, RetryPolicy
 from kvcast.client.clients import DEFAULT_RETRY
-from kvcast.contract.config import ModelConfig
-from kvcast.contract.errors import KvcastError
-from kvcast.contract.manifest import Manifest, read_manifest
-from kvcast.contract.request import RankRequest
-from kvcast.contract.routing import ROUTING_HEADER, hash_user
-from kvcast.contract.tensors import CANDIDATES, HISTORY, RANKER_RESIDENT, SCORE_TOLERANCE, SCORES
-from kvcast.perf.analyzer import PerfError
-from kvcast.perf.counters import Counters
-from kvcast.perf.experiments import Row
-from kvcast.perf.programs import explain_absence, find_program, make_environment
-from kvcast.runtime.options import CACHE_BUDGET
-from kvcast.runtime.user_kv_cache import ENTRY_OVERHEAD_BYTES
+from kvcast.protocol.config import ModelConfig
+from kvcast.protocol.errors import KvcastError
+from kvcast.protocol.manifest import Manifest, read_manifest
+from kvcast.protocol.request import RankRequest
+from kvcast.protocol.routing import ROUTING_HEADER, hash_user
+from kvcast.protocol.tensors import CANDIDATES, HISTORY, RANKER_RESIDENT, SCORE_TOLERANCE, SCORES
 from kvcast.server import ServerError
 from kvcast.server.repository import find_free_ports
+from kvcast.serving.options import CACHE_BUDGET
+from kvcast.serving.user_kv_cache import ENTRY_OVERHEAD_BYTES
+from kvcast.synthetic import ClickLog
+from kvcast.synthetic.stock import zipf_shares
+from perf.analyzer import PerfError
+from perf.counters import Counters
+from perf.experiments import Row
+from perf.programs import explain_absence, find_program, make_environment
 
 HAPROXY_CONFIG = Path(__file__).resolve().parents[1] / "deploy" / "haproxy" / "haproxy.cfg"
 NAMES = ("one", "two", "three")

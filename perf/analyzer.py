@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvcast.contract.request import RankRequest
-from kvcast.contract.tensors import CANDIDATES, HISTORY
+from kvcast.protocol.request import RankRequest
+from kvcast.protocol.tensors import CANDIDATES, HISTORY
 
 LIBRARIES = Path("build/perf-libraries")
 MICROSECONDS = 1e6

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from kvcast.contract.config import ModelConfig
-from kvcast.network.interface import RankingNetwork, build_network
+from kvcast.networks.interface import RankingNetwork, build_network
+from kvcast.protocol.config import ModelConfig
 
 # The source documents assume that fusing a candidate costs this share of encoding a user, and that a long history
 # costs a service this share of its throughput.

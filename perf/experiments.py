@@ -15,17 +15,17 @@ from typing import Any
 import numpy as np
 import tritonclient.grpc
 
-from kvcast.clicklog import ClickLog
 from kvcast.client import RankerClient
-from kvcast.contract.config import ModelConfig
-from kvcast.contract.report import Report
-from kvcast.contract.request import RankRequest
-from kvcast.contract.tensors import RANKER, RANKER_FULL
-from kvcast.perf.analyzer import Load, Measurement, PerfError, run_analyzer, write_input_data
-from kvcast.perf.cost_model import CostModel, claimed_gain, claimed_speedup, throughput_drop
-from kvcast.perf.peers.race import Field, race, start_workers
-from kvcast.perf.peers.softmax import choose_peers
+from kvcast.protocol.config import ModelConfig
+from kvcast.protocol.report import Report
+from kvcast.protocol.request import RankRequest
+from kvcast.protocol.tensors import RANKER, RANKER_FULL
 from kvcast.server import TritonServer
+from kvcast.synthetic import ClickLog
+from perf.analyzer import Load, Measurement, PerfError, run_analyzer, write_input_data
+from perf.baselines.race import Field, race, start_workers
+from perf.baselines.softmax import choose_peers
+from perf.cost_model import CostModel, claimed_gain, claimed_speedup, throughput_drop
 
 TABLE_COUNTS = (1, 5, 10, 50, 100, 1000)
 HISTORY_LENGTHS = (250, 500, 1000, 2000, 4000)

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kvcast.clicklog import ClickLog
-from kvcast.contract.config import ModelConfig
-from kvcast.contract.tensors import RANKER_RESIDENT
-from kvcast.perf.analyzer import Load, run_analyzer, write_input_data
-from kvcast.perf.experiments import Plan, Row
-from kvcast.perf.harness import serve_own
+from kvcast.protocol.config import ModelConfig
+from kvcast.protocol.tensors import RANKER_RESIDENT
 from kvcast.server import ServerSettings
+from kvcast.synthetic import ClickLog
+from perf.analyzer import Load, run_analyzer, write_input_data
+from perf.experiments import Plan, Row
+from perf.harness import serve_own
 
 COUNTS = (1, 10, 50)
 

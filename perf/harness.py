@@ -4,9 +4,9 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from kvcast.runtime.options import CACHE_BUDGET
 from kvcast.server import ServerSettings, TritonServer
 from kvcast.server.repository import find_free_ports
+from kvcast.serving.options import CACHE_BUDGET
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from kvcast.perf.plots import PEER_NAMES, regime
+from perf.plots import PEER_NAMES, regime
 
 TABLE_NOTE = (
     "measured × is the median of the ratios of neighbouring rounds, the times are medians of their own; gain = 1 - 1 ÷ "

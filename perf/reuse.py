@@ -19,19 +19,19 @@ from typing import Any
 
 import numpy as np
 
-from kvcast.clicklog import ClickLog, Trace, Traffic, Visit
 from kvcast.client import NO_RETRIES, CacheResult, RankerClient, Ranking
-from kvcast.contract.config import ModelConfig
-from kvcast.contract.manifest import read_manifest
-from kvcast.contract.tensors import RANKER, RANKER_RESIDENT, SCORE_TOLERANCE, USER_ENCODER
-from kvcast.perf.analyzer import Load, PerfError, run_analyzer, write_input_data
-from kvcast.perf.counters import Counters
-from kvcast.perf.experiments import Plan, Row
-from kvcast.perf.harness import serve_own
-from kvcast.perf.peers.race import Field, Worker, start_workers
-from kvcast.perf.processes import read_model_memory
-from kvcast.runtime.user_kv_cache import Arrays, UserKVCache
+from kvcast.protocol.config import ModelConfig
+from kvcast.protocol.manifest import read_manifest
+from kvcast.protocol.tensors import RANKER, RANKER_RESIDENT, SCORE_TOLERANCE, USER_ENCODER
 from kvcast.server import ServerSettings, TritonServer
+from kvcast.serving.user_kv_cache import Arrays, UserKVCache
+from kvcast.synthetic import ClickLog, Trace, Traffic, Visit
+from perf.analyzer import Load, PerfError, run_analyzer, write_input_data
+from perf.baselines.race import Field, Worker, start_workers
+from perf.counters import Counters
+from perf.experiments import Plan, Row
+from perf.harness import serve_own
+from perf.processes import read_model_memory
 
 # Who keeps the users of whom callers ask.
 KEPT_BY = {RANKER.name: USER_ENCODER.name, RANKER_RESIDENT.name: RANKER_RESIDENT.name}

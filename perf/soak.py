@@ -16,16 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from kvcast.clicklog import ClickLog, Trace, Traffic, Visit
 from kvcast.client import NO_RETRIES, RankerClient
 from kvcast.client.transport import Call, GrpcTransport, HttpTransport, Protocol, Transport
-from kvcast.contract.config import ModelConfig
-from kvcast.contract.errors import InvalidRequestError, KvcastError, TryAgainError
-from kvcast.contract.tensors import CANDIDATES, HISTORY, RANKER, RANKER_RESIDENT, SCORE_TOLERANCE, SCORES
-from kvcast.perf.experiments import Row
-from kvcast.perf.harness import serve_own
-from kvcast.perf.processes import ProcessUse, read_shared_memory, read_uses
+from kvcast.protocol.config import ModelConfig
+from kvcast.protocol.errors import InvalidRequestError, KvcastError, TryAgainError
+from kvcast.protocol.tensors import CANDIDATES, HISTORY, RANKER, RANKER_RESIDENT, SCORE_TOLERANCE, SCORES
 from kvcast.server import ServerSettings, TritonServer
+from kvcast.synthetic import ClickLog, Trace, Traffic, Visit
+from perf.experiments import Row
+from perf.harness import serve_own
+from perf.processes import ProcessUse, read_shared_memory, read_uses
 
 SOAK_SECONDS = 1800
 CALLERS = 3

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from kvcast.contract.config import load_config
-from kvcast.contract.errors import ArtefactError
-from kvcast.contract.manifest import read_manifest
-from kvcast.contract.tensors import USER_ENCODER
 from kvcast.export.pipeline import WeightsSource, export_release
 from kvcast.export.release import fingerprint_release
-from kvcast.network.interface import RankingNetwork, build_network
-from kvcast.network.weights import load_weights
+from kvcast.networks.interface import RankingNetwork, build_network
+from kvcast.networks.weights import load_weights
+from kvcast.protocol.config import load_config
+from kvcast.protocol.errors import ArtefactError
+from kvcast.protocol.manifest import read_manifest
+from kvcast.protocol.tensors import USER_ENCODER
 from kvcast.server import ServerSettings, TritonServer
 from tests.support import find_free_ports
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvcast.guard.state import State
+from kvcast.gateway.state import State
 from kvcast.server.repository import find_free_ports
 
 READY = State(is_ready=True, reason="", release=1)
@@ -65,7 +65,7 @@ def run_guard(
     addresses = make_addresses(http, grpc)
     with tempfile.TemporaryDirectory() as folder:
         state_file = Path(folder) / "state.json"
-        command = [sys.executable, "-m", "kvcast.guard", *addresses, "--state", str(state_file), *arguments]
+        command = [sys.executable, "-m", "kvcast.gateway", *addresses, "--state", str(state_file), *arguments]
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, text=True, env={**os.environ, **(environment or {})}
         )

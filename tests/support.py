@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvcast.contract.config import ModelConfig, NetworkConfig, load_config
-from kvcast.contract.schema import FeatureSchema, Field, Limits, Workload
-from kvcast.network.interface import RankingNetwork, build_network
-from kvcast.network.weights import draw_weights
+from kvcast.networks.interface import RankingNetwork, build_network
+from kvcast.networks.weights import draw_weights
+from kvcast.protocol.config import ModelConfig, NetworkConfig, load_config
+from kvcast.protocol.schema import FeatureSchema, Field, Limits, Workload
 from kvcast.server.repository import find_free_ports as find_free_ports  # noqa: PLC0414 for the tests
 
 Ids = npt.NDArray[np.int64]
@@ -28,7 +28,7 @@ def make_config(
     candidate = (item, *(Field(f"attribute_{index}", 70 + index) for index in range(1, candidate_fields)))
     return ModelConfig(
         name="small",
-        network=NetworkConfig("kvcast.network.transformer:Transformer", layers, heads, heads * head_width),
+        network=NetworkConfig("kvcast.networks.transformer:Transformer", layers, heads, heads * head_width),
         schema=FeatureSchema(history, candidate),
         limits=Limits(history=64, candidates=32),
         workload=Workload(history=10, candidates=5),

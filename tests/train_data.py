@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from kvcast.contract.config import ModelConfig
+from kvcast.protocol.config import ModelConfig
 from kvcast.train.requests import TrainingRequest
 from kvcast.train.trainer import Parts
 from tests.support import draw_request, draw_rows

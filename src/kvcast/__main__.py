@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from kvcast.contract.errors import KvcastError
+from kvcast.protocol.errors import KvcastError
 from kvcast.server import ServerError
 
 # command → (module with `main(argv)`, what it is for)
@@ -14,8 +14,7 @@ COMMANDS = {
     "release": ("kvcast.server.release", "publish releases, choose which one is served, go back"),
     "rank": ("kvcast.client.__main__", "rank the candidates of a JSON request on a running server"),
     "probe": ("kvcast.client.probe", "say whether a running server ranks, for health checks"),
-    "clicklog": ("kvcast.clicklog.__main__", "draw a synthetic ranking request, or a log with known truth"),
-    "perf": ("kvcast.perf.__main__", "measure against the traditional scheme, with report and plots"),
+    "clicklog": ("kvcast.synthetic.__main__", "draw a synthetic ranking request, or a log with known truth"),
     "demo": ("kvcast.demo", "serve, rank for one user of a small shop, show it, stop"),
 }
 
@@ -33,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         module = importlib.import_module(COMMANDS[command][0])
     except ModuleNotFoundError as error:
-        extras = {"train": "train", "export": "export", "serve": "server", "demo": "server", "perf": "perf"}
+        extras = {"train": "train", "export": "export", "serve": "server", "demo": "server"}
         extra = extras.get(command)
         hint = f"pip install 'kvcast[{extra}]'" if extra else "pip install kvcast"
         print(f"kvcast {command}: {error.name} is not installed: {hint}", file=sys.stderr)

@@ -9,15 +9,15 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from kvcast.clicklog import ClickLog, Habits, PlantedLog, Shop, Visitor, draw_visitor
-from kvcast.clicklog.visitor import describe_ranking, describe_visitor
 from kvcast.client import RankerClient
 from kvcast.client.__main__ import main as rank
-from kvcast.contract.config import DEFAULT_CONFIG, ModelConfig, load_config
-from kvcast.contract.errors import KvcastError
-from kvcast.contract.tensors import RANKER
+from kvcast.protocol.config import DEFAULT_CONFIG, ModelConfig, load_config
+from kvcast.protocol.errors import KvcastError
+from kvcast.protocol.tensors import RANKER
 from kvcast.server import ServerError, ServerSettings, TritonServer
 from kvcast.server.repository import ensure_exported, read_config_name
+from kvcast.synthetic import ClickLog, Habits, PlantedLog, Shop, Visitor, draw_visitor
+from kvcast.synthetic.visitor import describe_ranking, describe_visitor
 
 # The weights of `demo` were trained on the users of seed 1 (docs/training.md): these are others, in the same shop.
 LOG_SEED = 0

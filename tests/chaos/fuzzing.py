@@ -21,8 +21,8 @@ import grpc
 import numpy as np
 from tritonclient.grpc import service_pb2
 
-from kvcast.clicklog import ClickLog
-from kvcast.contract.config import load_config
+from kvcast.protocol.config import load_config
+from kvcast.synthetic import ClickLog
 
 SERVICE = "/inference.GRPCInferenceService/"
 REPLY_SECONDS = 30.0

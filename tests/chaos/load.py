@@ -9,8 +9,8 @@ from typing import Any, Self
 import numpy as np
 
 from kvcast.client import NO_RETRIES, RankerClient, RetryPolicy
-from kvcast.contract.config import load_config
-from kvcast.contract.errors import KvcastError
+from kvcast.protocol.config import load_config
+from kvcast.protocol.errors import KvcastError
 from tests.support import TOLERANCE, draw_request
 
 

@@ -119,7 +119,7 @@ def test_the_guard_itself_is_started_again(guarded, requests):
         (guard,) = [
             int(path.parent.name)
             for path in Path("/proc").glob("[0-9]*/cmdline")
-            if b"kvcast.guard" in path.read_bytes() and guarded.grpc_address.encode() in path.read_bytes()
+            if b"kvcast.gateway" in path.read_bytes() and guarded.grpc_address.encode() in path.read_bytes()
         ]
         os.kill(guard, signal.SIGKILL)
         load.wait_for(50)

@@ -23,10 +23,10 @@ import tritonclient.grpc
 from tritonclient.utils import InferenceServerException
 
 from kvcast.client import NO_RETRIES, RankerClient
-from kvcast.contract.config import ModelConfig, load_config
-from kvcast.contract.errors import KvcastError, TryAgainError
-from kvcast.contract.manifest import hash_file
 from kvcast.export.pipeline import WeightsSource, export_release
+from kvcast.protocol.config import ModelConfig, load_config
+from kvcast.protocol.errors import KvcastError, TryAgainError
+from kvcast.protocol.manifest import hash_file
 from kvcast.server import ServerError, ServerSettings, TritonServer
 from kvcast.server.releases import ReleaseStore
 from kvcast.server.stubs import list_stubs

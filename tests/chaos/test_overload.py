@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 
 from kvcast.client import NO_RETRIES, AsyncRankerClient, RankerClient, RetryPolicy
-from kvcast.contract.config import ModelConfig, load_config
-from kvcast.contract.errors import KvcastError, TryAgainError
-from kvcast.contract.schema import Limits, Workload
 from kvcast.export.pipeline import WeightsSource, export_release
+from kvcast.protocol.config import ModelConfig, load_config
+from kvcast.protocol.errors import KvcastError, TryAgainError
+from kvcast.protocol.schema import Limits, Workload
 from kvcast.server import TritonServer
 from tests.conftest import make_settings
 from tests.support import TOLERANCE, choose_cases, draw_request

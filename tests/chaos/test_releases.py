@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvcast.contract.config import load_config
-from kvcast.contract.errors import ConfigError
-from kvcast.contract.tensors import EXPORTED_MODELS
 from kvcast.export.pipeline import WeightsSource, export_release
+from kvcast.protocol.config import load_config
+from kvcast.protocol.errors import ConfigError
+from kvcast.protocol.tensors import EXPORTED_MODELS
 from kvcast.server import ServerError, ServerSettings, TritonServer
 from kvcast.server.release import main as release
 from kvcast.server.releases import ReleaseStore
@@ -149,7 +149,7 @@ def damage(store: ReleaseStore, model: str, number: int) -> None:
     table = json.loads(golden.read_text())
     table["scores"][0] += 0.001
     golden.write_text(json.dumps(table))
-    from kvcast.contract.manifest import hash_file  # noqa: PLC0415
+    from kvcast.protocol.manifest import hash_file  # noqa: PLC0415
 
     described = json.loads(manifest.read_text())
     described["files"]["golden.json"] = hash_file(golden)

@@ -13,12 +13,12 @@ import pytest
 from tritonclient.grpc import service_pb2
 
 from kvcast.client import NO_RETRIES, AsyncRankerClient, CacheResult, RankerClient
-from kvcast.contract.config import load_config
-from kvcast.contract.routing import ROUTING_HEADER, hash_user
-from kvcast.contract.tensors import CANDIDATES, HISTORY, SCORES
-from kvcast.perf import affinity
-from kvcast.perf.affinity import KEPT_USERS, MODEL, NAMES, SERVER_HEADER, Load, Members, Proxy
+from kvcast.protocol.config import load_config
+from kvcast.protocol.routing import ROUTING_HEADER, hash_user
+from kvcast.protocol.tensors import CANDIDATES, HISTORY, SCORES
 from kvcast.server.repository import find_free_ports
+from perf import affinity
+from perf.affinity import KEPT_USERS, MODEL, NAMES, SERVER_HEADER, Load, Members, Proxy
 from tests.deploy.tools import require_tool, run_tool
 
 ROOT = Path(__file__).parents[2]

@@ -113,7 +113,7 @@ def test_a_wheel_carries_the_files_that_are_read_from_it():
         for pattern in patterns
         for path in (ROOT / "src" / package.replace(".", "/")).glob(pattern)
     }
-    for kind in ("model_repository/*/config.pbtxt", "contract/configs/*", "client/examples/*.json"):
+    for kind in ("model_repository/*/config.pbtxt", "protocol/configs/*"):
         files = {path.relative_to(ROOT / "src") for path in (ROOT / "src" / "kvcast").glob(kind)}
         assert files, kind
         assert files <= carried
@@ -167,6 +167,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
     context.mkdir()
     for name in list_copied():
         source = ROOT / name
+        (context / name).parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():
             shutil.copytree(source, context / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
         else:
@@ -193,15 +194,15 @@ def test_the_install_step_brings_the_commands(image):
 
 def test_it_brings_the_rooms_that_serve_from_the_environment_itself(image):
     rooms = [path for path in list_copied() if (ROOT / path / "__init__.py").exists()]
-    assert {"contract", "runtime", "guard", "server", "client"} <= set(rooms)
+    assert {Path(path).name for path in rooms} >= {"protocol", "serving", "gateway", "server", "client"}
     code = "import importlib, sys; print(*(importlib.import_module(name).__file__ for name in sys.argv[1:]), sep='\\n')"
-    done = image.run("python", "-c", code, *(f"kvcast.{room}" for room in rooms), "kvcast.guard.__main__")
+    done = image.run("python", "-c", code, *(f"kvcast.{Path(room).name}" for room in rooms), "kvcast.gateway.__main__")
     assert done.returncode == 0, done.stderr
     for file in done.stdout.split():
         assert Path(file).is_relative_to(image.venv), file
 
 
-@pytest.mark.parametrize("module", ["torch", "onnx", "pytriton", "matplotlib", "kvcast.export", "kvcast.perf"])
+@pytest.mark.parametrize("module", ["torch", "onnx", "pytriton", "matplotlib", "kvcast.export", "perf"])
 def test_it_brings_nothing_that_serving_does_not_need(image, module):
     done = image.run("python", "-c", f"import {module}")
     assert "ModuleNotFoundError" in done.stderr

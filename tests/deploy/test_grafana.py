@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from kvcast.contract.tensors import SCORE_TOLERANCE
+from kvcast.protocol.tensors import SCORE_TOLERANCE
 from tests.chaos.load import Load, draw_requests, expect, record_answers
 from tests.deploy.prometheus_process import SHIPPED, Prometheus, find_metrics, find_names, find_recorded, read_page
 from tests.processes import wait_until

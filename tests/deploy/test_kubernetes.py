@@ -22,7 +22,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from kvcast.guard.metrics import ASK_SECONDS
+from kvcast.gateway.metrics import ASK_SECONDS
 from kvcast.server import ServerSettings
 from kvcast.server.__main__ import make_parser
 from kvcast.server.stubs import list_stubs

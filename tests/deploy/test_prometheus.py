@@ -13,7 +13,7 @@ import tritonclient.grpc
 import yaml
 
 from kvcast.client import NO_RETRIES
-from kvcast.contract.tensors import CANDIDATES, HISTORY, SCORE_TOLERANCE
+from kvcast.protocol.tensors import CANDIDATES, HISTORY, SCORE_TOLERANCE
 from kvcast.server import ServerSettings, TritonServer
 from kvcast.server.stubs import list_stubs
 from tests.chaos.load import Load, draw_requests, expect, record_answers

@@ -17,8 +17,8 @@ from google.protobuf import json_format
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-from kvcast.contract.config import load_config
-from kvcast.contract.tensors import CANDIDATES, DOC_FUSION, HISTORY, RANKER, RANKER_RESIDENT, USER_ENCODER
+from kvcast.protocol.config import load_config
+from kvcast.protocol.tensors import CANDIDATES, DOC_FUSION, HISTORY, RANKER, RANKER_RESIDENT, USER_ENCODER
 from kvcast.server import TritonServer
 from tests.conftest import make_settings
 from tests.processes import wait_until

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvcast.perf.programs import explain_absence, find_program, make_environment
+from perf.programs import explain_absence, find_program, make_environment
 
 __all__ = ["make_environment", "require_tool", "run_tool"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kvcast.contract.manifest import read_manifest
+from kvcast.protocol.manifest import read_manifest
 from tests.processes import read_until
 from tests.support import TOLERANCE, find_free_ports
 

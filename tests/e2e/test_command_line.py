@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvcast.clicklog import ClickLog
 from kvcast.client import RankerClient
 from kvcast.client.__main__ import main
-from kvcast.contract.config import load_config
-from kvcast.contract.request import RankRequest
-from kvcast.contract.tensors import USER_ENCODER
-from kvcast.perf.report import write_headline, write_reuse_headline
+from kvcast.protocol.config import load_config
+from kvcast.protocol.request import RankRequest
+from kvcast.protocol.tensors import USER_ENCODER
+from kvcast.synthetic import ClickLog
 from kvcast.train.study_command import write_table
+from perf.report import write_headline, write_reuse_headline
 from tests.conftest import make_environment
 from tests.support import TOLERANCE
 
@@ -95,7 +95,7 @@ def test_the_served_manifest_is_the_exported_one(server, tiny_repository):
 def test_the_shipped_example_is_the_generators():
     command = [sys.executable, "-m", "kvcast", "clicklog", "--user", "1"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert printed == (ROOT / "client" / "examples" / "request.json").read_text()
+    assert printed == (ROOT / "client" / "request.json").read_text()
     request = RankRequest.from_json(printed, load_config("demo").schema)
     assert request.history.shape == (30, 4)
     assert request.candidates.shape == (40, 4)

@@ -14,13 +14,13 @@ import torch
 from safetensors import safe_open
 from sklearn.metrics import roc_auc_score
 
-from kvcast.clicklog import Habits, PlantedLog, PlantedRows, Shop
-from kvcast.clicklog.log_file import write_rows
 from kvcast.client import RankerClient
-from kvcast.contract.config import load_config
-from kvcast.contract.request import RankRequest
 from kvcast.demo import LOG_SEED, main
+from kvcast.protocol.config import load_config
+from kvcast.protocol.request import RankRequest
 from kvcast.server import TritonServer
+from kvcast.synthetic import Habits, PlantedLog, PlantedRows, Shop
+from kvcast.synthetic.log_file import write_rows
 from kvcast.train.batches import score_requests
 from kvcast.train.log import read_log
 from kvcast.train.metrics import score_by_popularity
@@ -118,7 +118,7 @@ def test_a_user_who_is_not_there_is_said_before_anything_starts(tmp_path, capsys
 
 
 def test_the_shipped_example_is_what_the_demo_ranks(demo: Demo, served: TritonServer):
-    text = (ROOT / "client" / "examples" / "request.json").read_text()
+    text = (ROOT / "client" / "request.json").read_text()
     request = RankRequest.from_json(text, CONFIG.schema)
     with RankerClient(served.grpc_address) as client:
         ranking = client.rank(request.history, request.candidates)

@@ -6,21 +6,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvcast.clicklog import ClickLog
 from kvcast.client import RankerClient
-from kvcast.contract.config import load_config
-from kvcast.contract.manifest import read_manifest
-from kvcast.contract.report import CacheResult
-from kvcast.contract.request import RankRequest
-from kvcast.contract.tensors import EXPORTED_MODELS
 from kvcast.export.pipeline import WeightsSource, export_release
-from kvcast.perf.experiments import run_peers
-from kvcast.perf.peers.race import Field
-from kvcast.runtime import DocFusion, FullRanker, UserEncoder
-from kvcast.runtime.artefact import SessionOptions
-from kvcast.runtime.doc_fusion import FusionJob
-from kvcast.runtime.packing import strip_padding
+from kvcast.protocol.config import load_config
+from kvcast.protocol.manifest import read_manifest
+from kvcast.protocol.report import CacheResult
+from kvcast.protocol.request import RankRequest
+from kvcast.protocol.tensors import EXPORTED_MODELS
 from kvcast.server import TritonServer
+from kvcast.serving import DocFusion, FullRanker, UserEncoder
+from kvcast.serving.artefact import SessionOptions
+from kvcast.serving.doc_fusion import FusionJob
+from kvcast.serving.packing import strip_padding
+from kvcast.synthetic import ClickLog
+from perf.baselines.race import Field
+from perf.experiments import run_peers
 from tests.conftest import make_settings
 from tests.e2e.test_served_parity import PROTOCOLS, make_client
 from tests.parity.hstu_reference import score_candidates
@@ -126,4 +126,4 @@ def test_perf_measures_what_can_run_this_network_and_says_what_cannot(hstu_repos
     (row,) = run_peers(field, CONFIG, [5], 1, ["shared", "traditional", "torch_flash"], said.append)
     assert set(row["peers"]) == {"shared", "traditional"}
     assert row["peers"]["traditional"]["score_difference"] <= TOLERANCE
-    assert said[0] == "    not for kvcast.network.hstu:HSTU, left out: torch_flash"
+    assert said[0] == "    not for kvcast.networks.hstu:HSTU, left out: torch_flash"

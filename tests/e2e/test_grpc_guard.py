@@ -16,9 +16,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.grpc import service_pb2
 
-from kvcast.clicklog import ClickLog
-from kvcast.contract.config import load_config
+from kvcast.protocol.config import load_config
 from kvcast.server import TritonServer
+from kvcast.synthetic import ClickLog
 from tests.chaos.fuzzing import NOT_OFFERED, OFFERED, SERVICE, call, make_infer_request
 from tests.guard_process import READY, run_guard
 from tests.support import TOLERANCE

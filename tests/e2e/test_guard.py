@@ -23,10 +23,10 @@ import pytest
 import tritonclient.grpc
 import tritonclient.http
 
-from kvcast.clicklog import ClickLog
-from kvcast.contract.config import load_config
-from kvcast.guard.metrics import ASK_SECONDS
+from kvcast.gateway.metrics import ASK_SECONDS
+from kvcast.protocol.config import load_config
 from kvcast.server import TritonServer
+from kvcast.synthetic import ClickLog
 from tests.guard_process import READY, make_addresses, run_guard
 from tests.processes import find_children, is_running
 from tests.support import TOLERANCE
@@ -457,7 +457,7 @@ def test_a_caller_who_goes_away_takes_the_question_along():
 
 
 def test_it_ends_with_the_process_that_started_it(tmp_path):
-    command = ["-m", "kvcast.guard", *make_addresses(), "--state", str(tmp_path / "state.json")]
+    command = ["-m", "kvcast.gateway", *make_addresses(), "--state", str(tmp_path / "state.json")]
     code = (
         "import subprocess, sys, time\n"
         f"guard = subprocess.Popen([sys.executable, *{command!r}], stdout=subprocess.PIPE)\n"
@@ -478,7 +478,7 @@ def test_it_ends_with_the_process_that_started_it(tmp_path):
 @pytest.mark.parametrize(("option", "value"), [("--http", "x"), ("--upstream-grpc", ":1"), ("--metrics", "a:70000")])
 def test_a_wrong_address_is_one_sentence(option, value):
     arguments = [*make_addresses(), "--state", "state.json", option, value]
-    command = [sys.executable, "-m", "kvcast.guard", *arguments]
+    command = [sys.executable, "-m", "kvcast.gateway", *arguments]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 2
     assert "expected HOST:PORT" in ended.stderr
@@ -489,7 +489,7 @@ def test_an_address_that_is_taken_is_one_sentence(tmp_path):
         for option in ("--http", "--grpc", "--metrics"):
             address = f"127.0.0.1:{taken.getsockname()[1]}"
             arguments = [*make_addresses(), "--state", str(tmp_path / "state.json"), option, address]
-            command = [sys.executable, "-m", "kvcast.guard", *arguments]
+            command = [sys.executable, "-m", "kvcast.gateway", *arguments]
             ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
             assert ended.returncode == 1
             assert "Traceback" not in ended.stderr

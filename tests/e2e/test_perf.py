@@ -1,4 +1,4 @@
-"""`kvcast perf run` on a real server with the real perf_analyzer, as small as it gets."""
+"""`python -m perf run` on a real server with the real perf_analyzer, as small as it gets."""
 
 import json
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from kvcast.perf.analyzer import find_analyzer, make_environment
+from perf.analyzer import find_analyzer, make_environment
 from tests.support import find_free_ports
 
 
@@ -19,7 +19,7 @@ def can_run_analyzer() -> bool:
 @pytest.mark.skipif(not can_run_analyzer(), reason="perf_analyzer lacks libb64: run `make setup-perf`")
 def test_a_small_run_measures_reports_and_draws(tiny_repository, tmp_path):
     http, grpc, metrics = (str(port) for port in find_free_ports(3))
-    command = [sys.executable, "-m", "kvcast.perf", "run", "--config", "tiny", "--repository", str(tiny_repository)]
+    command = [sys.executable, "-m", "perf", "run", "--config", "tiny", "--repository", str(tiny_repository)]
     command += ["--quick", "--results", str(tmp_path), "--name", "small", "--counts", "1,10", "--requests", "4"]
     command += ["--experiments", "table,stages,load,packing,reuse,trace,endurance"]
     command += ["--endurance", "3", "--http-port", http, "--grpc-port", grpc, "--metrics-port", metrics]

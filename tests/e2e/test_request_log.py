@@ -12,9 +12,9 @@ import tritonclient.http
 from tritonclient.utils import InferenceServerException
 
 from kvcast.client import RankerClient
-from kvcast.contract.errors import TryAgainError
-from kvcast.contract.tensors import CANDIDATES, ENCODE_REPORT, FUSE_REPORT, HISTORY, REPORT_PARAMETER, SCORES
-from kvcast.guard.request_log import RequestLog
+from kvcast.gateway.request_log import RequestLog
+from kvcast.protocol.errors import TryAgainError
+from kvcast.protocol.tensors import CANDIDATES, ENCODE_REPORT, FUSE_REPORT, HISTORY, REPORT_PARAMETER, SCORES
 from tests.guard_process import run_guard
 from tests.processes import wait_until
 

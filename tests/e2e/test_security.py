@@ -21,9 +21,9 @@ import pytest
 
 from kvcast.client import NO_RETRIES, RankerClient, TlsOptions
 from kvcast.client.__main__ import main as rank
-from kvcast.contract.config import load_config
-from kvcast.contract.errors import KvcastError
-from kvcast.contract.manifest import hash_file
+from kvcast.protocol.config import load_config
+from kvcast.protocol.errors import KvcastError
+from kvcast.protocol.manifest import hash_file
 from kvcast.server import TritonServer
 from kvcast.server.stubs import list_stubs
 from tests.conftest import make_settings

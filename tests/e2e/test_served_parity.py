@@ -6,10 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from kvcast.clicklog import ClickLog
 from kvcast.client import AsyncRankerClient, RankerClient
-from kvcast.contract.config import load_config
+from kvcast.protocol.config import load_config
 from kvcast.server import TritonServer
+from kvcast.synthetic import ClickLog
 from tests.parity.reference import score_candidates
 from tests.support import TOLERANCE, make_network
 

@@ -16,7 +16,7 @@ import tritonclient.grpc
 from tritonclient.utils import InferenceServerException
 
 from kvcast.client import NO_RETRIES, RankerClient, RetryPolicy
-from kvcast.contract.tensors import MODELS
+from kvcast.protocol.tensors import MODELS
 from kvcast.server import ServerError, ServerSettings, TritonServer, shared_memory
 from kvcast.server.installation import find_installation
 from tests.chaos.load import Load, draw_requests, expect, record_answers
@@ -238,7 +238,7 @@ def test_a_server_whose_launcher_is_killed_ends_by_itself_and_its_memory_is_remo
     started = find_children(process.pid)
     names = b"".join(Path(f"/proc/{pid}/cmdline").read_bytes() for pid in started)
     assert names.count(b"triton_python_backend_stub") == 2
-    assert b"kvcast.guard" in names
+    assert b"kvcast.gateway" in names
     own = list_shared_memory() - regions
     (owner,) = (path for path in own if path.name.endswith(shared_memory.OWNER))
     assert len(own) >= 3, "two stubs' and the owner's"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvcast.client import RankerClient
-from kvcast.contract.tensors import SCORE_TOLERANCE
+from kvcast.protocol.tensors import SCORE_TOLERANCE
 from kvcast.server import TritonServer
 from tests.chaos.load import draw_requests
 from tests.conftest import make_settings

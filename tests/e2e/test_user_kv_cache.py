@@ -28,20 +28,20 @@ import tritonclient.grpc
 import tritonclient.http
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-from kvcast.clicklog import ClickLog
 from kvcast.client import AsyncRankerClient, InvalidRequestError, RankerClient
 from kvcast.client.__main__ import main
 from kvcast.client.clients import Conversation
-from kvcast.contract.config import load_config
-from kvcast.contract.manifest import read_manifest
-from kvcast.contract.report import CacheResult, Report
-from kvcast.contract.request import RankRequest
-from kvcast.contract.tensors import EXPORTED_MODELS
 from kvcast.export.calls import OnnxCalls
 from kvcast.export.pipeline import WeightsSource, export_release
 from kvcast.export.proofs import draw_sample, prove
-from kvcast.runtime.options import CACHE_PARAMETERS
+from kvcast.protocol.config import load_config
+from kvcast.protocol.manifest import read_manifest
+from kvcast.protocol.report import CacheResult, Report
+from kvcast.protocol.request import RankRequest
+from kvcast.protocol.tensors import EXPORTED_MODELS
 from kvcast.server import TritonServer
+from kvcast.serving.options import CACHE_PARAMETERS
+from kvcast.synthetic import ClickLog
 from tests.conftest import make_settings
 from tests.e2e.test_served_parity import PROTOCOLS, address_of, make_client
 from tests.parity.test_resident import RanksInTwoCalls

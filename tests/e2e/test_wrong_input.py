@@ -17,9 +17,9 @@ import tritonclient.grpc
 import tritonclient.http
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-from kvcast.clicklog import ClickLog
-from kvcast.contract.config import load_config
+from kvcast.protocol.config import load_config
 from kvcast.server import TritonServer
+from kvcast.synthetic import ClickLog
 from tests.support import TOLERANCE
 
 CONFIG = load_config("tiny")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kvcast.contract.config import ModelConfig
+from kvcast.protocol.config import ModelConfig
 
 Array = Any
 erf = np.vectorize(math.erf, otypes=[np.float64])

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvcast.contract.config import ModelConfig
-from kvcast.contract.schema import FeatureSchema, Field
-from kvcast.network.hstu import LONGEST_DIFFERENCE, UNKNOWN_BUCKET, list_buckets
-from kvcast.network.interface import RankingNetwork
+from kvcast.networks.hstu import LONGEST_DIFFERENCE, UNKNOWN_BUCKET, list_buckets
+from kvcast.networks.interface import RankingNetwork
+from kvcast.protocol.config import ModelConfig
+from kvcast.protocol.schema import FeatureSchema, Field
 from tests.parity.hstu_reference import score_candidates
 from tests.parity.test_torch import SIZES, rank_shared
 from tests.support import TOLERANCE, draw_request, make_config, make_network
@@ -23,7 +23,7 @@ def make_hstu_config(*, has_time: bool = True, **sizes: int) -> ModelConfig:
     config = make_config(**sizes)
     fields = (*config.schema.history_fields, Field("hour", 5000))
     options = {"time_field": "hour"} if has_time else {}
-    network = dataclasses.replace(config.network, family="kvcast.network.hstu:HSTU", options=options)
+    network = dataclasses.replace(config.network, family="kvcast.networks.hstu:HSTU", options=options)
     return dataclasses.replace(config, network=network, schema=FeatureSchema(fields, config.schema.candidate_fields))
 
 

@@ -9,17 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcast.contract.config import load_config
 from kvcast.export.calls import OnnxCalls
 from kvcast.export.graphs import describe_graphs, export_graph
 from kvcast.export.release import fingerprint_release
-from kvcast.network.interface import RankingNetwork
-from kvcast.runtime import DocFusion, FullRanker, UserEncoder
-from kvcast.runtime.artefact import SessionOptions
-from kvcast.runtime.doc_fusion import FusionJob
-from kvcast.runtime.model import Request
-from kvcast.runtime.packing import strip_padding
-from kvcast.runtime.user_kv import UserKV
+from kvcast.networks.interface import RankingNetwork
+from kvcast.protocol.config import load_config
+from kvcast.serving import DocFusion, FullRanker, UserEncoder
+from kvcast.serving.artefact import SessionOptions
+from kvcast.serving.doc_fusion import FusionJob
+from kvcast.serving.model import Request
+from kvcast.serving.packing import strip_padding
+from kvcast.serving.user_kv import UserKV
 from tests.parity.reference import score_candidates
 from tests.support import TOLERANCE, draw_request, make_config, make_network
 
@@ -70,7 +70,7 @@ def test_packed_runs_equal_single_runs(models, network, monkeypatch):
     results = []
     for bound in (0, 1 << 20):
         monkeypatch.setattr(models["UserEncoder"], "_events_per_run", bound)
-        monkeypatch.setattr("kvcast.runtime.doc_fusion.SLOTS_PER_CPU_RUN", bound)
+        monkeypatch.setattr("kvcast.serving.doc_fusion.SLOTS_PER_CPU_RUN", bound)
         results.append(rank_batch(models, requests))
     for alone, packed in zip(*results, strict=True):
         np.testing.assert_allclose(alone, packed, rtol=0, atol=TOLERANCE)

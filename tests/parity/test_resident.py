@@ -11,24 +11,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcast.contract.config import load_config
-from kvcast.contract.errors import InvalidRequestError, ServerFaultError
-from kvcast.contract.report import CacheResult, Report
-from kvcast.contract.tensors import RANKER_RESIDENT
 from kvcast.export.calls import TorchCalls
 from kvcast.export.proofs import Floats, Ids, draw_sample, prove
-from kvcast.network.interface import RankingNetwork
-from kvcast.network.transformer import Transformer
-from kvcast.network.weights import draw_weights
-from kvcast.runtime import DocFusion, FullRanker, ResidentRanker, UserEncoder
-from kvcast.runtime.artefact import Artefact, SessionOptions, open_artefact
-from kvcast.runtime.backlog import Backlog
-from kvcast.runtime.doc_fusion import FusionJob
-from kvcast.runtime.model import Request, Tensors
-from kvcast.runtime.options import CacheOptions
-from kvcast.runtime.packing import strip_padding
-from kvcast.runtime.resident_ranker import User
-from kvcast.runtime.user_kv import UserKV
+from kvcast.networks.interface import RankingNetwork
+from kvcast.networks.transformer import Transformer
+from kvcast.networks.weights import draw_weights
+from kvcast.protocol.config import load_config
+from kvcast.protocol.errors import InvalidRequestError, ServerFaultError
+from kvcast.protocol.report import CacheResult, Report
+from kvcast.protocol.tensors import RANKER_RESIDENT
+from kvcast.serving import DocFusion, FullRanker, ResidentRanker, UserEncoder
+from kvcast.serving.artefact import Artefact, SessionOptions, open_artefact
+from kvcast.serving.backlog import Backlog
+from kvcast.serving.doc_fusion import FusionJob
+from kvcast.serving.model import Request, Tensors
+from kvcast.serving.options import CacheOptions
+from kvcast.serving.packing import strip_padding
+from kvcast.serving.resident_ranker import User
+from kvcast.serving.user_kv import UserKV
 from tests.support import TOLERANCE, draw_request, draw_rows, make_config
 
 CONFIG = load_config("tiny")
@@ -217,7 +217,7 @@ def test_packed_runs_equal_single_runs(models, artefact, monkeypatch):
     results = []
     for bound, runs in ((0, 5), (1 << 20, 1)):
         for name in ROWS_PER_RUN:
-            monkeypatch.setattr(f"kvcast.runtime.resident_ranker.{name}", bound)
+            monkeypatch.setattr(f"kvcast.serving.resident_ranker.{name}", bound)
         ranker = make_ranker(artefact)
         results.append([*ranker.rank(users), *ranker.rank(users)])
         assert len(ranker.stopwatch.encode) == runs
@@ -230,7 +230,7 @@ def test_packed_runs_equal_single_runs(models, artefact, monkeypatch):
 
 @pytest.mark.parametrize("bound", [0, 1 << 20], ids=["single runs", "packed runs"])
 def test_what_a_cold_run_keeps_is_what_the_encoder_makes(models, artefact, monkeypatch, bound):
-    monkeypatch.setattr("kvcast.runtime.resident_ranker.COLD_ROWS_PER_CPU_RUN", bound)
+    monkeypatch.setattr("kvcast.serving.resident_ranker.COLD_ROWS_PER_CPU_RUN", bound)
     ranker, layout = make_ranker(artefact), artefact.manifest.user_kv
     users = [draw_user(length, count, length) for length, count in ((0, 3), (9, 4), (31, 0), (60, 7))]
     ranker.rank(users)
@@ -295,7 +295,7 @@ FAILURES = {"raises": (raise_at, RuntimeError), "returns NaN": (spoil_scores_at,
 @pytest.mark.parametrize("failure", FAILURES)
 @pytest.mark.parametrize("place", range(3))
 def test_a_call_whose_session_fails_half_way_keeps_nothing_new(models, artefact, monkeypatch, failure, place):
-    monkeypatch.setattr("kvcast.runtime.resident_ranker.COLD_ROWS_PER_CPU_RUN", 0)  # each user in a run alone
+    monkeypatch.setattr("kvcast.serving.resident_ranker.COLD_ROWS_PER_CPU_RUN", 0)  # each user in a run alone
     ranker = make_ranker(artefact, 4)
     hot, *cold = (draw_user(LONGEST, 3, seed) for seed in range(4))
     expect_all_right(models, ranker, [hot], MISS)

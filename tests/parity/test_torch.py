@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcast.network.attention import attend, attend_user_and_item, pack_user_kv
-from kvcast.network.interface import RankingNetwork
+from kvcast.networks.attention import attend, attend_user_and_item, pack_user_kv
+from kvcast.networks.interface import RankingNetwork
 from tests.parity.reference import score_candidates
 from tests.support import TOLERANCE, draw_request, make_config, make_network
 

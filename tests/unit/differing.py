@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from kvcast.contract.config import ModelConfig
-from kvcast.contract.schema import KVLayout
-from kvcast.network.interface import MaskKind, RankingNetwork, UserKV
-from kvcast.network.masks import find_events
+from kvcast.networks.interface import MaskKind, RankingNetwork, UserKV
+from kvcast.networks.masks import find_events
+from kvcast.protocol.config import ModelConfig
+from kvcast.protocol.schema import KVLayout
 
 
 class Plain(RankingNetwork):

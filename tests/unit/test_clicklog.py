@@ -5,8 +5,8 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from kvcast.clicklog import ClickLog, Trace, Traffic, Visit
-from kvcast.contract.config import load_config
+from kvcast.protocol.config import load_config
+from kvcast.synthetic import ClickLog, Trace, Traffic, Visit
 from tests.support import make_config
 
 CONFIG = load_config("bench")

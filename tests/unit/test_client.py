@@ -27,8 +27,8 @@ from kvcast.client.__main__ import main
 from kvcast.client.clients import Conversation
 from kvcast.client.retry import Answer
 from kvcast.client.transport import Call, HttpTransport, translate
-from kvcast.contract.manifest import read_manifest
-from kvcast.contract.routing import hash_user
+from kvcast.protocol.manifest import read_manifest
+from kvcast.protocol.routing import hash_user
 from tests.support import find_free_ports
 
 

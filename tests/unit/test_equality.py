@@ -10,15 +10,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from kvcast.contract.tensors import DOC_FUSION, MAX_BATCH_SIZE, RANKER_FULL, RANKER_RESIDENT, USER_ENCODER
 from kvcast.export.calls import OnnxCalls
 from kvcast.export.cases import draw_case, list_large_cases, list_small_cases
 from kvcast.export.equality import Comparison, prove_graphs_equal_network
 from kvcast.export.graphs import TracedGraph, describe_graphs, export_graph
 from kvcast.export.pipeline import WeightsSource, export_release
 from kvcast.export.proofs import ProofError
-from kvcast.network.interface import RankingNetwork
-from kvcast.network.weights import draw_weights
+from kvcast.networks.interface import RankingNetwork
+from kvcast.networks.weights import draw_weights
+from kvcast.protocol.tensors import DOC_FUSION, MAX_BATCH_SIZE, RANKER_FULL, RANKER_RESIDENT, USER_ENCODER
 from tests.support import make_config, make_network
 from tests.unit import differing
 from tests.unit.differing import Plain
@@ -111,7 +111,9 @@ def test_a_network_that_gives_nan_itself_is_refused(tmp_path):
 @pytest.mark.parametrize("family", ["transformer:Transformer", "hstu:HSTU"])
 @torch.inference_mode()
 def test_the_families_that_come_with_the_project_equal_their_graphs_with_any_weights(family, tmp_path):
-    config = dataclasses.replace(CONFIG, network=dataclasses.replace(CONFIG.network, family=f"kvcast.network.{family}"))
+    config = dataclasses.replace(
+        CONFIG, network=dataclasses.replace(CONFIG.network, family=f"kvcast.networks.{family}")
+    )
     traced = trace(make_network(config), (USER, ITEM), tmp_path)
     assert 0 <= prove_graphs_equal_network(make_network(config), traced) <= 1e-5
     for seed, scale in ((1, 1), (2, 1.5), (3, 0.01)):

@@ -12,19 +12,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kvcast.clicklog.__main__ import main as clicklog
-from kvcast.contract.config import list_configs, load_config
-from kvcast.contract.errors import ConfigError
-from kvcast.contract.manifest import hash_file, read_manifest
-from kvcast.contract.tensors import EXPORTED_MODELS, MODELS
 from kvcast.export.__main__ import main
 from kvcast.export.calls import TorchCalls
 from kvcast.export.pipeline import WeightsSource, _choose_weights, export_release
 from kvcast.export.proofs import ProofError, draw_sample, prove, prove_history_is_blind
 from kvcast.export.release import fingerprint_release
-from kvcast.network.interface import MaskKind, UserKV, build_network
-from kvcast.network.transformer import Transformer
-from kvcast.network.weights import draw_weights, load_weights
+from kvcast.networks.interface import MaskKind, UserKV, build_network
+from kvcast.networks.transformer import Transformer
+from kvcast.networks.weights import draw_weights, load_weights
+from kvcast.protocol.config import list_configs, load_config
+from kvcast.protocol.errors import ConfigError
+from kvcast.protocol.manifest import hash_file, read_manifest
+from kvcast.protocol.tensors import EXPORTED_MODELS, MODELS
+from kvcast.synthetic.__main__ import main as clicklog
 from kvcast.train.__main__ import main as train
 from tests.support import make_config, make_network
 
@@ -200,7 +200,7 @@ def test_a_refused_export_leaves_the_repository_as_it_was(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("family", ["no.such.module:Class", "kvcast.network.transformer:Nothing", "json:JSONDecoder"])
+@pytest.mark.parametrize("family", ["no.such.module:Class", "kvcast.networks.transformer:Nothing", "json:JSONDecoder"])
 def test_a_family_that_is_none_is_refused(family):
     config = dataclasses.replace(CONFIG, network=dataclasses.replace(CONFIG.network, family=family))
     with pytest.raises(ConfigError, match=r"network\.family"):
@@ -267,7 +267,7 @@ def test_the_exported_repository(tiny_repository):
         assert 0 < manifest.parity.onnx <= 1e-5
         assert 0 < manifest.parity.graphs <= 1e-5
         assert manifest.parity.undirected_difference > 1e-3
-        assert b"/" + b"network/transformer.py" not in (folder / "model.onnx").read_bytes(), "no path of this machine"
+        assert b"/" + b"networks/transformer.py" not in (folder / "model.onnx").read_bytes(), "no path of this machine"
     assert {path.name for path in tiny_repository.iterdir()} == {model.name for model in MODELS}
 
 
@@ -287,7 +287,7 @@ def test_weights_are_those_asked_for_or_those_that_the_configuration_comes_with(
 def test_a_trained_demo_is_exported_over_another_and_keeps_an_operators_configuration(own_repository, tmp_path, capsys):
     """From a log to an export by the commands alone; what is trained lies where the TOML says."""
     toml, log = tmp_path / "demo.toml", tmp_path / "log.csv"
-    shutil.copy(ROOT / "contract" / "configs" / "demo.toml", toml)
+    shutil.copy(ROOT / "src" / "kvcast" / "protocol" / "configs" / "demo.toml", toml)
     assert clicklog(["--config", str(toml), "--log", str(log), "--users", "40", "--days", "5", "--seed", "2"]) == 0
     out = tmp_path / "demo.safetensors"
     assert train(["--config", str(toml), "--log", str(log), "--out", str(out), "--steps", "4"]) == 0

@@ -13,22 +13,22 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kvcast.contract.config import ModelConfig, list_configs, load_config, parse_config
-from kvcast.contract.errors import ConfigError
-from kvcast.contract.manifest import Dims, Manifest, Parity, parse_manifest
-from kvcast.contract.schema import KVLayout
-from kvcast.contract.tensors import DOC_FUSION
 from kvcast.export.calls import TorchCalls
 from kvcast.export.graphs import TraceError, describe_graphs, export_graph
 from kvcast.export.pipeline import WeightsSource, _prove_network, _set_weights
 from kvcast.export.proofs import ProofError, draw_sample, prove
 from kvcast.export.release import _list_settings, fingerprint_release
-from kvcast.network.hstu import HSTU
-from kvcast.network.interface import RankingNetwork, UserKV, build_network
-from kvcast.network.transformer import Transformer
-from kvcast.network.weights import draw_weights
-from kvcast.perf.cost_model import CostModel
-from kvcast.perf.peers.softmax import choose_peers
+from kvcast.networks.hstu import HSTU
+from kvcast.networks.interface import RankingNetwork, UserKV, build_network
+from kvcast.networks.transformer import Transformer
+from kvcast.networks.weights import draw_weights
+from kvcast.protocol.config import ModelConfig, list_configs, load_config, parse_config
+from kvcast.protocol.errors import ConfigError
+from kvcast.protocol.manifest import Dims, Manifest, Parity, parse_manifest
+from kvcast.protocol.schema import KVLayout
+from kvcast.protocol.tensors import DOC_FUSION
+from perf.baselines.softmax import choose_peers
+from perf.cost_model import CostModel
 from tests.e2e.test_bring_your_own import write_files
 from tests.support import make_config, make_network
 
@@ -296,7 +296,7 @@ def test_a_family_without_options_takes_none():
 
 @pytest.mark.parametrize("value", [[1], {"a": 1}, float("nan")], ids=str)
 def test_an_option_is_a_string_a_number_or_a_boolean(value):
-    table = tomllib.loads((resources.files("kvcast.contract") / "configs" / "tiny.toml").read_text())
+    table = tomllib.loads((resources.files("kvcast.protocol") / "configs" / "tiny.toml").read_text())
     table["network"]["options"] = {"heat": value}
     with pytest.raises(ConfigError, match=r"network\.options\.heat: expected a string, a finite number or a boolean"):
         parse_config(table)
@@ -319,7 +319,8 @@ def test_options_travel_with_the_manifest():
         model="ranker", config="c", network="f:F", release="0" * 64,
         history_fields=CONFIG.schema.history_fields, candidate_fields=CONFIG.schema.candidate_fields,
         limits=CONFIG.limits, workload=CONFIG.workload, dims=Dims(1, 1, 1, 1),
-        user_kv=make_network(CONFIG).kv_layout, dtype="FP32", opset=20, versions={}, parity=Parity(0, 0, 0, 0), files={},
+        user_kv=make_network(CONFIG).kv_layout, dtype="FP32", opset=20, versions={}, parity=Parity(0, 0, 0, 0),
+        files={},
     )  # fmt: skip
     assert "network_options" not in json.loads(manifest.to_json())
     assert parse_manifest(manifest.to_json()) == manifest
@@ -395,8 +396,7 @@ def test_the_release_holds_the_code_of_bases_and_parts():
     network = DropsOut(CONFIG).requires_grad_(False)
     draw_weights(network, 0)
     before = fingerprint_release(network)
-    module = Path(Transformer.__module__.replace(".", "/"))
-    text = (ROOT / module.relative_to("kvcast").with_suffix(".py")).read_text()
+    text = (ROOT / "src" / Transformer.__module__.replace(".", "/")).with_suffix(".py").read_text()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             "kvcast.export.release.inspect.getsource",
@@ -460,12 +460,13 @@ def test_peers_that_cannot_run_a_network_are_left_out():
 def test_only_a_familys_own_files_name_it():
     """But for the TOMLs, which choose one."""
     families = {load_config(name).network.family.partition(":")[0] for name in list_configs()}
-    assert {"kvcast.network.hstu", "kvcast.network.transformer"} <= families
+    assert {"kvcast.networks.hstu", "kvcast.networks.transformer"} <= families
     names = {part for family in families for part in (family, family.rpartition(".")[2].upper())}
-    rooms = [path.parent for path in ROOT.glob("*/__init__.py") if path.parent.name != "tests"]
-    for path in (path for room in rooms for path in room.rglob("*.py")):
+    paths = {path: path.relative_to(ROOT / "src") for path in (ROOT / "src").rglob("*.py")}
+    paths |= {path: path.relative_to(ROOT) for path in (ROOT / "perf").rglob("*.py")}
+    for path, module in paths.items():
         text = path.read_text()
-        if f"kvcast.{'.'.join(path.relative_to(ROOT).with_suffix('').parts)}" not in families:
+        if ".".join(module.with_suffix("").parts) not in families:
             assert not {name for name in names if name in text or f"import {name.title()}" in text}, path
 
 

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcast.contract.errors import DeadlineExceededError, KvcastError, TryAgainError
-from kvcast.guard import gate as gate_module
-from kvcast.guard.gate import NOTICED_WITHIN_SECONDS, SENT_AT_MOST, Gate, GateLimits, ModelDiedError, UnansweredError
-from kvcast.guard.passage import HELD_BYTES, Passage
-from kvcast.guard.state import State
+from kvcast.gateway import gate as gate_module
+from kvcast.gateway.gate import NOTICED_WITHIN_SECONDS, SENT_AT_MOST, Gate, GateLimits, ModelDiedError, UnansweredError
+from kvcast.gateway.passage import HELD_BYTES, Passage
+from kvcast.gateway.state import State
+from kvcast.protocol.errors import DeadlineExceededError, KvcastError, TryAgainError
 
 FOREVER = float("inf")
 MODEL = "ranker"

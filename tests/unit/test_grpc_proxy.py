@@ -8,10 +8,10 @@ import grpc.aio
 import pytest
 from tritonclient.grpc import service_pb2
 
-from kvcast.guard.gate import GateLimits
-from kvcast.guard.grpc_proxy import SERVICE, GrpcProxy, open_server
-from kvcast.guard.passage import Passage
-from kvcast.guard.state import State
+from kvcast.gateway.gate import GateLimits
+from kvcast.gateway.grpc_proxy import SERVICE, GrpcProxy, open_server
+from kvcast.gateway.passage import Passage
+from kvcast.gateway.state import State
 from kvcast.server.repository import find_free_ports
 
 MODEL = "ranker"

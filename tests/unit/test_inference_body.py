@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcast.contract.errors import InvalidRequestError
-from kvcast.guard.inference_body import ELEMENT_BYTES, InferenceBody, check_body, read_header_length
+from kvcast.gateway.inference_body import ELEMENT_BYTES, InferenceBody, check_body, read_header_length
+from kvcast.protocol.errors import InvalidRequestError
 
 NUMPY = {
     "BOOL": np.bool_,

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcast.contract.errors import ServerFaultError
-from kvcast.runtime.kv_memory import ALIGNMENT, Floats, KVMemory, align, bytes_of
+from kvcast.protocol.errors import ServerFaultError
+from kvcast.serving.kv_memory import ALIGNMENT, Floats, KVMemory, align, bytes_of
 
 JOIN_SECONDS = 20
 SIZE = 64 * ALIGNMENT

@@ -7,15 +7,15 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from kvcast.contract.errors import (
+from kvcast.protocol.errors import (
     DeadlineExceededError,
     ErrorKind,
     InvalidRequestError,
     ServerFaultError,
     TryAgainError,
 )
-from kvcast.runtime.metrics import BUCKETS, CACHE_COUNTERS, CACHE_GAUGES, ERRORS, SECONDS, WAITING, Metrics, Stopwatch
-from kvcast.runtime.user_kv_cache import ENTRY_OVERHEAD_BYTES, Arrays, UserKVCache
+from kvcast.serving.metrics import BUCKETS, CACHE_COUNTERS, CACHE_GAUGES, ERRORS, SECONDS, WAITING, Metrics, Stopwatch
+from kvcast.serving.user_kv_cache import ENTRY_OVERHEAD_BYTES, Arrays, UserKVCache
 
 LABELS = {"model": "user_encoder", "version": "1", "instance": "user_encoder_0"}
 HISTORY_BYTES = 4 * 2 * 8

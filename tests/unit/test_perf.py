@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvcast.clicklog import ClickLog, Visit
-from kvcast.contract.config import load_config
-from kvcast.contract.request import RankRequest
-from kvcast.perf import cost_model
-from kvcast.perf.__main__ import main, write_files
-from kvcast.perf.affinity import read_trace
-from kvcast.perf.analyzer import PerfError, read_report, write_input_data
-from kvcast.perf.cost_model import CostModel, claimed_gain, claimed_speedup, throughput_drop
-from kvcast.perf.peers.race import Field, RaceError, _summarise, race, start_workers
-from kvcast.perf.reuse import simulate_lru
+from kvcast.protocol.config import load_config
+from kvcast.protocol.request import RankRequest
+from kvcast.synthetic import ClickLog, Visit
+from perf import cost_model
+from perf.__main__ import main, write_files
+from perf.affinity import read_trace
+from perf.analyzer import PerfError, read_report, write_input_data
+from perf.baselines.race import Field, RaceError, _summarise, race, start_workers
+from perf.cost_model import CostModel, claimed_gain, claimed_speedup, throughput_drop
+from perf.reuse import simulate_lru
 
 ROOT = Path(__file__).parents[2]
 
@@ -122,9 +122,7 @@ def test_committed_reports_are_those_of_their_results(path, tmp_path):
 
 
 def test_the_perf_command_explains_itself():
-    done = subprocess.run(
-        [sys.executable, "-m", "kvcast.perf", "run", "--help"], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-m", "perf", "run", "--help"], capture_output=True, text=True, check=True)
     assert "--traditional-limit" in done.stdout
     assert cost_model.__doc__ is not None
 

@@ -19,8 +19,8 @@ from kvcast.client import probe as probing
 from kvcast.client.probe import Finding, Health, Probe, main, make_rows, rank_canary
 from kvcast.client.retry import NO_RETRIES, Deadline
 from kvcast.client.transport import Call, Tensors, Transport
-from kvcast.contract.manifest import Manifest, read_manifest
-from kvcast.contract.schema import Field
+from kvcast.protocol.manifest import Manifest, read_manifest
+from kvcast.protocol.schema import Field
 from tests.support import find_free_ports
 
 ADDRESS = "here:1"

@@ -5,11 +5,11 @@ import json
 import pytest
 from tritonclient.grpc import service_pb2
 
-from kvcast.contract.report import CacheResult, Report
-from kvcast.contract.tensors import ENCODE_REPORT, FUSE_REPORT, REPORT_PARAMETER, SCORES
-from kvcast.guard import grpc_proxy, http_proxy
-from kvcast.guard.inference_body import InferenceBody
-from kvcast.guard.request_log import Entry, RequestLog, needs_reports
+from kvcast.gateway import grpc_proxy, http_proxy
+from kvcast.gateway.inference_body import InferenceBody
+from kvcast.gateway.request_log import Entry, RequestLog, needs_reports
+from kvcast.protocol.report import CacheResult, Report
+from kvcast.protocol.tensors import ENCODE_REPORT, FUSE_REPORT, REPORT_PARAMETER, SCORES
 from tests.processes import wait_until
 
 REPORT = Report(CacheResult.HIT, fuse_seconds=0.5).to_json()

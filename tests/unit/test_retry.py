@@ -22,7 +22,7 @@ from kvcast.client import (
 )
 from kvcast.client.retry import Answer, Pause, Retries, RetryBudget, Send
 from kvcast.client.transport import AsyncTransport, Call, Tensors, Transport
-from kvcast.contract.manifest import Manifest, read_manifest
+from kvcast.protocol.manifest import Manifest, read_manifest
 
 QUICK = RetryPolicy(first_pause=0.001, longest_pause=0.002)
 HISTORY, CANDIDATES = [[1, 2], [3, 1]], [[1, 1, 1, 1], [2, 1, 1, 1]]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcast.contract.errors import (
+from kvcast.protocol.errors import (
     ArtefactError,
     DeadlineExceededError,
     InvalidRequestError,
@@ -18,17 +18,17 @@ from kvcast.contract.errors import (
     ServerFaultError,
     TryAgainError,
 )
-from kvcast.contract.manifest import parse_manifest
-from kvcast.contract.schema import KVLayout
-from kvcast.runtime import UserEncoder
-from kvcast.runtime.artefact import SessionOptions, open_artefact
-from kvcast.runtime.backlog import PASSED_OVER_AT_MOST, Backlog
-from kvcast.runtime.metrics import Metrics, Stopwatch
-from kvcast.runtime.model import Request, ServedModel, Tensors
-from kvcast.runtime.options import CacheOptions, read_options
-from kvcast.runtime.packing import plan_runs, stack_padded, strip_padding
-from kvcast.runtime.serve import Service, start_model
-from kvcast.runtime.user_kv import UserKV, stack_user_kv
+from kvcast.protocol.manifest import parse_manifest
+from kvcast.protocol.schema import KVLayout
+from kvcast.serving import UserEncoder
+from kvcast.serving.artefact import SessionOptions, open_artefact
+from kvcast.serving.backlog import PASSED_OVER_AT_MOST, Backlog
+from kvcast.serving.metrics import Metrics, Stopwatch
+from kvcast.serving.model import Request, ServedModel, Tensors
+from kvcast.serving.options import CacheOptions, read_options
+from kvcast.serving.packing import plan_runs, stack_padded, strip_padding
+from kvcast.serving.serve import Service, start_model
+from kvcast.serving.user_kv import UserKV, stack_user_kv
 
 
 @given(st.lists(st.integers(0, 50), max_size=12), st.integers(0, 100))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from kvcast.contract.manifest import read_manifest
+from kvcast.protocol.manifest import read_manifest
 from kvcast.server import ServerError, ServerSettings, TritonServer, shared_memory
 from kvcast.server.__main__ import make_parser
 from kvcast.server.installation import find_installation

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2
 
-from kvcast.contract.tensors import CANDIDATES, HISTORY, RANKER_FULL, SCORES
-from kvcast.guard.shadow import WAITING_AT_MOST, Shadow, make_request
+from kvcast.gateway.shadow import WAITING_AT_MOST, Shadow, make_request
+from kvcast.protocol.tensors import CANDIDATES, HISTORY, RANKER_FULL, SCORES
 
 SCORED = np.array([[0.5, -1.0, 2.0]], np.float32)
 HISTORY_IDS, CANDIDATE_IDS = np.ones((1, 4, 2), np.int64), np.full((1, 3, 2), 7, np.int64)

@@ -5,17 +5,17 @@ import re
 
 import pytest
 
-from kvcast.clicklog import Habits, PlantedLog, Shop
-from kvcast.clicklog.truth import compute_best_auc
-from kvcast.contract.config import parse_config
-from kvcast.contract.log import TRUTH
+from kvcast.protocol.config import parse_config
+from kvcast.protocol.log import TRUTH
+from kvcast.synthetic import Habits, PlantedLog, Shop
+from kvcast.synthetic.truth import compute_best_auc
 from kvcast.train import __main__ as command
 from kvcast.train.log import write_log
 from kvcast.train.study import WAYS, find_interval, summarise
 
 TABLE = {
     "name": "small",
-    "network": {"family": "kvcast.network.transformer:Transformer", "layers": 2, "heads": 2, "width": 8},
+    "network": {"family": "kvcast.networks.transformer:Transformer", "layers": 2, "heads": 2, "width": 8},
     "vocabularies": {"item": 100, "action": 64, "category": 64},
     "fields": {"history": ["item", "category", "action"], "candidates": ["item", "category"]},
     "limits": {"history": 16, "candidates": 16},

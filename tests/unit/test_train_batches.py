@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvcast.network.interface import RankingNetwork, UserKV
-from kvcast.network.transformer import Transformer
-from kvcast.network.weights import draw_weights
+from kvcast.networks.interface import RankingNetwork, UserKV
+from kvcast.networks.transformer import Transformer
+from kvcast.networks.weights import draw_weights
 from kvcast.train.batches import (
     POOL_BATCHES,
     SCHEMES,

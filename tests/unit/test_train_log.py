@@ -8,10 +8,10 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 
-from kvcast.contract.config import load_config
-from kvcast.contract.errors import ConfigError
-from kvcast.contract.log import event_fields, log_fields
-from kvcast.contract.schema import FeatureSchema, Field
+from kvcast.protocol.config import load_config
+from kvcast.protocol.errors import ConfigError
+from kvcast.protocol.log import event_fields, log_fields
+from kvcast.protocol.schema import FeatureSchema, Field
 from kvcast.train.log import LogError, read_log, write_log
 
 SCHEMA = load_config("tiny").schema

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvcast.contract.errors import KvcastError
-from kvcast.contract.schema import FeatureSchema, Field, Limits
+from kvcast.protocol.errors import KvcastError
+from kvcast.protocol.schema import FeatureSchema, Field, Limits
 from kvcast.train.log import LogError, read_log, write_log
 from kvcast.train.log_command import add_log_parser, run_log
 from kvcast.train.readers import READERS, make_log, read_kuairand, read_movielens
@@ -200,7 +200,7 @@ def test_ids_go_to_what_is_frequent_early(tmp_path):
 CONFIG = """
 name = "movies"
 [network]
-family = "kvcast.network.transformer:Transformer"
+family = "kvcast.networks.transformer:Transformer"
 layers = 2
 heads = 2
 width = 32

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcast.contract.schema import FeatureSchema, Field, Limits
+from kvcast.protocol.schema import FeatureSchema, Field, Limits
 from kvcast.train.log import Log, LogError
 from kvcast.train.requests import Requests
 from kvcast.train.splits import hold_out_users, split_by_shares, split_by_times

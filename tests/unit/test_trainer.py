@@ -19,13 +19,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from kvcast.clicklog.shop import Shop
-from kvcast.clicklog.truth import Effects, Habits, PlantedLog
-from kvcast.contract.config import ModelConfig, load_config
-from kvcast.contract.errors import ConfigError
-from kvcast.network.interface import build_network
-from kvcast.network.transformer import Transformer
-from kvcast.network.weights import load_weights
+from kvcast.networks.interface import build_network
+from kvcast.networks.transformer import Transformer
+from kvcast.networks.weights import load_weights
+from kvcast.protocol.config import ModelConfig, load_config
+from kvcast.protocol.errors import ConfigError
+from kvcast.synthetic.shop import Shop
+from kvcast.synthetic.truth import Effects, Habits, PlantedLog
 from kvcast.train.__main__ import main
 from kvcast.train.batches import SCHEMES, pad_requests, score_batch, score_requests
 from kvcast.train.checkpoint import Checkpoint, read_checkpoint, write_tensors

@@ -10,9 +10,12 @@ import numpy.typing as npt
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from kvcast.clicklog.__main__ import main
-from kvcast.clicklog.shop import CATEGORY_NAMES, Shop
-from kvcast.clicklog.truth import (
+from kvcast.protocol.config import load_config
+from kvcast.protocol.log import log_fields
+from kvcast.protocol.schema import FeatureSchema, Field, Limits
+from kvcast.synthetic.__main__ import main
+from kvcast.synthetic.shop import CATEGORY_NAMES, Shop
+from kvcast.synthetic.truth import (
     ACTION_WEIGHTS,
     DAY,
     RECENCY_DECAY,
@@ -22,10 +25,7 @@ from kvcast.clicklog.truth import (
     PlantedLog,
     compute_best_auc,
 )
-from kvcast.clicklog.visitor import ACTIONS, MARK, describe_ranking, describe_visitor, draw_visitor, measure_auc
-from kvcast.contract.config import load_config
-from kvcast.contract.log import log_fields
-from kvcast.contract.schema import FeatureSchema, Field, Limits
+from kvcast.synthetic.visitor import ACTIONS, MARK, describe_ranking, describe_visitor, draw_visitor, measure_auc
 from kvcast.train.log import Log, read_log
 from kvcast.train.requests import Requests
 
@@ -294,7 +294,7 @@ def test_a_million_rows_take_seconds():
 def test_a_request_is_printed_without_arrow():
     code = (
         "import sys; sys.modules['pyarrow'] = None\n"
-        "from kvcast.clicklog.__main__ import main; main(['--config', 'tiny'])"
+        "from kvcast.synthetic.__main__ import main; main(['--config', 'tiny'])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert '"history"' in run.stdout

@@ -21,9 +21,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from kvcast.contract.report import CacheResult
-from kvcast.runtime.kv_memory import bytes_of
-from kvcast.runtime.user_kv_cache import ENTRY_OVERHEAD_BYTES, Arrays, Counts, Found, HistoryKey, UserKVCache
+from kvcast.protocol.report import CacheResult
+from kvcast.serving.kv_memory import bytes_of
+from kvcast.serving.user_kv_cache import ENTRY_OVERHEAD_BYTES, Arrays, Counts, Found, HistoryKey, UserKVCache
 
 Ids = npt.NDArray[np.int64]
 HIT, MISS, OFF = CacheResult.HIT, CacheResult.MISS, CacheResult.OFF

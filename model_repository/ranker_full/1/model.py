@@ -1,10 +1,10 @@
-"""Triton adapter of `ranker_full`; the work is in `kvcast.runtime`."""
+"""Triton adapter of `ranker_full`; the work is in `kvcast.serving`."""
 
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from kvcast.runtime import FullRanker, start_model
+from kvcast.serving import FullRanker, start_model
 
 
 class TritonPythonModel:

@@ -1,10 +1,10 @@
-"""Triton adapter of `ranker_resident`; the work is in `kvcast.runtime`."""
+"""Triton adapter of `ranker_resident`; the work is in `kvcast.serving`."""
 
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from kvcast.runtime import ResidentRanker, start_model
+from kvcast.serving import ResidentRanker, start_model
 
 
 class TritonPythonModel:

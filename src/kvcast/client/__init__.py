@@ -1,0 +1,43 @@
+"""What callers install: a library (sync and asyncio, gRPC and HTTP) and the `kvcast rank` command.
+
+    with RankerClient("127.0.0.1:8001") as client:
+        print(client.rank(history, candidates).top(10))
+
+Errors say whose move it is: `InvalidRequestError` (fix the request), `TryAgainError` (send it again, later),
+`ServerFaultError` (call the operator). What can be sent again is, within the call's deadline (`RetryPolicy`). No torch,
+no onnxruntime.
+"""
+
+from kvcast.client.clients import AsyncRankerClient, RankerClient
+from kvcast.client.ranking import RankedCandidate, Ranking
+from kvcast.client.retry import NO_RETRIES, RetryPolicy
+from kvcast.client.transport import TlsOptions
+from kvcast.protocol.errors import (
+    BusyError,
+    DeadlineExceededError,
+    InvalidRequestError,
+    KvcastError,
+    ServerFaultError,
+    TryAgainError,
+)
+from kvcast.protocol.report import CacheResult, Report
+from kvcast.protocol.request import RankRequest
+
+__all__ = [
+    "NO_RETRIES",
+    "AsyncRankerClient",
+    "BusyError",
+    "CacheResult",
+    "DeadlineExceededError",
+    "InvalidRequestError",
+    "KvcastError",
+    "RankRequest",
+    "RankedCandidate",
+    "RankerClient",
+    "Ranking",
+    "Report",
+    "RetryPolicy",
+    "ServerFaultError",
+    "TlsOptions",
+    "TryAgainError",
+]

@@ -1,0 +1,333 @@
+"""The four ONNX graphs of a network, traced by `torch.onnx.export`.
+
+`user_encoder` takes histories and returns stacked KV and the release. `doc_fusion` takes one KV tensor a layer: a layer
+of a stacked array is a view, while a slice inside a graph is a copy. `ranker_resident` does both sides in one graph, KV
+layer by layer on both ends. `ranker_full` is the monolith. What was traced is kept beside the file, without weights, so
+that the proofs can run it with others and look at what its operators return. The module traces; it proves and writes
+nothing else.
+"""
+
+import contextlib
+import io
+import logging
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+import onnx
+import onnx_ir
+import onnxruntime as ort
+import onnxscript
+import torch
+from torch import Tensor, nn
+
+from kvcast.networks.attention import ATTEND_UNMASKED
+from kvcast.networks.interface import RankingNetwork, UserKV
+from kvcast.protocol.errors import ArtefactError
+from kvcast.protocol.manifest import RELEASE_METADATA_KEY
+from kvcast.protocol.tensors import (
+    CANDIDATES,
+    DOC_FUSION,
+    HISTORY,
+    RANKER_FULL,
+    RANKER_RESIDENT,
+    RELEASE,
+    SCORES,
+    USE_KEPT,
+    USER_ENCODER,
+    USER_KEYS,
+    USER_VALUES,
+    kept_tensor_name,
+    layer_tensor_name,
+)
+
+OPSET = 20
+# Before the network's own names of its weights, in each of the modules below.
+WEIGHTS_PREFIX = "network"
+# The part of ONNX Runtime's operator that is used here; onnx itself has no schema of it.
+MULTI_HEAD_ATTENTION = onnx.defs.OpSchema(
+    "MultiHeadAttention",
+    "com.microsoft",
+    1,
+    inputs=[onnx.defs.OpSchema.FormalParameter(name, "T") for name in ("query", "key", "value")],
+    outputs=[onnx.defs.OpSchema.FormalParameter("output", "T")],
+    type_constraints=[("T", ["tensor(float)"], "fp32, as it is exported")],
+    attributes=[onnx.defs.OpSchema.Attribute("num_heads", onnx.defs.OpSchema.AttrType.INT, required=True)],
+)
+
+
+class FullGraph(nn.Module):
+    """history, candidates → scores, by full recomputation."""
+
+    def __init__(self, network: RankingNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, history: Tensor, candidates: Tensor) -> Tensor:
+        """INT64 `[B, L, fields]`, `[B, N, T]` → FP32 `[B, N]`."""
+        scores, _ = self.network.run_monolith(history, candidates, "target_blind")
+        return scores
+
+
+class EncoderGraph(nn.Module):
+    """history → user_keys, user_values, release."""
+
+    def __init__(self, network: RankingNetwork, release: str) -> None:
+        super().__init__()
+        self.network = network
+        fingerprint = torch.frombuffer(bytearray.fromhex(release), dtype=torch.uint8)
+        self.register_buffer("fingerprint", fingerprint)
+
+    def forward(self, history: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """INT64 `[B, L, fields]` → `[B, M, H, key_rows, slots]`, `[B, M, H, slots, value_columns]`, `[B, 32]`."""
+        user_kv = self.network.encode_user(history)
+        release = self.get_buffer("fingerprint").expand(history.shape[0], -1)
+        return torch.stack(user_kv.keys, dim=1), torch.stack(user_kv.values, dim=1), release
+
+
+class FusionGraph(nn.Module):
+    """candidates and one KV tensor a layer → scores."""
+
+    def __init__(self, network: RankingNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, candidates: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> Tensor:
+        """INT64 `[B, N, T]` and M times `[B, H, …]` each → FP32 `[B, N]`."""
+        return self.network.fuse(UserKV(keys, values), candidates)
+
+
+class ResidentGraph(nn.Module):
+    """history, candidates, kept KV, which of the two to use → scores and, layer by layer, the KV of the history."""
+
+    def __init__(self, network: RankingNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(
+        self,
+        history: Tensor,
+        candidates: Tensor,
+        use_kept: Tensor,
+        keys: tuple[Tensor, ...],
+        values: tuple[Tensor, ...],
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """As `RankingNetwork.rank`."""
+        scores, user_kv = self.network.rank(history, candidates, UserKV(keys, values), use_kept)
+        return scores, user_kv.keys, user_kv.values
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What the exporter needs to trace one model: the module, sample inputs and the names on both sides."""
+
+    model: str
+    module: nn.Module
+    sample: tuple[object, ...]
+    dynamic_shapes: tuple[object, ...]
+    input_names: list[str]
+    output_names: list[str]
+
+
+@dataclass(frozen=True)
+class TracedGraph:
+    """A traced graph: the exported file, the program it was made from, and the same in ONNX before it was optimised.
+
+    The last has every weight by its name in `graph.module`; the optimiser folds weights into constants without a name.
+    """
+
+    graph: Graph
+    path: Path
+    program: torch.export.ExportedProgram
+    unoptimised: onnx_ir.Model
+
+    def open_file(self) -> ort.InferenceSession:
+        """Open the exported file."""
+        return open_session(self.path)
+
+    def open(self, network: RankingNetwork, more_outputs: Sequence[str] = ()) -> ort.InferenceSession:
+        """Open the graph as it was before it was optimised.
+
+        Args:
+            network: of the same configuration; the session runs with its weights, where they lie.
+            more_outputs: names of values in the graph that become outputs too.
+        """
+        model = self.unoptimised.clone()
+        weights: dict[str, ort.OrtValue] = {}
+        for name, weight in network.named_parameters(WEIGHTS_PREFIX, remove_duplicate=False):
+            if name in model.graph.initializers:
+                array = weight.contiguous().numpy()
+                weights[name] = ort.OrtValue.ortvalue_from_numpy(array)
+                model.graph.initializers[name].const_value = _describe_weight(name, array)
+        values = {value.name: value for node in model.graph for value in node.outputs}
+        model.graph.outputs.extend(values[name] for name in more_outputs)
+        return open_session(onnx_ir.to_proto(model).SerializeToString(), weights)
+
+
+def _describe_weight(name: str, array: npt.NDArray[Any]) -> onnx_ir.ExternalTensor:
+    """Return a tensor for a graph whose bytes the session is given when it is opened: no file is read."""
+    data_type = onnx_ir.DataType.from_numpy(array.dtype)
+    return onnx_ir.ExternalTensor("weights", 0, array.nbytes, data_type, shape=onnx_ir.Shape(array.shape), name=name)
+
+
+def open_session(model: Path | bytes, weights: Mapping[str, ort.OrtValue] | None = None) -> ort.InferenceSession:
+    """Open a graph for the proofs, on the CPU; what fails is an exception and not a line of ONNX Runtime's as well."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    # Sessions take turns with torch on the same cores: threads that wait busily slow everything else down.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if weights:
+        options.add_external_initializers(list(weights), list(weights.values()))
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def describe_graphs(network: RankingNetwork, release: str) -> list[Graph]:
+    """Return the graphs of a network."""
+    schema, layers = network.config.schema, network.kv_layout.layers
+    # Every dynamic size is at least 2 here, or tracing would take a 1 for a constant.
+    history = torch.ones(2, 5, len(schema.history_fields), dtype=torch.int64)
+    candidates = torch.ones(2, 3, len(schema.candidate_fields), dtype=torch.int64)
+    user_kv = network.encode_user(history)
+    longer = network.encode_user(torch.ones(2, 7, len(schema.history_fields), dtype=torch.int64))
+    layer_names = [layer_tensor_name(spec, m) for spec in (USER_KEYS, USER_VALUES) for m in range(layers)]
+    kept_names = [kept_tensor_name(spec, m) for spec in (USER_KEYS, USER_VALUES) for m in range(layers)]
+    return [
+        Graph(
+            USER_ENCODER.name,
+            EncoderGraph(network, release),
+            (history,),
+            ({0: "users", 1: "L"},),
+            [HISTORY.name],
+            [USER_KEYS.name, USER_VALUES.name, RELEASE.name],
+        ),
+        Graph(
+            DOC_FUSION.name,
+            FusionGraph(network),
+            (candidates, user_kv.keys, user_kv.values),
+            (
+                {0: "users", 1: "N"},
+                ({0: "users", 3: "slots"},) * layers,
+                ({0: "users", 2: "slots"},) * layers,
+            ),
+            [CANDIDATES.name, *layer_names],
+            [SCORES.name],
+        ),
+        Graph(
+            RANKER_RESIDENT.name,
+            ResidentGraph(network),
+            (history, candidates, torch.tensor(False), longer.keys, longer.values),
+            (
+                {0: "users", 1: "L"},
+                {0: "users", 1: "N"},
+                None,
+                ({0: "users", 3: "kept_slots"},) * layers,
+                ({0: "users", 2: "kept_slots"},) * layers,
+            ),
+            [HISTORY.name, CANDIDATES.name, USE_KEPT, *kept_names],
+            [SCORES.name, *layer_names],
+        ),
+        Graph(
+            RANKER_FULL.name,
+            FullGraph(network),
+            (history, candidates),
+            ({0: "users", 1: "L"}, {0: "users", 1: "N"}),
+            [HISTORY.name, CANDIDATES.name],
+            [SCORES.name],
+        ),
+    ]
+
+
+class TraceError(ArtefactError):
+    """A network's code cannot be made into a graph."""
+
+
+def export_graph(graph: Graph, release: str, path: Path) -> TracedGraph:
+    """Trace one graph into an ONNX file at `path`, weights in `path` + ".data" beside it; return what was traced.
+
+    The release is written into the file's metadata, so that a file that was swapped is noticed at load.
+
+    Raises:
+        TraceError: the network's code cannot be traced for any number of users, events and candidates.
+    """
+    with _quiet_exporter(), _explaining(graph.model):
+        program = torch.onnx.export(
+            graph.module,
+            graph.sample,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=graph.input_names,
+            output_names=graph.output_names,
+            dynamic_shapes=graph.dynamic_shapes,
+            custom_translation_table={ATTEND_UNMASKED: translate_attend_unmasked},
+            optimize=False,
+            verbose=False,
+        )
+        if program is None or program.exported_program is None:
+            raise RuntimeError(f"{graph.model}: the ONNX exporter returned nothing")
+        unoptimised = program.model.clone()
+        program.optimize()
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # stack traces, with the paths of the exporting machine
+    program.model.metadata_props[RELEASE_METADATA_KEY] = release
+    program.save(str(path), external_data=True)
+    onnx.checker.check_model(str(path))
+    return TracedGraph(graph, path, program.exported_program, unoptimised)
+
+
+def translate_attend_unmasked(query: Any, key: Any, value: Any, heads: int) -> Any:
+    """Spell `network.attention.attend_unmasked` as ONNX Runtime's operator, on its CPU and CUDA providers alike."""
+    schema = MULTI_HEAD_ATTENTION
+    operator = onnxscript.values.Op(onnxscript.values.Opset(schema.domain, schema.since_version), schema.name, schema)
+    return operator(query, key, value, num_heads=heads)
+
+
+@contextlib.contextmanager
+def _explaining(model: str) -> Iterator[None]:
+    """Say of a failed trace what went wrong, and in which line of the network's, in a few lines."""
+    try:
+        yield
+    except Exception as error:  # a family's own mistakes have any type
+        chain = _list_causes(error)
+        words = " ".join(line.strip() for line in str(chain[-1]).strip().splitlines()[:2])
+        frames = [frame for each in chain for frame in traceback.extract_tb(each.__traceback__) if _is_own(frame)]
+        where = f"\n  {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
+        raise TraceError(
+            f"{model} cannot be traced for any number of users, events and candidates: "
+            f"{type(chain[-1]).__name__}: {words}{where}\n"
+            "  Sizes come from the tensors that are given, and no Python loop runs over them; a choice by content is "
+            "torch.where or branch.choose; a constant tensor is a registered buffer (docs/bring-your-own.md)"
+        ) from error
+
+
+def _list_causes(error: BaseException) -> list[BaseException]:
+    """Return an error, what it was raised for, and so on."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    return chain
+
+
+def _is_own(frame: traceback.FrameSummary) -> bool:
+    """Whether a line is a network's: no library's, and none of this room's."""
+    path = Path(frame.filename)
+    is_library = "site-packages" in path.parts or path.is_relative_to(Path(contextlib.__file__).parent)
+    return path.is_absolute() and not is_library and path.resolve().parent != Path(__file__).resolve().parent
+
+
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Hold back what the exporter prints of its own steps, and of a graph that fails; its errors are exceptions."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    nowhere = io.StringIO()
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

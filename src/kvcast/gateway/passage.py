@@ -1,0 +1,120 @@
+"""What the guard's two protocols share: the launcher's word on what is broken, gates for the models, shadow, log."""
+
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from prometheus_client import Histogram
+
+from kvcast.gateway.gate import Gate, GateLimits
+from kvcast.gateway.request_log import RequestLog
+from kvcast.gateway.shadow import Shadow
+from kvcast.gateway.state import State
+from kvcast.protocol.errors import TryAgainError
+from kvcast.protocol.tensors import MODELS
+
+Reply = TypeVar("Reply")
+
+# Longer deadlines are none: as microseconds they would not fit where Triton reads them.
+LONGEST_SECONDS = 1e9
+# Of requests of the usual kilobytes, thousands; of the largest that are taken, eight.
+HELD_BYTES = 512 << 20
+# Fine where rankings lie, so that a 99th percentile of tens of milliseconds means something.
+BUCKETS = (0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.16, 0.25, 0.4, 0.6, 1, 2, 4, 8, 16, 30)
+
+
+class Passage:
+    """Gates by model, and the state that the launcher last wrote."""
+
+    def __init__(self, limits: GateLimits) -> None:
+        """Open a gate before each model."""
+        self.seconds = Histogram(
+            "kvcast_guard_request_seconds",
+            "From a request's arrival to its answer, of those that Triton answered",
+            ["model"],
+            registry=None,
+            buckets=BUCKETS,
+        )
+        self.gates = {model.name: Gate(limits, observe=self.seconds.labels(model.name).observe) for model in MODELS}
+        self.shadow: Shadow | None = None
+        self.log = RequestLog(0.0, print)
+        self.held_bytes = 0
+        self.is_leaving = False  # still answers, but says that it is not ready
+        self.state = State()
+        self._steps = {model.name: model.steps or (model.name,) for model in MODELS}
+
+    @property
+    def broken(self) -> set[str]:
+        """The models that cannot answer: those with a dead process, and the ensembles that they are part of."""
+        return {name for name, steps in self._steps.items() if set(steps) & set(self.state.broken)}
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is inside or waits."""
+        return all(gate.is_idle for gate in self.gates.values())
+
+    def follow(self, state: State) -> None:
+        """Take in what the launcher says."""
+        self.state = state
+        for name, gate in self.gates.items():
+            gate.is_draining = gate.is_draining or state.is_draining
+            gate.set_broken({name} & self.broken, sum(state.deaths.get(step, 0) for step in self._steps[name]))
+
+    def drain(self) -> None:
+        """Let nobody in any more."""
+        for gate in self.gates.values():
+            gate.is_draining = True
+
+    def give_up(self) -> None:
+        """Refuse those who are still there."""
+        for gate in self.gates.values():
+            gate.give_up()
+
+    def explain_unready(self) -> str:
+        """Return why the server is not ready, empty if it is."""
+        if self.is_leaving or any(gate.is_draining for gate in self.gates.values()):
+            return "the server is stopping"
+        return "" if self.state.is_ready else self.state.reason or "the server is starting"
+
+    async def ask(self, model: str, size: int, seconds: float, send: Callable[[float], Awaitable[Reply]]) -> Reply:
+        """Send a request through its model's gate; one to a model that is not ours, at once: Triton will refuse it.
+
+        Args:
+            model: which model it is for.
+            size: bytes of the request, which are held until it is answered.
+            seconds: how long its caller waits.
+            send: as for `Gate.ask`.
+
+        Raises:
+            TryAgainError: there is no server yet, or too much is held already; or as `Gate.ask`.
+        """
+        if not self.state.release:
+            raise TryAgainError("the server is starting: try again")
+        gate = self.gates.get(model)
+        if self.held_bytes + size > HELD_BYTES:
+            error = TryAgainError(f"busy: {self.held_bytes >> 20} MiB of requests are waiting already")
+            raise gate.count_refusal("full", error) if gate is not None else error
+        held = _Held(self, size)
+
+        async def send_held(left: float) -> Reply:
+            with held:
+                return await send(left)
+
+        with held:
+            return await (gate.ask(model, seconds, send_held) if gate is not None else send_held(seconds))
+
+
+class _Held:
+    """The bytes of a request, counted once as long as its caller waits or Triton has it, whichever is longer."""
+
+    def __init__(self, passage: Passage, size: int) -> None:
+        self._passage, self._size, self._holders = passage, size, 0
+
+    def __enter__(self) -> None:
+        if not self._holders:
+            self._passage.held_bytes += self._size
+        self._holders += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._holders -= 1
+        if not self._holders:
+            self._passage.held_bytes -= self._size

@@ -1,0 +1,98 @@
+"""The golden request of a release: one request and the scores of the trained network, kept beside each artefact.
+
+Whoever is about to send traffic to a release asks it this request first: other hardware, another ONNX Runtime or a
+wrong file then shows before a caller sees a wrong score. The module compares scores; it does not know who made them.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcast.protocol.errors import ArtefactError
+from kvcast.protocol.tensors import SCORE_TOLERANCE, SCORES
+
+GOLDEN_FILE = "golden.json"
+
+
+def measure_differences(
+    expected: npt.NDArray[Any], got: npt.NDArray[Any], size: npt.NDArray[Any] | None = None
+) -> npt.NDArray[np.float64]:
+    """Return how far numbers are from the expected ones: absolute, relative above 1; NaN or infinite if they are.
+
+    size: what a difference is relative to, broadcast to the numbers; the expected ones if it is left out.
+    """
+    with np.errstate(invalid="ignore"):
+        difference = np.abs(got.astype(np.float64) - expected)
+    relative: npt.NDArray[np.float64] = difference / np.maximum(1, np.abs(expected) if size is None else size)
+    return relative
+
+
+@dataclass(frozen=True)
+class Golden:
+    """History INT64 `[L, history_fields]`, candidates INT64 `[N, T]`, and the FP32 scores `[N]` that are right."""
+
+    history: npt.NDArray[np.int64]
+    candidates: npt.NDArray[np.int64]
+    scores: npt.NDArray[np.float32]
+
+    def check(self, scores: npt.NDArray[Any]) -> None:
+        """Compare the scores that a served release gives.
+
+        Args:
+            scores: FP32 `[N]`.
+
+        Raises:
+            ArtefactError: they are not those recorded at export, within `SCORE_TOLERANCE` (relative above 1).
+        """
+        if scores.shape != self.scores.shape:
+            raise ArtefactError(
+                f"golden request: expected {SCORES.name} of shape {list(self.scores.shape)}, got {list(scores.shape)}"
+            )
+        difference = measure_differences(self.scores, scores).max()
+        if not difference <= SCORE_TOLERANCE:  # so that NaN is refused too
+            raise ArtefactError(
+                f"golden request: expected the {SCORES.name} recorded at export within {SCORE_TOLERANCE:g}, "
+                f"got a difference of {difference:.3g}: this server does not compute what was proved"
+            )
+
+    def to_json(self) -> str:
+        """Return the request and its scores as JSON."""
+        return json.dumps({name: array.tolist() for name, array in vars(self).items()}) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ArtefactError: it is something else.
+        """
+        try:
+            table = json.loads(text)
+            golden = cls(
+                np.array(table["history"], np.int64),
+                np.array(table["candidates"], np.int64),
+                np.array(table["scores"], np.float32),
+            )
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
+            raise ArtefactError(f"{GOLDEN_FILE}: not a golden request ({type(error).__name__}: {error})") from error
+        if [golden.history.ndim, golden.candidates.ndim, golden.scores.ndim] != [2, 2, 1] or not golden.scores.size:
+            raise ArtefactError(f"{GOLDEN_FILE}: expected history [L, fields], candidates [N, T] and scores [N]")
+        return golden
+
+
+def read_golden(folder: Path) -> Golden:
+    """Read the golden request that lies beside an artefact.
+
+    Raises:
+        ArtefactError: there is none, or it cannot be used.
+    """
+    path = folder / GOLDEN_FILE
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ArtefactError(f"{path}: cannot be read ({error.strerror}): export again") from error
+    return Golden.from_json(text)

@@ -1,0 +1,38 @@
+"""The columns of a click log, named once: what writes one and what reads one import them from here.
+
+A row is an impression: one item shown to one user at one time. Beside the columns below it has one column of ids for
+each field of the model's schema. It knows nothing of files, nor of what is trained on them.
+"""
+
+from kvcast.protocol.errors import ConfigError
+from kvcast.protocol.schema import FeatureSchema, Field
+
+USER = "user"  # text or an integer
+TIME = "time"  # whole seconds, from any zero on
+LABEL = "label"  # 1: what the model is to foresee happened; 0: it did not
+REQUEST = "request"  # optional, text or an integer: rows of a user with the same one were shown together
+TRUTH = "truth"  # only in generated logs: the probability that the label was drawn with
+REQUIRED = (USER, TIME, LABEL)
+OPTIONAL = (REQUEST,)
+
+
+def event_fields(schema: FeatureSchema) -> tuple[Field, ...]:
+    """Return the fields that only an event has (`action`): a row in which one of them is not 0 becomes history.
+
+    Where a schema has none, the rows with label 1 become history.
+    """
+    shown = {field.name for field in schema.candidate_fields}
+    return tuple(field for field in schema.history_fields if field.name not in shown)
+
+
+def log_fields(schema: FeatureSchema) -> tuple[Field, ...]:
+    """Return the fields that a log has a column for: those of a candidate, then those that only an event has.
+
+    Raises:
+        ConfigError: a field has the name of another column of the log.
+    """
+    fields = schema.candidate_fields + event_fields(schema)
+    taken = sorted({USER, TIME, LABEL, REQUEST, TRUTH} & {field.name for field in fields})
+    if taken:
+        raise ConfigError(f"fields: a log's own columns are called {', '.join(taken)}: give these fields other names")
+    return fields

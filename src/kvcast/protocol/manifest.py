@@ -1,0 +1,135 @@
+"""The manifest beside each model.onnx: what the artefact is, what it accepts, what was proved of it.
+
+Export writes it, the models trust nothing that it does not say, and clients receive it as JSON from the
+server. The module converts between JSON and records; it knows how artefact files are hashed, and not when.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvcast.protocol.config import Option
+from kvcast.protocol.errors import ArtefactError
+from kvcast.protocol.schema import FeatureSchema, Field, KVLayout, Limits, Workload
+
+MANIFEST_FILE = "manifest.json"
+ONNX_FILE = "model.onnx"
+# In a repository: which releases were published into it, and which of them is served (server/releases.py).
+RELEASES_FILE = "releases.json"
+# Raised whenever a tensor, its meaning or this file changes, so that artefacts of both sides cannot be mixed.
+CONTRACT_VERSION = 3
+# Where the ONNX file itself repeats the release, so that a swapped file is noticed.
+RELEASE_METADATA_KEY = "kvcast.release"
+
+
+@dataclass(frozen=True)
+class Dims:
+    """Sizes of the network: M layers, H heads, model width d, T tokens of a candidate."""
+
+    layers: int
+    heads: int
+    width: int
+    candidate_tokens: int
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What the proofs of this export measured: largest absolute differences of scores (1 = one logit).
+
+    `graphs` is that between the graphs and the network, of scores and user KV, relative above 1; `torch` and `onnx` are
+    those between cached path and monolith, in the network and through the graphs.
+    `undirected_difference` is the negative control: how far the scores under the undirected mask lie from
+    those under the target-blind mask.
+    """
+
+    graphs: float
+    torch: float
+    onnx: float
+    undirected_difference: float
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One exported model. `release` is the fingerprint (hex) of weights + config + contract version.
+
+    `network` is the family as the TOML names it, and `network_options` are its own options.
+    `files` maps the name of each artefact file beside the manifest to its SHA-256 (hex).
+    """
+
+    model: str
+    config: str
+    network: str
+    release: str
+    history_fields: tuple[Field, ...]
+    candidate_fields: tuple[Field, ...]
+    limits: Limits
+    workload: Workload
+    dims: Dims
+    user_kv: KVLayout
+    dtype: str
+    opset: int
+    versions: dict[str, str]
+    parity: Parity
+    files: dict[str, str]
+    contract_version: int = CONTRACT_VERSION
+    network_options: dict[str, Option] = dataclasses.field(default_factory=dict)
+
+    @property
+    def schema(self) -> FeatureSchema:
+        """The feature fields of both sides."""
+        return FeatureSchema(self.history_fields, self.candidate_fields)
+
+    def to_json(self) -> str:
+        """Return the manifest as indented JSON; without `network_options` where there are none."""
+        table = dataclasses.asdict(self)
+        if not self.network_options:
+            del table["network_options"]
+        return json.dumps(table, indent=2) + "\n"
+
+
+def parse_manifest(text: str) -> Manifest:
+    """Build a manifest from its JSON.
+
+    Raises:
+        ArtefactError: the text is not a manifest, or one of another contract version.
+    """
+    try:
+        table: dict[str, Any] = json.loads(text)
+        version = table["contract_version"]
+        if version != CONTRACT_VERSION:
+            raise ArtefactError(f"manifest: expected contract version {CONTRACT_VERSION}, got {version}: export again")
+        records = {
+            "history_fields": tuple(Field(**field) for field in table["history_fields"]),
+            "candidate_fields": tuple(Field(**field) for field in table["candidate_fields"]),
+            "limits": Limits(**table["limits"]),
+            "workload": Workload(**table["workload"]),
+            "dims": Dims(**table["dims"]),
+            "user_kv": KVLayout(**table["user_kv"]),
+            "parity": Parity(**table["parity"]),
+        }
+        return Manifest(**{**table, **records})
+    except (ValueError, TypeError, KeyError) as error:
+        raise ArtefactError(f"manifest: not a kvcast manifest ({type(error).__name__}: {error})") from error
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest that lies in `folder`.
+
+    Raises:
+        ArtefactError: there is none, or it cannot be used.
+    """
+    path = folder / MANIFEST_FILE
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ArtefactError(f"{path}: cannot be read ({error.strerror}): run the export first") from error
+    return parse_manifest(text)
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 (hex) of a file's bytes, as `Manifest.files` holds it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

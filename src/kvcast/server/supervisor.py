@@ -1,0 +1,404 @@
+"""Keeps a running tritonserver whole: replaces model processes that die or hang, follows the release that is active.
+
+Triton does neither: it goes on handing requests to a dead process, and knows no order in which the parts of an
+ensemble may change. Both are done without a restart and beside the traffic. It says what it sees in a `State`.
+"""
+
+import contextlib
+import dataclasses
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Collection
+from concurrent.futures import Future, wait
+from pathlib import Path
+
+from kvcast.gateway.state import State
+from kvcast.protocol.errors import ArtefactError
+from kvcast.protocol.golden import read_golden
+from kvcast.protocol.manifest import RELEASES_FILE, read_manifest
+from kvcast.protocol.tensors import ModelSpec
+from kvcast.server import shared_memory
+from kvcast.server.admin import Admin
+from kvcast.server.installation import ServerError
+from kvcast.server.releases import ReleaseStore
+from kvcast.server.stubs import STOPPED, Stub, list_stubs
+from kvcast.server.triton_process import TritonProcess
+from kvcast.server.view import View
+
+LOOK_SECONDS = 0.1
+# A process that is held for this long is taken for hung; a debugger or a snapshot may hold it for a moment.
+HELD_SECONDS = 1.0
+# After a repair that failed, the next waits twice as long, up to this.
+LONGEST_PAUSE_SECONDS = 30.0
+# A repair that takes longer than this, and than so many whole starts, never ends.
+LEAST_REPAIR_SECONDS = 8.0
+REPAIR_STARTS = 3
+# A process that was replaced ends when its last request is answered. One that died never answered, so Triton never
+# lets go of that version; its living twin is ended after this long.
+RETIRED_SECONDS = 60.0
+STOPPED_WITHIN_SECONDS = 5.0
+# A server that crashes more often than this within the window stays down.
+MAX_CRASHES = 5
+CRASH_WINDOW_SECONDS = 300
+RESTARTED_WITHIN_SECONDS = 900
+TRIAL_SUFFIX = "_trial"
+
+
+class HangsError(ServerError):
+    """Triton is not done with something for so long that it never will be."""
+
+
+class DiedMeanwhileError(ServerError):
+    """A process died while something was asked of it, which says nothing of what was to be found out."""
+
+
+class Supervisor:
+    """Watches one server from a thread."""
+
+    def __init__(
+        self,
+        triton: TritonProcess,
+        admin: Admin,
+        view: View,
+        store: ReleaseStore,
+        state_file: Path,
+        log: Callable[[str], None],
+    ) -> None:
+        """Take note of what to watch.
+
+        Args:
+            triton: the process.
+            admin: asks it.
+            view: the repository that it sees.
+            store: the releases.
+            state_file: where the guard reads.
+            log: receives a line for people.
+        """
+        self._triton, self._admin, self._view, self._store = triton, admin, view, store
+        self._ensembles = [model for model in view.models if model.steps]
+        self._parts = [model.name for model in view.models if not model.steps]
+        self._state_file, self._log = state_file, log
+        self.state = State()
+        self._watched: dict[int, Stub] = {}
+        self._retired: dict[int, float] = {}
+        self._held: dict[int, float] = {}
+        self._pause, self._not_before = 0.0, 0.0
+        self._record_seen: tuple[int, int] | None = None
+        self._crashes: list[float] = []
+        self._failure: ServerError | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="supervisor", daemon=True)
+
+    def start(self, release: int) -> None:
+        """Check that what has been loaded computes what was proved, say that it is ready, and watch from now on.
+
+        Args:
+            release: number of the release that it has loaded.
+
+        Raises:
+            ServerError, ArtefactError: an ensemble does not answer the golden request as it should.
+        """
+        self._watched = list_stubs(self._triton.pid)
+        self._check_ensembles(release)
+        fingerprint = self._read_fingerprint(release)
+        self._tell(is_ready=True, reason="", release=release, fingerprint=fingerprint)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Watch no more; what is being done has a moment to be finished."""
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=STOPPED_WITHIN_SECONDS)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether Triton is down for good."""
+        return self._failure is not None
+
+    def wait(self) -> None:
+        """Wait until told to stop.
+
+        Raises:
+            ServerError: tritonserver has ended by itself, or crashed too often.
+        """
+        self._ended.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    def _work(self) -> None:
+        while not self._ended.wait(LOOK_SECONDS):
+            try:
+                if self._triton.status is not None:
+                    self._restart(self._triton.status)
+                else:
+                    self._end_retired()
+                    self._repair()
+                    self._follow_record()
+            except Exception as error:  # noqa: BLE001 without this thread nobody repairs
+                self._log(f"kvcast: supervisor: {type(error).__name__}: {error}")
+
+    def _check_ensembles(self, release: int, until: float = math.inf) -> None:
+        """Ask the golden request; models that rank by themselves have done so when they were loaded."""
+        for ensemble in self._ensembles:
+            self._check_golden(ensemble.name, ensemble, release, until)
+
+    def _check_golden(self, name: str, ensemble: ModelSpec, release: int, until: float = math.inf) -> None:
+        """Ask an ensemble, under whatever name, the golden request of a release."""
+        golden = read_golden(self._store.find_folder(ensemble.steps[0], release))
+        self._do_watching(lambda: self._admin.check_golden(name, golden), needed=ensemble.steps, until=until)
+
+    def _do_watching(
+        self,
+        action: Callable[[], None],
+        being_loaded: str = "",
+        needed: Collection[str] = (),
+        until: float = math.inf,
+    ) -> None:
+        """Do what takes a while, and look at the processes meanwhile.
+
+        Args:
+            action: what to do.
+            being_loaded: a model whose processes come and go with that.
+            needed: models without whose processes Triton may never be done.
+            until: when it must be done.
+
+        Raises:
+            DiedMeanwhileError: a process of one that is needed has died meanwhile.
+            HangsError: it is not done in time.
+        """
+        done: Future[None] = Future()
+
+        def work() -> None:
+            try:
+                action()
+            except BaseException as error:  # noqa: BLE001 it is raised where it is waited for
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        known = {model: self.state.deaths.get(model, 0) for model in needed}
+        threading.Thread(target=work, name="admin", daemon=True).start()
+        while not wait((done,), LOOK_SECONDS).done:
+            self._notice_dead(being_loaded)
+            for model in needed:
+                if self.state.deaths.get(model, 0) != known[model]:
+                    raise DiedMeanwhileError(f"a process of {model} died during the golden request")
+            if time.monotonic() > until:
+                raise HangsError("tritonserver is not done with it")
+        done.result()
+
+    # -- dead processes
+
+    def _restart(self, status: int) -> None:
+        """Start tritonserver again after a crash, but not for ever: something can be wrong that no start mends."""
+        now = time.monotonic()
+        self._crashes = [each for each in self._crashes if now - each < CRASH_WINDOW_SECONDS] + [now]
+        name = signal.Signals(-status).name if status < 0 else f"status {status}"
+        if status >= 0 or len(self._crashes) > MAX_CRASHES:
+            how = "ended by itself" if status >= 0 else f"crashed for the {len(self._crashes)}th time in a row"
+            self._failure = ServerError(f"tritonserver {how} ({name}); it stays down")
+            self._tell(is_ready=False, reason=str(self._failure), is_draining=True)
+            self._ended.set()
+            return
+        self._log(f"kvcast: tritonserver crashed ({name}); starting it again")
+        deaths = {model: self.state.deaths.get(model, 0) + 1 for model in self._parts}
+        parts = tuple(self._parts)
+        self._tell(is_ready=False, reason="tritonserver is being started again", broken=parts, deaths=deaths)
+        try:
+            self._triton.restart(RESTARTED_WITHIN_SECONDS)
+            self._watched, self._retired, self._held = list_stubs(self._triton.pid), {}, {}
+            self._check_ensembles(self.state.release)
+        except (ServerError, ArtefactError) as error:
+            self._log(f"kvcast: {error}")
+            self._tell(reason=str(error))
+            self._ended.wait(min(2.0 ** len(self._crashes), LONGEST_PAUSE_SECONDS))
+            return
+        self._log(f"kvcast: tritonserver is back after {time.monotonic() - now:.1f} s")
+        self._tell(
+            is_ready=True, reason="", broken=(), repairs=self.state.repairs + 1, restarts=self.state.restarts + 1
+        )
+
+    def _repair(self) -> None:
+        """Replace the processes of models of which one has died or hangs."""
+        self._notice_dead()
+        if self.state.broken and time.monotonic() >= self._not_before:
+            self._replace(self.state.broken)
+
+    def _notice_dead(self, being_loaded: str = "") -> None:
+        """Say whose process has died; not of a model that is being loaded, whose processes come and go."""
+        dead = [stub for stub in self._find_dead() if stub.model != being_loaded]
+        for stub in dead:
+            self._log(f"kvcast: process {stub.pid} of {stub.model} died; replacing it")
+            del self._watched[stub.pid]
+        if dead:
+            deaths = dict(self.state.deaths)
+            for stub in dead:
+                deaths[stub.model] = deaths.get(stub.model, 0) + 1
+            self._tell_broken({*self.state.broken, *(stub.model for stub in dead)}, deaths=deaths)
+
+    def _tell_broken(self, broken: Collection[str], **changes: object) -> None:
+        """Say which models have a dead process now."""
+        reason = f"model processes are being replaced: {', '.join(sorted(broken))}" if broken else ""
+        self._tell(is_ready=not broken, reason=reason, broken=tuple(sorted(broken)), **changes)
+
+    def _find_dead(self) -> list[Stub]:
+        """Return watched processes that are gone; end those that are held first."""
+        now, living = time.monotonic(), list_stubs(self._triton.pid)
+        held = {pid for pid in self._watched if pid in living and living[pid].state in STOPPED}
+        self._held = {pid: self._held.get(pid, now) for pid in held}
+        for pid, since in self._held.items():
+            if now - since >= HELD_SECONDS:
+                self._log(f"kvcast: process {pid} of {living[pid].model} is stopped; ending it")
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        return [stub for pid, stub in self._watched.items() if pid not in living]
+
+    def _replace(self, models: tuple[str, ...]) -> None:
+        started = time.monotonic()
+        until = started + max(LEAST_REPAIR_SECONDS, REPAIR_STARTS * self._triton.start_seconds)
+        try:
+            for model in models:
+                self._view.renew(model)
+                self._load(model, until)
+            if not {*self.state.broken} - {*models}:  # else that is asked when the others have been replaced too
+                self._check_ensembles(self.state.release, until)
+        except HangsError:
+            # tritonserver can hang after a process died, and then no repair helps.
+            seconds = time.monotonic() - started
+            self._log(f"kvcast: {', '.join(models)} not replaced in {seconds:.0f} s: tritonserver hangs; ending it")
+            self._triton.kill()
+            return
+        except (ServerError, ArtefactError) as error:
+            self._pause = min(max(1.0, 2 * self._pause), LONGEST_PAUSE_SECONDS)
+            self._not_before = time.monotonic() + self._pause
+            self._log(f"kvcast: {error}; next try in {self._pause:.0f} s")
+            self._tell(reason=f"model processes cannot be replaced: {error}")
+            return
+        self._pause = 0.0
+        self._log(f"kvcast: {', '.join(models)} replaced in {time.monotonic() - started:.1f} s")
+        # Another model's process can have died meanwhile.
+        self._tell_broken({*self.state.broken} - {*models}, repairs=self.state.repairs + 1)
+
+    def _load(self, model: str, until: float = math.inf) -> None:
+        """Load a model as the view has it; watch its new processes, and no longer those that they replace."""
+        old = list_stubs(self._triton.pid)
+        self._do_watching(lambda: self._admin.load(model), being_loaded=model, until=until)
+        shared_memory.hide_regions(self._triton.instance)
+        living = list_stubs(self._triton.pid)
+        new = {pid: stub for pid, stub in living.items() if stub.model == model and pid not in old}
+        wanted = {int(link.name) for link in (self._view.folder / model).iterdir() if link.is_symlink()}
+        replaced = {stub.version for stub in new.values()}
+        for pid, stub in old.items():
+            if stub.model == model and (stub.version in replaced or stub.version not in wanted):
+                self._watched.pop(pid, None)
+                self._retired.setdefault(pid, time.monotonic())
+        self._watched |= new
+
+    def _end_retired(self) -> None:
+        if not self._retired:
+            return
+        living = list_stubs(self._triton.pid)
+        for pid, since in list(self._retired.items()):
+            if pid not in living:
+                del self._retired[pid]
+            elif time.monotonic() - since > RETIRED_SECONDS:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    # -- releases
+
+    def _look_at_record(self) -> tuple[int, int] | None:
+        try:
+            found = (self._store.repository / RELEASES_FILE).stat()
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_ino
+
+    def _follow_record(self) -> None:
+        """Serve the active release if it is another one."""
+        seen = self._look_at_record()
+        if seen == self._record_seen or self.state.broken:
+            return
+        self._record_seen = seen
+        record = self._store.read()
+        if record.active in (None, self.state.release):
+            if self.state.refused_release:
+                self._tell(refused_release=0, refused_reason="")
+            return
+        number = record.active or 0
+        started = time.monotonic()
+        self._log(f"kvcast: switching from release {self.state.release} to {number}")
+        try:
+            self._store.check(record.find(str(number)))
+            self._switch(number)
+        except DiedMeanwhileError as error:
+            self._log(f"kvcast: release {number} could not be tried, and will be again: {error}")
+            self._record_seen = None
+            return
+        except (ServerError, ArtefactError) as error:
+            self._log(f"kvcast: release {number} is refused, {self.state.release} stays: {error}")
+            self._tell(refused_release=number, refused_reason=str(error))
+            return
+        self._log(f"kvcast: release {number} is served, after {time.monotonic() - started:.1f} s")
+        fingerprint = self._read_fingerprint(number)
+        self._tell(release=number, fingerprint=fingerprint, refused_release=0, refused_reason="")
+
+    def _switch(self, number: int) -> None:
+        """Load a release beside the one that is served, try it, move the traffic, let the old one go.
+
+        Raises:
+            ServerError, ArtefactError: it cannot be loaded, or computes something else; the old one is served then.
+        """
+        old = self.state.release
+        try:
+            for model in self._parts:
+                self._expose(model, (old, number))
+            for ensemble in self._ensembles:
+                self._try(ensemble, number)
+            for ensemble in self._ensembles:
+                self._pin(ensemble, number)
+        except (ServerError, ArtefactError):
+            self._settle(old)  # if Triton has crashed, its next start finds the old release
+            raise
+        self._settle(number)
+
+    def _settle(self, number: int) -> None:
+        """Let Triton have one release alone, as far as it still listens; what it sees is right in any case."""
+        for ensemble in self._ensembles:
+            with contextlib.suppress(ServerError):
+                self._pin(ensemble, number)
+        for model in self._parts:
+            with contextlib.suppress(ServerError):
+                self._expose(model, (number,))
+
+    def _pin(self, ensemble: ModelSpec, number: int) -> None:
+        """Have an ensemble's steps be of a release."""
+        self._view.pin(ensemble.name, dict.fromkeys(ensemble.steps, number))
+        self._admin.load(ensemble.name)
+
+    def _try(self, ensemble: ModelSpec, number: int) -> None:
+        """Ask the golden request of an ensemble of a release that no caller sees yet."""
+        trial = ensemble.name + TRIAL_SUFFIX
+        self._view.pin(ensemble.name, dict.fromkeys(ensemble.steps, number), trial)
+        try:
+            self._admin.load(trial)
+            self._check_golden(trial, ensemble, number)
+        finally:
+            with contextlib.suppress(ServerError):
+                self._admin.unload(trial)
+            self._view.remove(trial)
+
+    def _expose(self, model: str, numbers: tuple[int, ...]) -> None:
+        """Let Triton have these releases of a model."""
+        self._view.link(model, {number: self._store.find_folder(model, number) for number in numbers})
+        self._load(model)
+
+    def _read_fingerprint(self, number: int) -> str:
+        return read_manifest(self._store.find_folder(self._parts[0], number)).release
+
+    def _tell(self, **changes: object) -> None:
+        self.state = dataclasses.replace(self.state, **changes)  # type: ignore[arg-type]
+        self.state.write(self._state_file)

@@ -1,0 +1,130 @@
+"""The repository as Triton sees it: a private folder of links to artefacts, and configurations that name versions.
+
+The operator's repository is only read. Versions in the view are numbers of releases, so that two releases can be
+loaded side by side, and an ensemble names the versions of its steps, so that it never mixes them.
+"""
+
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from kvcast.protocol.tensors import MODELS, ModelSpec
+from kvcast.server.installation import ServerError
+
+CONFIG_FILE = "config.pbtxt"
+# Triton takes ensembles for models with a version too.
+ENSEMBLE_VERSION = "1"
+# Triton loads a model anew, in the background and with nobody refused, if a parameter has changed.
+LOADED_PARAMETER = "KVCAST_LOADED"
+# What leads to the value, the name, the value; as people write it, on one line or several.
+PARAMETER = re.compile(r'(parameters\s*:?\s*\{\s*key\s*:\s*"([^"]*)"\s*value\s*:?\s*\{\s*string_value\s*:\s*")([^"]*)"')
+COMMENT = re.compile(r"^\s*#.*\n", re.MULTILINE)
+VERSION_POLICY = "version_policy { all { } }  # those that lie here"
+
+
+class View:
+    """A folder that Triton takes for its model repository."""
+
+    def __init__(
+        self, repository: Path, folder: Path, models: Iterable[ModelSpec], parameters: Mapping[str, str] | None = None
+    ) -> None:
+        """Lay out the models without any version.
+
+        Args:
+            repository: the operator's repository, whose configurations are used.
+            folder: the folder of the view; made.
+            models: ensembles and models with artefacts.
+            parameters: values instead of those in the configurations, for each model that has such a parameter.
+
+        Raises:
+            ServerError: a configuration cannot be read, or no model has such a parameter.
+        """
+        self.folder, self.models = folder, list(models)
+        self._repository = repository.resolve()
+        self._parameters = dict(parameters or {})
+        self._check_parameters()
+        self._loads: dict[str, int] = {}
+        for model in self.models:
+            (folder / model.name).mkdir(parents=True)
+            if model.steps:
+                (folder / model.name / ENSEMBLE_VERSION).mkdir()
+                self.pin(model.name, {})
+            else:
+                self.renew(model.name)
+
+    def link(self, model: str, artefacts: Mapping[int, Path]) -> None:
+        """Let a model have exactly these versions."""
+        for link in (self.folder / model).iterdir():
+            if link.is_symlink() and int(link.name) not in artefacts:
+                link.unlink()
+        for version, artefact in artefacts.items():
+            link = self.folder / model / str(version)
+            if not link.is_symlink():
+                link.symlink_to(artefact.resolve())
+
+    def renew(self, model: str) -> None:
+        """Change a model's configuration so that the next load starts its processes anew."""
+        self._loads[model] = self._loads.get(model, 0) + 1
+        parameter = f'parameters {{ key: "{LOADED_PARAMETER}" value {{ string_value: "{self._loads[model]}" }} }}'
+        self._write(model, f"{self._read(model)}\n{VERSION_POLICY}\n{parameter}\n")
+
+    def pin(self, ensemble: str, versions: Mapping[str, int], name: str | None = None) -> None:
+        """Let an ensemble's steps be of these versions, under its own name or, to be tried first, under another."""
+        text = self._read(ensemble)
+        for step, version in versions.items():
+            text = re.sub(rf'(model_name: "{step}"\s+model_version: )-?\d+', rf"\g<1>{version}", text)
+        if name is not None:
+            (self.folder / name / ENSEMBLE_VERSION).mkdir(parents=True)
+            text = text.replace(f'name: "{ensemble}"', f'name: "{name}"', 1)
+        self._write(name or ensemble, text)
+
+    def remove(self, name: str) -> None:
+        """Remove a model."""
+        shutil.rmtree(self.folder / name)
+
+    def _check_parameters(self) -> None:
+        """Check that each parameter is one of some model's.
+
+        Raises:
+            ServerError: one is not.
+        """
+        texts = "".join(self._read(model.name) for model in self.models)
+        known = list(dict.fromkeys(name for _, name, _ in PARAMETER.findall(texts)))
+        unknown = [name for name in self._parameters if name not in known]
+        if unknown:
+            raise ServerError(f"parameter {unknown[0]}: expected one of {', '.join(known)}")
+
+    def _read(self, model: str) -> str:
+        """Return a model's configuration with the parameters that were asked for."""
+        path = self._repository / model / CONFIG_FILE
+        try:
+            text = path.read_text()
+        except OSError as error:
+            raise ServerError(f"{path}: cannot be read ({error.strerror}): run `make export` again") from error
+        return PARAMETER.sub(self._set_parameter, COMMENT.sub("", text))
+
+    def _set_parameter(self, found: re.Match[str]) -> str:
+        """Return a parameter with the value that was asked for, or with its own."""
+        return f'{found[1]}{self._parameters.get(found[2], found[3])}"'
+
+    def _write(self, model: str, text: str) -> None:
+        # Outside the view, then moved: Triton never sees half of it.
+        new = self.folder.parent / f"{model}.{CONFIG_FILE}"
+        new.write_text(text)
+        new.replace(self.folder / model / CONFIG_FILE)
+
+
+def find_models(names: Iterable[str]) -> list[ModelSpec]:
+    """Return the models that have to be there to serve those named: the steps of ensembles too.
+
+    Raises:
+        ServerError: there is no such model, or none was named.
+    """
+    known = {model.name: model for model in MODELS}
+    names = list(names)
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise ServerError(f"models: expected some of {', '.join(known)}, got {' '.join(unknown) or 'none'}")
+    needed = [known[each] for name in names for each in (name, *known[name].steps)]
+    return list(dict.fromkeys(needed))

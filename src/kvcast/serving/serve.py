@@ -1,0 +1,234 @@
+"""A model inside Triton: requests are taken in as they come, and answered by one thread, in the backlog's order.
+
+Triton's `pb_utils` comes in as an argument, so nothing here imports Triton. The rule that this module keeps: each
+request gets exactly one reply, as soon as it is there; a bad request spoils no other; no traceback reaches a caller.
+
+Why not Triton's own dynamic batcher: with a queue policy (a deadline, a bound), which it needs, Triton 2.51 does not
+wake its batcher for a request that comes while the model is busy, which then waits until the next one comes, or for
+half a second. It also answers a batch all at once, so that a user who is kept would wait for one who is not.
+"""
+
+import functools
+import json
+import queue
+import shutil
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvcast.protocol.errors import ErrorKind, InvalidRequestError, KvcastError, TryAgainError
+from kvcast.protocol.golden import read_golden
+from kvcast.protocol.tensors import CANDIDATES, HISTORY, PARAMETER_PREFIX, PARAMETERS, SCORES
+from kvcast.serving.backlog import Backlog, Log, Reply, answer, hide_unexpected
+from kvcast.serving.metrics import Metrics, Stopwatch
+from kvcast.serving.model import Request, ServedModel
+from kvcast.serving.options import read_options
+
+# The first run allocates, the second lets ONNX Runtime plan by what the first needed, the third is the usual one.
+WARM_UP_REQUESTS = 3
+MICROSECONDS = 1e6
+SHARED_MEMORY = "/dev/shm"  # noqa: S108 where Triton keeps what goes between processes
+# A region grows by more than what it needs.
+ROOM_TO_GROW = 2
+
+
+class Service:
+    """A loaded model with its metrics and its thread: Triton's own thread only hands requests in."""
+
+    def __init__(self, pb_utils: Any, model: ServedModel[Any], metrics: Metrics, waiting_limit: int = 0) -> None:
+        """Start the thread.
+
+        Args:
+            pb_utils: Triton's module.
+            model: who answers.
+            metrics: written to by the new thread alone.
+            waiting_limit: how many requests may wait; 0 for no limit.
+        """
+        self._triton, self.model, self._metrics = pb_utils, model, metrics
+        self._log_error: Log = pb_utils.Logger.log_error
+        self._backlog: Backlog[Any, Any] = Backlog(model, self._log_error, waiting_limit)
+        self._arrivals: queue.SimpleQueue[Any] = queue.SimpleQueue()  # None: no more will come
+        # What fits into a region as it is at the start; it grows with larger ones, and never shrinks.
+        manifest = model.artefact.manifest
+        self._largest_reply = manifest.user_kv.bytes_of(manifest.workload.history)
+        self._is_open = True
+        self._thread = threading.Thread(target=self._work, name=model.spec.name, daemon=True)
+        self._thread.start()
+
+    def submit(self, requests: Sequence[Any]) -> None:
+        """Take in what Triton hands to `execute`; the replies follow."""
+        for request in requests:
+            self._arrivals.put(request)
+
+    def close(self) -> None:
+        """Answer what has come in, and end the thread."""
+        self._arrivals.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        while self._is_open or len(self._backlog):
+            try:
+                self._take_in()
+                for request, reply in self._backlog.step():
+                    self._reply(request, reply)
+            except Exception as problem:  # noqa: BLE001 without this thread nobody is answered any more
+                hide_unexpected(problem, self._log_error)
+
+    def _take_in(self) -> None:
+        """Take in all that has arrived; wait for a first one if nobody waits."""
+        while self._is_open and not (self._arrivals.empty() and len(self._backlog)):
+            request = self._arrivals.get()
+            if request is None:
+                self._is_open = False
+                return
+            error = self._backlog.add(
+                request,
+                functools.partial(read_request, self._triton, self.model, request),
+                seconds=(request.timeout() / MICROSECONDS) or float("inf"),
+                is_cancelled=request.is_cancelled,
+            )
+            if error is not None:
+                self._reply(request, error)
+
+    def _reply(self, request: Any, reply: Reply) -> None:
+        """Send one reply; count it first, so that whoever has it finds it counted."""
+        response, error = self._make_response(reply)
+        stopwatch, cache = self.model.stopwatch, self.model.cache
+        stopwatch.wait.extend(self._backlog.waits)
+        self._backlog.waits.clear()
+        try:
+            self._metrics.publish(stopwatch, cache, len(self._backlog), [error] if error else [])
+        except Exception as problem:  # noqa: BLE001 an answer is worth more than its count
+            hide_unexpected(problem, self._log_error)
+        try:
+            request.get_response_sender().send(response, flags=self._triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        except Exception as problem:  # noqa: BLE001 whoever it was for, the others want theirs
+            hide_unexpected(problem, self._log_error)
+
+    def _make_response(self, reply: Reply) -> tuple[Any, KvcastError | None]:
+        """Return the response, and the error that it carries."""
+        triton = self._triton
+        if not isinstance(reply, KvcastError):
+            try:
+                self._check_room(sum(array.nbytes for array in reply.values()))
+                tensors = [triton.Tensor(name, np.ascontiguousarray(array)) for name, array in reply.items()]
+                return triton.InferenceResponse(output_tensors=tensors), None
+            except Exception as error:  # noqa: BLE001 whatever it is, only this request fails
+                reply = hide_unexpected(error, self._log_error)
+        return triton.InferenceResponse(error=make_triton_error(triton, str(reply), reply.kind)), reply
+
+    def _check_room(self, size: int) -> None:
+        """Check that a reply fits into shared memory: one that does not can never be answered, not even with an error.
+
+        Raises:
+            TryAgainError: it is larger than any before, and there is no room to grow.
+        """
+        if size <= self._largest_reply:
+            return
+        room = shutil.disk_usage(SHARED_MEMORY).free
+        if room < ROOM_TO_GROW * size:
+            raise TryAgainError(
+                f"busy: the server's shared memory is full: expected {ROOM_TO_GROW * size / 1e6:.0f} MB free for a "
+                f"reply of {size / 1e6:.0f} MB, got {room / 1e6:.0f} MB"
+            )
+        self._largest_reply = size
+
+
+def start_model(pb_utils: Any, args: dict[str, str], kind: type[ServedModel[Any]]) -> Service:
+    """Open, warm up and start a model from what Triton hands to `initialize`, and say in the log what it runs on.
+
+    Raises:
+        TritonModelException: the artefact cannot be used; the message says why.
+    """
+    # A served repository can be one of links; what is wrong is said of the files themselves.
+    folder = (Path(args["model_repository"]) / args["model_version"]).resolve()
+    try:
+        options = read_options(json.loads(args["model_config"]))
+        model = kind.open(folder, options.session, options.cache)
+        warm_up(model, pb_utils.Logger.log_error)
+        check_golden(model, folder, pb_utils.Logger.log_error)
+    except KvcastError as error:
+        raise pb_utils.TritonModelException(str(error)) from None
+    manifest, artefact = model.artefact.manifest, model.artefact
+    labels = {"model": manifest.model, "version": args["model_version"], "instance": args["model_instance_name"]}
+    metrics = Metrics(pb_utils, labels)
+    metrics.start(model.cache)
+    pb_utils.Logger.log_info(
+        f"{manifest.model}: {manifest.config}, release {manifest.release[:12]}, {artefact.provider}, "
+        f"{artefact.threads} threads" + describe_cache(model)
+    )
+    return Service(pb_utils, model, metrics, options.waiting_limit)
+
+
+def warm_up(model: ServedModel[Any], log_error: Log) -> None:
+    """Answer the warm-up request, more than once, so that no caller pays for first allocations; forget it then.
+
+    Raises:
+        KvcastError: it is not answered; the model cannot serve.
+    """
+    wanted = [tensor.name for tensor in model.spec.outputs]
+    for _ in range(WARM_UP_REQUESTS):
+        reply = answer(model, lambda: Request(model.make_warm_up(), wanted), log_error)
+        if isinstance(reply, KvcastError):
+            raise reply
+        if model.cache is not None:
+            model.cache.forget()
+    model.stopwatch = Stopwatch()
+
+
+def check_golden(model: ServedModel[Any], folder: Path, log_error: Log) -> None:
+    """Ask a model that ranks by itself the golden request of its release; the parts of an ensemble are asked together.
+
+    Raises:
+        KvcastError: its scores are not those recorded at export; the model must not serve.
+    """
+    if [tensor.name for tensor in model.spec.inputs] != [HISTORY.name, CANDIDATES.name]:
+        return
+    golden = read_golden(folder)
+    tensors = {HISTORY.name: golden.history[None], CANDIDATES.name: golden.candidates[None]}
+    reply = answer(model, lambda: Request(tensors, [SCORES.name]), log_error)
+    if isinstance(reply, KvcastError):
+        raise reply
+    golden.check(reply[SCORES.name][0])
+    if model.cache is not None:
+        model.cache.forget()
+    model.stopwatch = Stopwatch()
+
+
+def describe_cache(model: ServedModel[Any]) -> str:
+    """Return what the cache can hold, in users of the expected length."""
+    if model.cache is None:
+        return ""
+    if not model.cache.is_on:
+        return ", user KV cache off"
+    workload = model.artefact.manifest.workload
+    users = model.cache.budget_bytes // model.artefact.manifest.user_kv.bytes_of(workload.history)
+    return f", user KV cache of {model.cache.budget_bytes / 1e6:.0f} MB (about {users} users of L = {workload.history})"
+
+
+def read_request(pb_utils: Any, model: ServedModel[Any], request: Any) -> Request:
+    """Read one of Triton's requests.
+
+    Raises:
+        InvalidRequestError: it has a parameter with our prefix that is not ours, or neither true nor false.
+    """
+    tensors = {
+        spec.name: pb_utils.get_input_tensor_by_name(request, spec.name).as_numpy() for spec in model.spec.inputs
+    }
+    text = request.parameters()
+    parameters: dict[str, Any] = json.loads(text) if text else {}
+    unknown = [name for name in parameters if name.startswith(PARAMETER_PREFIX) and name not in PARAMETERS]
+    if unknown:
+        raise InvalidRequestError(f"parameter {unknown[0]}: expected one of {', '.join(PARAMETERS)}")
+    read = Request(tensors, request.requested_output_names(), parameters)
+    for name in PARAMETERS:  # those too that this model has no use for: the caller means something by them
+        read.asks_for(name)
+    return read
+
+
+def make_triton_error(pb_utils: Any, message: str, kind: ErrorKind) -> Any:
+    """Return the `TritonError` that spells an error of this kind."""
+    return pb_utils.TritonError(message, getattr(pb_utils.TritonError, kind.triton_code))

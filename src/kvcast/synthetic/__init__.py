@@ -1,0 +1,24 @@
+"""Synthetic click logs: the seeded generators behind example request, tests and load tests, and of logs to train on.
+
+It knows the feature schema and numpy; it knows nothing of models, servers or training.
+"""
+
+from kvcast.synthetic.generator import ClickLog
+from kvcast.synthetic.shop import Shop
+from kvcast.synthetic.trace import Trace, Traffic, Visit
+from kvcast.synthetic.truth import Effects, Habits, PlantedLog, PlantedRows
+from kvcast.synthetic.visitor import Visitor, draw_visitor
+
+__all__ = [
+    "ClickLog",
+    "Effects",
+    "Habits",
+    "PlantedLog",
+    "PlantedRows",
+    "Shop",
+    "Trace",
+    "Traffic",
+    "Visit",
+    "Visitor",
+    "draw_visitor",
+]

@@ -1,0 +1,104 @@
+"""`python -m kvcast.synthetic`: print a request (`client/request.json` is user 1's), or write a log."""
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+from kvcast.protocol.config import DEFAULT_CONFIG, ModelConfig, load_config
+from kvcast.protocol.log import LABEL
+from kvcast.protocol.request import RankRequest
+from kvcast.protocol.schema import FeatureSchema
+from kvcast.synthetic.generator import ClickLog
+from kvcast.synthetic.shop import Shop
+from kvcast.synthetic.truth import Habits, PlantedLog, compute_best_auc
+from kvcast.synthetic.visitor import draw_visitor
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print one request as JSON, or write a log; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="kvcast clicklog", description="Print a synthetic ranking request as JSON, or write a log to train on."
+    )
+    parser.add_argument("--config", default=DEFAULT_CONFIG, help="whose schema and workload (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    request = parser.add_argument_group("a request")
+    request.add_argument("--history", type=int, metavar="L", help="events (the configuration's workload)")
+    request.add_argument("--candidates", type=int, metavar="N", help="candidates (the configuration's workload)")
+    request.add_argument(
+        "--user", type=int, metavar="NUMBER", help="of this user of the log below, when they come once more (anybody)"
+    )
+    _add_log_options(parser)
+    arguments = parser.parse_args(argv)
+    config = load_config(arguments.config)
+    try:
+        if arguments.log is not None:
+            return _write_log(arguments, config.schema)
+        print(_draw_request(arguments, config).to_json(config.schema), end="")
+    except ValueError as error:
+        parser.error(str(error))
+    return 0
+
+
+def _add_log_options(parser: argparse.ArgumentParser) -> None:
+    usual = Habits()
+    log = parser.add_argument_group("a log with known truth")
+    log.add_argument("--log", type=Path, metavar="FILE", help="write it here: *.parquet or *.csv")
+    log.add_argument("--users", type=_count, default=usual.users, help="(%(default)s)")
+    log.add_argument("--days", type=_positive, default=usual.days, help="(%(default)s)")
+    log.add_argument("--visits-a-day", type=_positive, default=usual.visits_a_day, help="of a user (%(default)s)")
+    log.add_argument("--shown", type=_count, default=usual.shown, help="items of a visit (%(default)s)")
+    log.add_argument("--shop-seed", type=int, default=0, help="the same for logs about the same items (%(default)s)")
+    log.add_argument("--items", type=_count, help="(the vocabulary's)")
+    log.add_argument("--categories", type=_count, default=24, help="(%(default)s)")
+    log.add_argument("--with-truth", action="store_true", help="add the true probabilities as a column")
+
+
+def _draw_request(arguments: argparse.Namespace, config: ModelConfig) -> RankRequest:
+    history = config.workload.history if arguments.history is None else arguments.history
+    count = config.workload.candidates if arguments.candidates is None else arguments.candidates
+    if arguments.user is None:
+        return ClickLog(config.schema, arguments.seed).draw_request(history, count)
+    return draw_visitor(_make_log(arguments, config.schema), arguments.user, history, count).request
+
+
+def _make_log(arguments: argparse.Namespace, schema: FeatureSchema) -> PlantedLog:
+    shop = Shop(schema, arguments.shop_seed, arguments.items, arguments.categories)
+    habits = Habits(arguments.users, arguments.days, arguments.visits_a_day, arguments.shown)
+    return PlantedLog(shop, habits, arguments.seed)
+
+
+def _write_log(arguments: argparse.Namespace, schema: FeatureSchema) -> int:
+    try:
+        log_file = importlib.import_module("kvcast.synthetic.log_file")
+    except ModuleNotFoundError as error:
+        print(f"kvcast clicklog: {error.name} is not installed: pip install 'kvcast[train]'", file=sys.stderr)
+        return 1
+    log_file.check_name(arguments.log)
+    log = _make_log(arguments, schema)
+    rows = log.draw_rows()
+    log_file.write_rows(arguments.log, rows, with_truth=arguments.with_truth)
+    labels = rows.columns[LABEL]
+    print(
+        f"{arguments.log}: {len(labels)} rows of {log.habits.users} users, {labels.mean():.1%} clicked; "
+        f"ranking by the true probability has an AUC of {compute_best_auc(rows.truth):.4f}"
+    )
+    return 0
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
+    return number
+
+
+def _positive(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected more than 0, got {text}")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

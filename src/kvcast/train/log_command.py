@@ -1,0 +1,79 @@
+"""`kvcast train log`: say what is in a log, or make one from a public data set in a local folder."""
+
+import argparse
+import json
+from pathlib import Path
+
+from kvcast.protocol.config import ModelConfig, list_configs, load_config
+from kvcast.protocol.log import LABEL
+from kvcast.train.log import LogError, read_log, write_log
+from kvcast.train.readers import READERS, make_log
+from kvcast.train.requests import Requests
+from kvcast.train.splits import split_by_shares
+
+
+def add_log_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `log` to the commands of `kvcast train`."""
+    parser = commands.add_parser(
+        "log",
+        help="check a log, or make one from a data set",
+        description="Say what is in a log and whether it fits a model, or make one from a data set in a local folder "
+        "(docs/training.md).",
+    )
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="a log, or with --from the data set's folder")
+    parser.add_argument("--config", required=True, help=f"whose fields: {', '.join(list_configs())}, or a TOML file")
+    parser.add_argument("--from", dest="reader", choices=sorted(READERS), help="the data set")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the log to make: *.parquet or *.csv")
+    parser.add_argument("--bad-rows", choices=("stop", "skip"), default="stop", help="(%(default)s)")
+    parser.add_argument(
+        "--pause",
+        type=int,
+        default=0,
+        metavar="SECONDS",
+        help="rows of a user are one request until nothing happens for so long (%(default)s: rows of one time)",
+    )
+
+
+def run_log(arguments: argparse.Namespace) -> int:
+    """Check or make a log; return the exit status.
+
+    Raises:
+        KvcastError: the configuration, the data set or the log is not as documented.
+    """
+    config = load_config(arguments.config)
+    if (arguments.reader is None) != (arguments.out is None):
+        raise LogError("--from DATA-SET and --out FILE go together")
+    path = arguments.source if arguments.reader is None else _make(arguments, config)
+    _describe(path, config, arguments)
+    return 0
+
+
+def _make(arguments: argparse.Namespace, config: ModelConfig) -> Path:
+    """Write the log and its vocabularies, and return the log's path."""
+    path: Path = arguments.out
+    if path.suffix not in (".parquet", ".csv"):  # before minutes of reading
+        raise LogError(f"{path}: expected a file *.parquet or *.csv")
+    raw = READERS[arguments.reader](arguments.source, arguments.bad_rows)
+    made = make_log(raw, config.schema, arguments.pause)
+    write_log(path, made.columns, config.schema)
+    vocabularies = path.with_suffix(".vocabularies.json")
+    document = {"vocabularies": made.vocabularies, "titles": made.titles}
+    vocabularies.write_text(json.dumps(document, ensure_ascii=False, indent=1) + "\n")
+    print("\n".join([*made.notes, f"{vocabularies}: which id is what"]))
+    return path
+
+
+def _describe(path: Path, config: ModelConfig, arguments: argparse.Namespace) -> None:
+    log = read_log(path, config.schema, bad_rows=arguments.bad_rows)
+    if log.bad.rows:
+        print(f"{path}: {log.bad.rows} bad rows skipped:\n{log.bad.describe()}")
+    if not len(log):
+        raise LogError(f"{path}: expected at least one row, got none")
+    requests = Requests(log, config.schema, config.limits)
+    lengths, counts = requests.history_lengths, requests.candidate_counts
+    print(
+        f"{path}: {len(log)} rows of {len(log.users)} users, {log.label.mean():.1%} with {LABEL} 1; "
+        f"{len(requests)} requests of {counts.mean():.1f} candidates after {lengths.mean():.1f} events (at most "
+        f"{lengths.max()})"
+    )
+    print(split_by_shares(requests).describe())

@@ -1,0 +1,131 @@
+"""Ids for what a data set calls its items, genres, authors: the step from a reader's values to a log.
+
+Ids are given by how often a value occurs in the earliest rows alone, so that what is tested on has no say in them. It
+knows the model's schema; it does not know the data sets.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from kvcast.protocol.log import LABEL, REQUEST, TIME, USER, log_fields
+from kvcast.protocol.schema import FeatureSchema, Field
+from kvcast.train.columns import Ids, number_names
+
+# The share of the rows, by time, whose values get ids: what is trained on if nothing else is said.
+VOCABULARY_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class Values:
+    """A column of names: row r has `names[index[r]]`; index -1 is unknown."""
+
+    names: tuple[str, ...]
+    index: Ids
+
+
+@dataclass(frozen=True)
+class RawLog:
+    """What a reader found: rows in any order.
+
+    values: columns whose names get ids. ids: columns whose ids mean what the reader says, such as `action`. notes: what
+    a person should know. titles: what items are called.
+    """
+
+    user: Ids
+    time: Ids
+    label: Ids
+    values: dict[str, Values]
+    ids: dict[str, Ids]
+    notes: tuple[str, ...] = ()
+    titles: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MadeLog:
+    """A log's columns by time, the vocabularies (field → name → id), the titles of items by id, and what to tell."""
+
+    columns: dict[str, npt.NDArray[Any]]
+    vocabularies: dict[str, dict[str, int]]
+    titles: dict[str, str]
+    notes: tuple[str, ...]
+
+
+def make_log(raw: RawLog, schema: FeatureSchema, pause: int = 0) -> MadeLog:
+    """Give ids to a reader's values.
+
+    Args:
+        raw: what the reader found.
+        schema: the model's fields. Those that the data set does not have are 0, unknown.
+        pause: rows of a user are one request until nothing happens for more than so many seconds; 0: rows of one time.
+    """
+    order = np.lexsort((raw.user, raw.time))
+    time = raw.time[order]
+    early = np.arange(len(order)) < round(VOCABULARY_SHARE * len(order))
+    columns: dict[str, npt.NDArray[Any]] = {USER: raw.user[order], TIME: time}
+    if pause:
+        columns[REQUEST] = _number_sessions(columns[USER], time, pause)
+    vocabularies, notes, absent = {}, list(raw.notes), []
+    for one in log_fields(schema):
+        if one.name in raw.values:
+            column, vocabularies[one.name], note = _give_ids(raw.values[one.name], order, early, one)
+            notes.append(note)
+        elif one.name in raw.ids:
+            given = raw.ids[one.name][order]
+            column = np.where(given < one.vocab_size, given, 0)
+        else:
+            column = np.zeros(len(order), np.int64)
+            absent.append(one.name)
+        columns[one.name] = column
+    if absent:
+        has = ", ".join(sorted({*raw.values, *raw.ids}))
+        notes.append(f"not in the data set, 0 in every row: {', '.join(absent)} (it has {has})")
+    titles = {
+        str(number): raw.titles[name] for name, number in vocabularies.get("item", {}).items() if name in raw.titles
+    }
+    return MadeLog({**columns, LABEL: raw.label[order]}, vocabularies, titles, tuple(notes))
+
+
+def find_places(known: Ids, numbers: Ids) -> Ids:
+    """Return where each number is known first, or -1."""
+    if not len(known):
+        return np.full(len(numbers), -1)
+    order = np.argsort(known, kind="stable")
+    place = np.minimum(np.searchsorted(known[order], numbers), len(known) - 1)
+    return np.where(known[order][place] == numbers, order[place], -1)
+
+
+def look_up(column: pa.ChunkedArray, place: Ids, unknown: tuple[str, ...] = ("",)) -> Values:
+    """Return the values of a table's column at these places: -1 is no place, and some texts mean unknown."""
+    names, index = number_names(pc.fill_null(column, ""))
+    is_unknown = np.array([name in unknown for name in names], bool)
+    index = np.append(np.where(is_unknown[index], -1, index), -1)
+    return Values(names, index[place])
+
+
+def _give_ids(values: Values, order: Ids, early: npt.NDArray[np.bool_], one: Field) -> tuple[Ids, dict[str, int], str]:
+    """Return the column, the vocabulary and how far it reaches."""
+    index = values.index[order]
+    seen = index[early & (index >= 0)]
+    counts = np.bincount(seen, minlength=len(values.names))
+    by_count = np.argsort(-counts, kind="stable")
+    listed = by_count[: min(one.vocab_size - 1, int((counts > 0).sum()))]
+    ids = np.zeros(len(values.names) + 1, np.int64)  # the last one is that of index -1
+    ids[listed] = np.arange(1, len(listed) + 1)
+    column = ids[index]
+    unknown = float((column == 0).mean()) if len(column) else 0.0
+    note = f"{one.name}: {len(listed)} of {len(values.names)} values have an id; {unknown:.1%} of the rows have none"
+    return column, {values.names[number]: rank for rank, number in enumerate(listed, start=1)}, note
+
+
+def _number_sessions(user: Ids, time: Ids, pause: int) -> Ids:
+    """Return the number of each row's session. Rows are in order of time."""
+    order = np.argsort(user, kind="stable")
+    starts = (np.diff(user[order], prepend=-1) != 0) | (np.diff(time[order], prepend=0) > pause)
+    sessions = np.empty(len(order), np.int64)
+    sessions[order] = np.cumsum(starts)
+    return sessions
