@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import json
 import tomllib
-from importlib import resources
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcast.protocol.config import MIN_VOCABULARY, list_configs, load_config, parse_config
+from kvcast.protocol.config import CONFIGS, MIN_VOCABULARY, list_configs, load_config, parse_config
 from kvcast.protocol.errors import ArtefactError, ConfigError, ErrorKind, InvalidRequestError, KvcastError
+from kvcast.protocol.locate import locate
 from kvcast.protocol.manifest import CONTRACT_VERSION, Dims, Manifest, Parity, parse_manifest, read_manifest
 from kvcast.protocol.request import RankRequest
 from kvcast.protocol.schema import Field, KVLayout, Limits
@@ -47,7 +47,7 @@ def test_shipped_configurations():
 
 
 def read_tiny_table() -> dict[str, Any]:
-    text = (resources.files("kvcast.protocol") / "configs" / "tiny.toml").read_text()
+    text = (locate(CONFIGS) / "tiny.toml").read_text()
     return tomllib.loads(text)
 
 
@@ -108,15 +108,15 @@ def test_a_configuration_that_does_not_exist(tmp_path):
 
 def test_a_configuration_from_a_path(tmp_path):
     path = tmp_path / "own.toml"
-    text = (resources.files("kvcast.protocol") / "configs" / "tiny.toml").read_text()
+    text = (locate(CONFIGS) / "tiny.toml").read_text()
     path.write_text(text.replace('name = "tiny"', 'name = "own"'))
     assert load_config(str(path)) == dataclasses.replace(load_config("tiny"), name="own")
 
 
 def test_weights_lie_beside_the_configuration_and_are_no_part_of_it(tmp_path):
     path = tmp_path / "demo.toml"
-    text = (resources.files("kvcast.protocol") / "configs" / "demo.toml").read_text()
-    path.write_text(text.replace("demo.safetensors", "other.safetensors"))
+    text = (locate(CONFIGS) / "demo.toml").read_text()
+    path.write_text(text.replace("../weights/demo.safetensors", "other.safetensors"))
     own, shipped = load_config(str(path)), load_config("demo")
     assert own.weights == tmp_path / "other.safetensors"  # which nobody has trained yet
     assert shipped.weights is not None

@@ -286,10 +286,12 @@ def test_weights_are_those_asked_for_or_those_that_the_configuration_comes_with(
 
 def test_a_trained_demo_is_exported_over_another_and_keeps_an_operators_configuration(own_repository, tmp_path, capsys):
     """From a log to an export by the commands alone; what is trained lies where the TOML says."""
-    toml, log = tmp_path / "demo.toml", tmp_path / "log.csv"
-    shutil.copy(ROOT / "src" / "kvcast" / "protocol" / "configs" / "demo.toml", toml)
+    toml, log = tmp_path / "configs" / "demo.toml", tmp_path / "log.csv"
+    out = tmp_path / "weights" / "demo.safetensors"
+    for path in (toml, out):
+        path.parent.mkdir()
+    shutil.copy(ROOT / "export" / "configs" / "demo.toml", toml)
     assert clicklog(["--config", str(toml), "--log", str(log), "--users", "40", "--days", "5", "--seed", "2"]) == 0
-    out = tmp_path / "demo.safetensors"
     assert train(["--config", str(toml), "--log", str(log), "--out", str(out), "--steps", "4"]) == 0
     config = own_repository / "doc_fusion" / "config.pbtxt"
     config.write_text(config.read_text().replace("count: 1", "count: 2"))

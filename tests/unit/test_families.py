@@ -5,7 +5,6 @@ import json
 import math
 import re
 import tomllib
-from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -296,7 +295,7 @@ def test_a_family_without_options_takes_none():
 
 @pytest.mark.parametrize("value", [[1], {"a": 1}, float("nan")], ids=str)
 def test_an_option_is_a_string_a_number_or_a_boolean(value):
-    table = tomllib.loads((resources.files("kvcast.protocol") / "configs" / "tiny.toml").read_text())
+    table = tomllib.loads((ROOT / "export" / "configs" / "tiny.toml").read_text())
     table["network"]["options"] = {"heat": value}
     with pytest.raises(ConfigError, match=r"network\.options\.heat: expected a string, a finite number or a boolean"):
         parse_config(table)

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from kvcast.networks.weights import draw_weights, load_weights
 from kvcast.protocol.config import ModelConfig
 from kvcast.protocol.errors import ConfigError
 from kvcast.protocol.golden import GOLDEN_FILE, Golden
+from kvcast.protocol.locate import is_in_wheel, locate
 from kvcast.protocol.manifest import MANIFEST_FILE, ONNX_FILE, RELEASES_FILE, Dims, Manifest, Parity, hash_file
 from kvcast.protocol.tensors import EXPORTED_MODELS
 
@@ -92,6 +93,8 @@ def export_release(
             "export into another folder, and `kvcast release publish` that"
         )
     weights = _choose_weights(config, weights)
+    if config.weights is not None and weights.file is None and weights.seed is None:
+        say(f"the trained weights of {config.name} come with the checkout, not with the installed package")
     say(f"weights: {weights.file or f'random, of seed {weights.seed or 0}'}")
     progress = Progress(say)
     with progress.step(f"build {config.name} ({config.network.family})"):
@@ -137,6 +140,8 @@ def _choose_weights(config: ModelConfig, weights: WeightsSource) -> WeightsSourc
     """Return the weights that are meant: where nothing was asked for, the file that the configuration comes with."""
     own = config.weights
     if own is None or weights.file is not None or weights.seed is not None:
+        return weights
+    if not own.exists() and is_in_wheel(own):
         return weights
     if not own.exists():
         raise ConfigError(
@@ -225,16 +230,16 @@ def _stage_beside(repository: Path) -> Iterator[str]:
 
 def _furnish_repository(repository: Path) -> None:
     """Put in the adapters, and the configurations that are missing; an operator's own config.pbtxt is kept."""
-    with resources.as_file(resources.files("kvcast") / "model_repository") as source:
-        if source.resolve() == repository.resolve():
-            return
-        for config in sorted(source.glob("*/config.pbtxt")):
-            model = repository / config.parent.name
-            (model / VERSION_FOLDER).mkdir(parents=True, exist_ok=True)
-            if not (model / config.name).exists():
-                shutil.copyfile(config, model / config.name)
-            for adapter in config.parent.glob(f"{VERSION_FOLDER}/*.py"):
-                shutil.copyfile(adapter, model / VERSION_FOLDER / adapter.name)
+    source = locate("model_repository")
+    if source.resolve() == repository.resolve():
+        return
+    for config in sorted(source.glob("*/config.pbtxt")):
+        model = repository / config.parent.name
+        (model / VERSION_FOLDER).mkdir(parents=True, exist_ok=True)
+        if not (model / config.name).exists():
+            shutil.copyfile(config, model / config.name)
+        for adapter in config.parent.glob(f"{VERSION_FOLDER}/*.py"):
+            shutil.copyfile(adapter, model / VERSION_FOLDER / adapter.name)
 
 
 def _move_into_place(staged: Path, target: Path) -> None:

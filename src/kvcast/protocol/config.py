@@ -6,18 +6,20 @@ module reads and checks; it builds nothing.
 """
 
 import math
+import os
 import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from kvcast.protocol.errors import ConfigError
+from kvcast.protocol.locate import locate
 from kvcast.protocol.schema import FeatureSchema, Field, Limits, Workload
 
 # What is exported where nothing else is said, and what `kvcast demo` shows.
 DEFAULT_CONFIG = "demo"
+CONFIGS = "export/configs"
 MIN_VOCABULARY = 64
 # The proofs of an export need room for a history with padding around it.
 MIN_HISTORY_LIMIT = 8
@@ -83,8 +85,7 @@ class ModelConfig:
 
 def list_configs() -> list[str]:
     """Return the names of the configurations that come with the project."""
-    folder = resources.files("kvcast.protocol") / "configs"
-    return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".toml"))
+    return sorted(path.stem for path in locate(CONFIGS).glob("*.toml"))
 
 
 def load_config(name_or_path: str) -> ModelConfig:
@@ -94,7 +95,7 @@ def load_config(name_or_path: str) -> ModelConfig:
         ConfigError: there is no such configuration, or it does not describe a model.
     """
     if name_or_path in list_configs():
-        path = Path(str(resources.files("kvcast.protocol") / "configs" / f"{name_or_path}.toml"))
+        path = locate(CONFIGS) / f"{name_or_path}.toml"
     elif Path(name_or_path).is_file():
         path = Path(name_or_path)
     else:
@@ -105,7 +106,7 @@ def load_config(name_or_path: str) -> ModelConfig:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"config {name_or_path}: not valid TOML: {error}") from error
     config = parse_config(table)
-    weights = config.weights and path.parent / config.weights
+    weights = config.weights and Path(os.path.normpath(path.parent / config.weights))
     return replace(config, network=replace(config.network, folder=path.parent), weights=weights)
 
 
