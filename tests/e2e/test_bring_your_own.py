@@ -14,7 +14,9 @@ from kvcast.protocol.manifest import read_manifest
 from tests.processes import read_until
 from tests.support import TOLERANCE, find_free_ports
 
-GUIDE = Path(__file__).parents[2] / "docs" / "bring-your-own.md"
+ROOT = Path(__file__).parents[2]
+GUIDE = ROOT / "docs" / "bring-your-own.md"
+EXAMPLES = ROOT / "export" / "examples"
 SCORE_WITH_THE_MODULE = """
 import json, torch
 from my_network import Taste
@@ -63,7 +65,7 @@ def write_files(folder: Path) -> list[str]:
     for _, name, text in blocks:
         if name:
             with (folder / name).open("a") as file:
-                file.write(text)
+                file.write("\n\n" * (file.tell() > 0) + text)
     return [text for language, name, text in blocks if language == "sh" and not name]
 
 
@@ -76,6 +78,9 @@ def test_the_guide_leads_to_a_served_and_proved_model(tmp_path):
         "my.toml",
         "ask.py",
     }
+    for path in tmp_path.iterdir():
+        assert path.read_text() == (EXAMPLES / path.name).read_text(), "export/examples holds the guide's files"
+    assert {path.name for path in EXAMPLES.glob("*.*")} == {path.name for path in tmp_path.iterdir()}
     prepare, serve, rank = commands
     reader = Reader(tmp_path)
     exported = reader.run(prepare)

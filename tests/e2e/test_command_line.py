@@ -201,7 +201,7 @@ def test_documents_show_the_committed_numbers_and_link_to_files_that_exist():
         metrics = last[f"{name}_test"]
         cells = [f"{best}{metrics[each]:.3f}{best}" for each in ("auc", "request_auc", "ndcg_at_10")]
         assert f" | {' | '.join(cells)} |" in training
-    for document in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+    for document in [*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):
             if "://" not in target:
                 assert (document.parent / target).exists(), f"{document.name} links to {target}"

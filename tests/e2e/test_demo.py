@@ -1,6 +1,7 @@
 """`make demo` and its weights through a real server: what a newcomer sees, how users are ranked who were never seen."""
 
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -126,6 +127,24 @@ def test_the_shipped_example_is_what_the_demo_ranks(demo: Demo, served: TritonSe
     best = ranking.top(10)
     assert [int(item) for _, _, item in shown[:10]] == [each.item for each in best]
     np.testing.assert_allclose([float(score) for _, score, _ in shown[:10]], [each.score for each in best], atol=0.006)
+
+
+@pytest.mark.parametrize("name", ["rank.py", "rank_async.py", "prefetch.py", "curl.sh"])
+def test_the_client_examples_run_as_they_stand(served: TritonServer, name: str):
+    program = [sys.executable] if name.endswith(".py") else ["sh"]
+    address = served.http_address if name == "curl.sh" else served.grpc_address
+    done = subprocess.run([*program, ROOT / "client" / name, address], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    request = RankRequest.from_json((ROOT / "client" / "request.json").read_text(), CONFIG.schema)
+    with RankerClient(served.grpc_address) as client:
+        best = client.rank(request.history, request.candidates).top(1)[0]
+        two = client.rank([[690, 8, 49, 2], [797, 11, 47, 4]], [[673, 19, 85, 31], [79, 9, 115, 60]]).scores
+    if name == "curl.sh":
+        np.testing.assert_allclose(json.loads(done.stdout)["outputs"][0]["data"], two, rtol=0, atol=TOLERANCE)
+        return
+    shown = re.findall(rf"item +{best.item} +(-?\d+\.\d+)", done.stdout)
+    np.testing.assert_allclose(float(shown[-1]), best.score, rtol=0, atol=2 * TOLERANCE)
+    assert name != "prefetch.py" or "rank: cache hit" in done.stdout
 
 
 def test_users_who_were_never_seen_are_ranked_well(
