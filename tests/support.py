@@ -28,7 +28,7 @@ def make_config(
     candidate = (item, *(Field(f"attribute_{index}", 70 + index) for index in range(1, candidate_fields)))
     return ModelConfig(
         name="small",
-        network=NetworkConfig("kvcast.networks.transformer:Transformer", layers, heads, heads * head_width),
+        network=NetworkConfig("transformer", layers, heads, heads * head_width),
         schema=FeatureSchema(history, candidate),
         limits=Limits(history=64, candidates=32),
         workload=Workload(history=10, candidates=5),

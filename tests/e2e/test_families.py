@@ -126,4 +126,4 @@ def test_perf_measures_what_can_run_this_network_and_says_what_cannot(hstu_repos
     (row,) = run_peers(field, CONFIG, [5], 1, ["shared", "traditional", "torch_flash"], said.append)
     assert set(row["peers"]) == {"shared", "traditional"}
     assert row["peers"]["traditional"]["score_difference"] <= TOLERANCE
-    assert said[0] == "    not for kvcast.networks.hstu:HSTU, left out: torch_flash"
+    assert said[0] == "    not for hstu, left out: torch_flash"

@@ -23,7 +23,7 @@ def make_hstu_config(*, has_time: bool = True, **sizes: int) -> ModelConfig:
     config = make_config(**sizes)
     fields = (*config.schema.history_fields, Field("hour", 5000))
     options = {"time_field": "hour"} if has_time else {}
-    network = dataclasses.replace(config.network, family="kvcast.networks.hstu:HSTU", options=options)
+    network = dataclasses.replace(config.network, family="hstu", options=options)
     return dataclasses.replace(config, network=network, schema=FeatureSchema(fields, config.schema.candidate_fields))
 
 

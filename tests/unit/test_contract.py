@@ -62,8 +62,8 @@ def read_tiny_table() -> dict[str, Any]:
         (["limits", "candidates"], "5", "limits.candidates: expected a whole number, at least 1, got '5'"),
         (
             ["network", "family"],
-            "transformer",
-            "network.family: expected 'package.module:Class' or 'file.py:Class', got",
+            "transformer.py",
+            "network.family: expected a family's short name, 'package.module:Class' or 'file.py:Class', got",
         ),
         (
             ["vocabularies", "item"],

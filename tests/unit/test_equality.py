@@ -108,12 +108,10 @@ def test_a_network_that_gives_nan_itself_is_refused(tmp_path):
         prove_graphs_equal_network(network, trace(network, (ITEM,), tmp_path))
 
 
-@pytest.mark.parametrize("family", ["transformer:Transformer", "hstu:HSTU"])
+@pytest.mark.parametrize("family", ["transformer", "hstu"])
 @torch.inference_mode()
 def test_the_families_that_come_with_the_project_equal_their_graphs_with_any_weights(family, tmp_path):
-    config = dataclasses.replace(
-        CONFIG, network=dataclasses.replace(CONFIG.network, family=f"kvcast.networks.{family}")
-    )
+    config = dataclasses.replace(CONFIG, network=dataclasses.replace(CONFIG.network, family=family))
     traced = trace(make_network(config), (USER, ITEM), tmp_path)
     assert 0 <= prove_graphs_equal_network(make_network(config), traced) <= 1e-5
     for seed, scale in ((1, 1), (2, 1.5), (3, 0.01)):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from kvcast.export.pipeline import WeightsSource, _prove_network, _set_weights
 from kvcast.export.proofs import ProofError, draw_sample, prove
 from kvcast.export.release import _list_settings, fingerprint_release
 from kvcast.networks.hstu import HSTU
-from kvcast.networks.interface import RankingNetwork, UserKV, build_network
+from kvcast.networks.interface import SHORT_NAMES, RankingNetwork, UserKV, build_network
 from kvcast.networks.transformer import Transformer
 from kvcast.networks.weights import draw_weights
 from kvcast.protocol.config import ModelConfig, list_configs, load_config, parse_config
@@ -457,20 +458,42 @@ def test_peers_that_cannot_run_a_network_are_left_out():
 
 
 def test_only_a_familys_own_files_name_it():
-    """But for the TOMLs, which choose one."""
-    families = {load_config(name).network.family.partition(":")[0] for name in list_configs()}
+    """But for the TOMLs, which choose one by its short name, and the table of these."""
+    assert {load_config(name).network.family for name in list_configs()} == set(SHORT_NAMES)
+    families = {family.partition(":")[0] for family in SHORT_NAMES.values()}
     assert {"kvcast.networks.hstu", "kvcast.networks.transformer"} <= families
     names = {part for family in families for part in (family, family.rpartition(".")[2].upper())}
     paths = {path: path.relative_to(ROOT / "src") for path in (ROOT / "src").rglob("*.py")}
     paths |= {path: path.relative_to(ROOT) for path in (ROOT / "perf").rglob("*.py")}
     for path, module in paths.items():
         text = path.read_text()
+        if module == Path("kvcast/networks/interface.py"):
+            for family in SHORT_NAMES.values():
+                text = text.replace(f'"{family}",', "", 1)
         if ".".join(module.with_suffix("").parts) not in families:
             assert not {name for name in names if name in text or f"import {name.title()}" in text}, path
 
 
 def test_every_family_is_a_network_of_the_interface():
     for name in list_configs():
-        network = load_config(name).network
-        module, _, family = network.family.partition(":")
+        module, _, family = SHORT_NAMES[load_config(name).network.family].partition(":")
         assert issubclass(getattr(__import__(module, fromlist=[family]), family), RankingNetwork)
+
+
+@pytest.mark.parametrize("name", SHORT_NAMES)
+def test_a_short_name_is_its_class_and_its_release_stays_where_the_module_moves(name, tmp_path, monkeypatch):
+    module, _, class_name = SHORT_NAMES[name].partition(":")
+    assert type(make_network(with_network(CONFIG, family=name))) is getattr(sys.modules[module], class_name)
+    release = fingerprint_release(make_network(with_network(CONFIG, family=name)))
+    moved = tmp_path / "moved.py"
+    moved.write_text((ROOT / "src" / module.replace(".", "/")).with_suffix(".py").read_text())
+    monkeypatch.setitem(SHORT_NAMES, name, f"{moved}:{class_name}")
+    network = make_network(with_network(CONFIG, family=name))
+    assert type(network).__module__ == str(moved)
+    assert fingerprint_release(network) == release
+
+
+def test_a_short_name_that_is_none_is_refused_with_those_that_are():
+    expected = "expected transformer, hstu, 'package.module:Class' or 'file.py:Class', got 'hstv'"
+    with pytest.raises(ConfigError, match=f"network.family: {expected}"):
+        build_network(with_network(CONFIG, family="hstv"))

@@ -15,7 +15,7 @@ from kvcast.train.study import WAYS, find_interval, summarise
 
 TABLE = {
     "name": "small",
-    "network": {"family": "kvcast.networks.transformer:Transformer", "layers": 2, "heads": 2, "width": 8},
+    "network": {"family": "transformer", "layers": 2, "heads": 2, "width": 8},
     "vocabularies": {"item": 100, "action": 64, "category": 64},
     "fields": {"history": ["item", "category", "action"], "candidates": ["item", "category"]},
     "limits": {"history": 16, "candidates": 16},

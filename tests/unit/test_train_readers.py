@@ -200,7 +200,7 @@ def test_ids_go_to_what_is_frequent_early(tmp_path):
 CONFIG = """
 name = "movies"
 [network]
-family = "kvcast.networks.transformer:Transformer"
+family = "transformer"
 layers = 2
 heads = 2
 width = 32

@@ -1,7 +1,8 @@
 """What a network offers to be exported and served: three calls with the same weights.
 
 A family is a class of this interface, named in the TOML as `family = "package.module:Class"`, or `"file.py:Class"` for
-a file beside the TOML. Nothing outside its own files may know it. docs/bring-your-own.md writes one from start to end.
+a file beside the TOML, or by its short name. Nothing but `SHORT_NAMES` and its own files may know it.
+docs/bring-your-own.md writes one from start to end.
 """
 
 import abc
@@ -22,6 +23,11 @@ from kvcast.protocol.errors import ConfigError
 from kvcast.protocol.schema import KVLayout
 
 MaskKind = Literal["target_blind", "undirected"]
+# The families that come with the project, by the short names that a TOML may give: a module can move, a name stays.
+SHORT_NAMES = {
+    "transformer": "kvcast.networks.transformer:Transformer",
+    "hstu": "kvcast.networks.hstu:HSTU",
+}
 
 
 class UserKV(NamedTuple):
@@ -175,7 +181,10 @@ def build_network(config: ModelConfig) -> RankingNetwork:
         ConfigError: the module or class does not exist, is no complete `RankingNetwork`, or refuses the configuration.
     """
     name = config.network.family
-    module_name, _, class_name = name.rpartition(":")
+    if ":" not in name and name not in SHORT_NAMES:
+        known = ", ".join(SHORT_NAMES)
+        raise ConfigError(f"network.family: expected {known}, 'package.module:Class' or 'file.py:Class', got {name!r}")
+    module_name, _, class_name = SHORT_NAMES.get(name, name).rpartition(":")
     try:
         family = getattr(_import_module(module_name, config.network.folder), class_name)
     except (ImportError, AttributeError, OSError, SyntaxError) as error:

@@ -30,7 +30,10 @@ VOCABULARY: Expectation = (
     f"a whole number, at least {MIN_VOCABULARY} (ids 0 to size - 1)",
     lambda size: size >= MIN_VOCABULARY,
 )
-FAMILY: Expectation = ("'package.module:Class' or 'file.py:Class'", lambda name: ":" in name)
+FAMILY: Expectation = (
+    "a family's short name, 'package.module:Class' or 'file.py:Class'",
+    lambda name: ":" in name or name.isidentifier(),
+)
 NAMES: Expectation = (
     "a list of different names, at least one",
     lambda names: bool(names) and all(isinstance(name, str) for name in names) and len(set(names)) == len(names),
@@ -44,8 +47,9 @@ Option = str | int | float | bool
 class NetworkConfig:
     """The network family and its size: M layers, H heads, model width d.
 
-    family: `package.module:Class`, or `path/to/file.py:Class` from the folder of the TOML file. options: the family's
-    own, which it checks. folder: where the TOML file lies; no part of what the model is.
+    family: its short name if it comes with the project, `package.module:Class`, or `path/to/file.py:Class` from the
+    folder of the TOML file. options: the family's own, which it checks. folder: where the TOML file lies; no part of
+    what the model is.
     """
 
     family: str
