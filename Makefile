@@ -85,10 +85,11 @@ perf: $(READY) $(LIBB64) ## measure CONFIG (bench) side by side, with report and
 	@$(BIN)/python -m perf run --config $(CONFIG) --repository $(REPOSITORY) $(PORTS) $(if $(QUICK),--quick --results build/perf) \
 		$(PERF_FLAGS)
 
-check: $(READY) ## formatting, lint, types, Kubernetes' schemas, pins, known vulnerabilities of what is pinned
+check: $(READY) ## formatting, lint, types, import directions, Kubernetes' schemas, pins, known vulnerabilities of what is pinned
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 	@$(MAKE) --no-print-directory check-manifests check-pins check-vulnerabilities
 
 # What kustomize makes of deploy/kubernetes, or its files where there is no kubectl, against the newest Kubernetes and
