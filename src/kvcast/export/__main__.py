@@ -13,9 +13,10 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="kvcast export",
-        description="Export a network as three ONNX graphs with manifests. Six properties (exactness, independence "
-        "of candidates, padding, …) are proved in torch and again through the ONNX files; an artefact that fails one "
-        "is refused and the repository stays as it was.",
+        description="Export a network as four ONNX graphs with manifests. Each graph is held against the torch network "
+        "on every kind of request; six properties (exactness, independence of candidates, padding, …) are proved in "
+        "torch and again through the ONNX files. An artefact that fails a proof is refused and the repository stays as "
+        "it was.",
     )
     parser.add_argument(
         "--config",

@@ -102,7 +102,7 @@ def export_release(
         mask = _set_weights(network, weights)
     with progress.step("fingerprint the release"):
         release = fingerprint_release(network)
-    with progress.step("prove the network (torch): six properties, negative control"):
+    with progress.step("prove the network (torch): properties 1 to 6, negative control"):
         samples = _draw_samples(config)
         torch_error, undirected_difference = _prove_network(network, samples)
     with contextlib.ExitStack() as stack:
@@ -113,9 +113,9 @@ def export_release(
                 folder = staging / graph.model
                 folder.mkdir()
                 traced[graph.model] = export_graph(graph, release, folder / ONNX_FILE)
-        with progress.step("prove that the ONNX graphs equal the network"):
+        with progress.step("prove that the graphs equal the network (property 0)"):
             graph_error = prove_graphs_equal_network(network, traced)
-        with progress.step("prove the ONNX graphs: six properties"):
+        with progress.step("prove the ONNX graphs: properties 1 to 6"):
             onnx_error = _prove_calls(OnnxCalls.open(staging), samples, network)
             golden = _record_golden(TorchCalls(network), samples[0])
         parity = Parity(graph_error, torch_error, onnx_error, undirected_difference)

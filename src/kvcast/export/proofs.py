@@ -1,4 +1,4 @@
-"""What an artefact must prove before it is written: six properties, and a negative control of the mask.
+"""What an artefact must prove before it is written: properties 1 to 6, and a negative control of the mask.
 
 The proofs see a network only through `Calls`, numpy in and out, so the same code judges the torch network and the
 ONNX graphs. A property that does not hold raises `ProofError` naming it, and so does a call that fails while one is

@@ -49,8 +49,11 @@ class RankingNetwork(nn.Module, abc.ABC):
     It may rely on: ids within their vocabularies, L and N within the limits, fp32 parameters, evaluation mode, no
     gradients. Where it is served there is at least one event (padding, for a user without history) and one candidate.
 
-    It must keep, and export proves, in torch and again through the ONNX files (`export/proofs.py`):
+    It must keep, and export proves, in torch and again through the ONNX files (`export/proofs.py`; the first, of the
+    graphs, in `export/equality.py`):
 
+    0. *Graphs = network.* The graphs compute what the calls compute in torch, so every operator must be one that ONNX
+       Runtime computes as PyTorch does (docs/bring-your-own.md lists those that are known to differ).
     1. *User KV ignores candidates.* Histories see no candidate, in any layer; the same history gives the same bits each
        time (no dropout, no state), and nothing writes into KV that it was given.
     2. *N candidates together = each alone.* A score depends on no other candidate: no normalisation, sorting, ranking
