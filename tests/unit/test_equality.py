@@ -131,6 +131,15 @@ def test_a_refused_graph_leaves_the_repository_as_it_was(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@torch.inference_mode()
+def test_the_search_leaves_nothing_in_the_folder_it_is_called_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    network = build(Plain)
+    (tmp_path / "export").mkdir()
+    prove_graphs_equal_network(network, trace(network, (ITEM,), tmp_path / "export"))
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
 def test_the_kinds_of_request_are_all_there_and_within_the_limits():
     small, large = list(list_small_cases(CONFIG)), list(list_large_cases(CONFIG))
     for case in small + large:
