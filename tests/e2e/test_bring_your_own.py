@@ -84,7 +84,9 @@ def test_the_guide_leads_to_a_served_and_proved_model(tmp_path):
     prepare, serve, rank = commands
     reader = Reader(tmp_path)
     exported = reader.run(prepare)
+    assert "graphs = network to" in exported
     assert "cached = monolith to" in exported
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")], "nothing is left behind"
     manifest = read_manifest(tmp_path / "repository" / "doc_fusion" / "1")
     assert (manifest.network, manifest.network_options) == ("my_network.py:ServedTaste", {"divisor": 50})
     serving = reader.start(serve)

@@ -9,7 +9,6 @@ import onnx
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis.configuration import set_hypothesis_home_dir
 
 from kvcast.export.calls import OnnxCalls
 from kvcast.export.cases import draw_case, list_large_cases, list_small_cases
@@ -130,15 +129,6 @@ def test_a_refused_graph_leaves_the_repository_as_it_was(tmp_path):
             dataclasses.replace(CONFIG, network=network), WeightsSource(), tmp_path / "repository", say=lambda _: None
         )
     assert list(tmp_path.iterdir()) == []
-
-
-@torch.inference_mode()
-def test_the_search_keeps_no_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setenv("HYPOTHESIS_STORAGE_DIRECTORY", str(tmp_path / "kept"))
-    set_hypothesis_home_dir(None)
-    network = build(Plain)
-    prove_graphs_equal_network(network, trace(network, (ITEM,), tmp_path))
-    assert not (tmp_path / "kept").exists()
 
 
 def test_the_kinds_of_request_are_all_there_and_within_the_limits():
