@@ -116,7 +116,7 @@ check-pins: $(READY)
 	@$(BIN)/pip check
 	@$(BIN)/pip freeze --exclude-editable | sed 's/+.*//' \
 		| diff --label installed --label constraints.txt -U0 - constraints.txt \
-		|| { echo "make: what is installed is not what is pinned: make setup, or renew constraints.txt" >&2; exit 1; }
+		|| { echo "make: what is installed is not what is pinned: make clean setup, or renew constraints.txt" >&2; exit 1; }
 
 # pip-audit ends with 1 for a vulnerability and for a service that does not answer; it writes a report for the first.
 check-vulnerabilities: $(READY)
