@@ -22,6 +22,7 @@ from kvcast.networks.transformer import Transformer
 from kvcast.networks.weights import draw_weights, load_weights
 from kvcast.protocol.config import list_configs, load_config
 from kvcast.protocol.errors import ConfigError
+from kvcast.protocol.golden import read_golden
 from kvcast.protocol.manifest import hash_file, read_manifest
 from kvcast.protocol.tensors import EXPORTED_MODELS, MODELS
 from kvcast.synthetic.__main__ import main as clicklog
@@ -269,6 +270,17 @@ def test_the_exported_repository(tiny_repository):
         assert manifest.parity.undirected_difference > 1e-3
         assert b"/" + b"networks/transformer.py" not in (folder / "model.onnx").read_bytes(), "no path of this machine"
     assert {path.name for path in tiny_repository.iterdir()} == {model.name for model in MODELS}
+
+
+@torch.inference_mode()
+def test_the_golden_scores_are_those_of_the_network(tiny_repository):
+    network = make_network(load_config("tiny"), seed=0)
+    for model in EXPORTED_MODELS:
+        golden = read_golden(tiny_repository / model.name / "1")
+        scores = network.fuse(
+            network.encode_user(torch.from_numpy(golden.history)[None]), torch.from_numpy(golden.candidates)[None]
+        )
+        np.testing.assert_array_equal(golden.scores, scores[0].numpy())
 
 
 def test_weights_are_those_asked_for_or_those_that_the_configuration_comes_with(tmp_path):
