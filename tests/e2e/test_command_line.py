@@ -117,7 +117,7 @@ def read_blocks(path: Path, language: str) -> list[str]:
 
 
 def test_the_readme_does_what_it_says(demo, tmp_path):
-    """Every command block of the README in order, on free ports; `make test` itself only has to exist."""
+    """Every command of the README in order, on free ports; `make test` itself only has to exist."""
     environment = make_environment()
     http, grpc = environment["HTTP_PORT"], environment["GRPC_PORT"]
 
@@ -136,9 +136,12 @@ def test_the_readme_does_what_it_says(demo, tmp_path):
         assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
-    blocks = read_blocks(ROOT / "README.md", "sh")
-    assert [block.strip() for block in blocks[:3]] == ["make demo", "make test", "make serve"]
-    shown = re.search(r"<!-- demo -->\n```\n(.*?)```\n<!-- /demo -->", (ROOT / "README.md").read_text(), re.DOTALL)
+    readme = (ROOT / "README.md").read_text()
+    demonstrate, rank, export = read_blocks(ROOT / "README.md", "sh")
+    assert demonstrate.strip() == "make demo"
+    for command in ("make test", "make serve", "sh client/curl.sh", "python -m perf model --config seed"):
+        assert f"`{command}`" in readme
+    shown = re.search(r"<!-- demo -->\n```\n(.*?)```\n<!-- /demo -->", readme, re.DOTALL)
     assert shown is not None
     assert shown[1].count("\n") > 10
     assert set(shown[1].splitlines()) <= set(demo.printed.splitlines()), "shortened, and otherwise what make demo says"
@@ -149,29 +152,26 @@ def test_the_readme_does_what_it_says(demo, tmp_path):
     try:
         assert serving.stdout is not None
         assert any("Ctrl-C stops it" in line for line in serving.stdout)
-        ranked = run(blocks[3])
+        ranked = run(rank)
         assert ranked.startswith("ready: ranker at 127.0.0.1")
-        assert ranked.count("rank      item") == 2
+        assert ranked.count("rank      item") == 3
+        assert "30 events were kept already" in ranked  # the rankings before have kept them
+        assert "cache hit: encoded in 0.0 ms, scored in" in ranked
         assert len(json.loads(ranked.splitlines()[-1])["scores"]) == 5
-        answered = json.loads(run(blocks[4]))
-        ranks, keeps = read_blocks(ROOT / "README.md", "python")
-        printed = run(f"python - <<'END'\n{ranks}\nEND")
+        answered = json.loads(run(f"sh client/curl.sh 127.0.0.1:{http}"))
+        (example,) = read_blocks(ROOT / "README.md", "python")
+        printed = run(f"python - <<'END'\n{example}\nEND")
         scores = np.array(answered["outputs"][0]["data"], np.float32)
         np.testing.assert_allclose(
             [float(number) for number in re.findall(r"-?\d+\.\d+", printed.splitlines()[0])], scores, atol=TOLERANCE
         )
-        returned = run(blocks[5])
-        assert "30 events were kept already" in returned  # the ranking above has kept them
-        assert "cache hit: encoded in 0.0 ms, scored in" in returned
-        kept = run(f"python - <<'END'\n{keeps}\nEND")
-        assert "CacheResult.HIT" in kept
+        assert "CacheResult.HIT" in printed
     finally:
         serving.send_signal(signal.SIGTERM)
         serving.communicate(timeout=20)
-    assert "ideal speedup" in run(blocks[6])
-    run(blocks[7])
+    assert "ideal speedup" in run("python -m perf model --config seed")
+    assert re.search(r"active +1 .* tiny ", run(export))
     assert (tmp_path / "tiny" / "doc_fusion" / "1" / "manifest.json").exists()
-    assert re.search(r"active +1 .* tiny ", run(blocks[8]))
 
 
 def test_the_readme_shows_the_headline_of_the_committed_run():
@@ -194,7 +194,7 @@ def test_documents_show_the_committed_numbers_and_link_to_files_that_exist():
         assert f"| {' | '.join(cells)} |" in mask
     study = json.loads((ROOT / "docs" / "results" / "mask_study.json").read_text())
     assert write_table(study) in mask
-    assert study["command"] in mask
+    assert study["command"] in mask.replace(" \\\n  ", " "), "a long command, continued on the next line"
     *_, last = map(json.loads, (ROOT / "docs" / "results" / "demo_training.jsonl").read_text().splitlines())
     training = (ROOT / "docs" / "training.md").read_text()
     for name, best in (("popularity", ""), ("best", "**")):
