@@ -1,6 +1,6 @@
 """A second, independent implementation: one candidate at a time, one head at a time, float64, plain numpy.
 
-Written from the formulas of docs/mask.md and docs/architecture.md. It shares no code with `network`; it only takes the
+Written from the formulas of docs/mask.md and docs/networks.md. It shares no code with `network`; it only takes the
 same weights, by name.
 """
 
