@@ -1,8 +1,9 @@
-"""docs/bring-your-own.md as written: its files in an empty folder, its commands; served scores are its module's own."""
+"""docs/bring-your-own.md as written: the examples, its commands in an empty folder; scores are the module's own."""
 
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -59,28 +60,22 @@ class Reader:
         )  # fmt: skip
 
 
-def write_files(folder: Path) -> list[str]:
-    """Write the guide's files, parts of one file one after the other; return its blocks of commands."""
+def copy_files(folder: Path) -> list[str]:
+    """Copy the examples; return the guide's blocks of commands. What the guide quotes of a file is in it, in order."""
+    shutil.copytree(EXAMPLES, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
     blocks = re.findall(r"^```(\w+) ?([\w.]*)\n(.*?)^```$", GUIDE.read_text(), re.DOTALL | re.MULTILINE)
+    rest = {path.name: path.read_text() for path in folder.iterdir()}
     for _, name, text in blocks:
         if name:
-            with (folder / name).open("a") as file:
-                file.write("\n\n" * (file.tell() > 0) + text)
+            omitted, found, rest[name] = rest[name].partition(text)
+            assert found, f"the guide quotes of {name} what is not there:\n{text}"
+            assert name != "my_network.py" or not omitted.strip(), "the network is quoted in full"
+    assert not rest["my_network.py"].strip(), "the network is quoted in full"
     return [text for language, name, text in blocks if language == "sh" and not name]
 
 
 def test_the_guide_leads_to_a_served_and_proved_model(tmp_path):
-    commands = write_files(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "my_network.py",
-        "make_checkpoint.py",
-        "save_weights.py",
-        "my.toml",
-        "ask.py",
-    }
-    for path in tmp_path.iterdir():
-        assert path.read_text() == (EXAMPLES / path.name).read_text(), "export/examples holds the guide's files"
-    assert {path.name for path in EXAMPLES.glob("*.*")} == {path.name for path in tmp_path.iterdir()}
+    commands = copy_files(tmp_path)
     prepare, serve, rank = commands
     reader = Reader(tmp_path)
     exported = reader.run(prepare)
