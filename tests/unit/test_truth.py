@@ -108,7 +108,7 @@ def test_the_signal_is_in_the_history_held_against_the_candidate(drawn):
 
 
 def compute_documented_truth(drawn: Drawn, user: int, time: int | None, history: Ids, items: Ids) -> Floats:
-    """Return the probability of a click on each item after these events (item, action), as docs/training.md says."""
+    """Return the probability of a click on each item after these events (item, action), as docs/click-logs.md says."""
     effects, shop = Effects(), drawn.shop
     recency = np.zeros(shop.categories + 1)
     for item, action in history:
