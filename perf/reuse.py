@@ -141,7 +141,7 @@ def measure_bookkeeping(lab: Lab) -> dict[str, float]:
     shapes = [(1, *layout.keys_shape(length)[1:])] * layout.layers + [
         (1, *layout.values_shape(length)[1:])
     ] * layout.layers
-    cache = UserKVCache(lab.manifest.release, lambda _: shapes, budget)
+    cache = UserKVCache(lab.manifest.kv_id, lambda _: shapes, budget)
     log = ClickLog(lab.config.schema, seed=3)
     spent: dict[str, list[float]] = {"hit": [], "miss": []}
 

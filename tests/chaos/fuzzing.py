@@ -139,7 +139,7 @@ class Requests:
         encoded = {
             output.name: (output.datatype, as_array(raw, output.datatype, output.shape))
             for output, raw in zip(reply.outputs, reply.raw_output_contents, strict=True)
-            if output.name in ("user_keys", "user_values", "release")
+            if output.name in ("user_keys", "user_values", "kv_id")
         }
         tensors["doc_fusion"] = {**encoded, "candidates": candidates}
         return cls(tensors)
@@ -640,7 +640,7 @@ class GrpcFuzzer:
 
     def _change_outputs(self, request: Any) -> None:
         draw = self._draw
-        names = ["scores", "scores", "user_keys", "manifest", "encode_report", "fuse_report", "release", *HOSTILE_TEXTS]
+        names = ["scores", "scores", "user_keys", "manifest", "encode_report", "fuse_report", "kv_id", *HOSTILE_TEXTS]
         for _ in range(draw.choice([1, 2, 500])):
             output = request.outputs.add(name=draw.choice(names))
             if draw.random() < 0.5:

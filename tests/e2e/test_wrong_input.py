@@ -132,14 +132,14 @@ WRONG_KV: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray], list[str]]] =
     ),
     "slots that disagree": ("user_values", lambda array: array[:, :, :, :-1], ["user_values", "[1, 3, 2, 20, 17]"]),
     "no slots": ("user_keys", lambda array: array[..., :0], ["user_keys", "slots"]),
-    "another release": ("release", lambda array: array ^ 1, ["release", "encode the history again"]),
+    "another kv_id": ("kv_id", lambda array: array ^ 1, ["kv_id", "encode the history again"]),
 }
 
 
 @pytest.mark.parametrize("name", WRONG_KV)
 def test_wrong_user_kv_sent_straight_to_fusion(send, name):
     tensor, change, words = WRONG_KV[name]
-    encoded = send("user_encoder", {"history": HISTORY}, ("user_keys", "user_values", "release"))
+    encoded = send("user_encoder", {"history": HISTORY}, ("user_keys", "user_values", "kv_id"))
     expected = send("ranker", {"history": HISTORY, "candidates": CANDIDATES})["scores"]
     untouched = send("doc_fusion", {**encoded, "candidates": CANDIDATES})["scores"]
     np.testing.assert_allclose(untouched, expected, rtol=0, atol=TOLERANCE)

@@ -83,7 +83,7 @@ def test_a_request_of_several_users_with_different_padding(models, network):
     stacked = np.stack(histories)
     stacked[1, 5:] = 0
     stacked[2] = 0
-    job = encoder.check(Request({"history": stacked}, ["user_keys", "user_values", "release"]))
+    job = encoder.check(Request({"history": stacked}, ["user_keys", "user_values", "kv_id"]))
     (kv,) = encoder.run([job])
     (scores,) = fusion.run([fusion.check(Request({**kv, "candidates": np.stack(candidates)}, ["scores"]))])
     for user in range(3):
@@ -116,7 +116,7 @@ def test_graphs_of_other_sizes(sizes, tmp_path):
     network = make_network(config, seed=3)
     with torch.inference_mode():
         release = fingerprint_release(network)
-        for graph in describe_graphs(network, release):
+        for graph in describe_graphs(network):
             (tmp_path / graph.model).mkdir()
             export_graph(graph, release, tmp_path / graph.model / "model.onnx")
     calls = OnnxCalls.open(tmp_path)

@@ -21,7 +21,7 @@ from kvcast.protocol.validation import (
     check_candidates,
     check_finite,
     check_history,
-    check_release,
+    check_kv_id,
     check_same_users,
     check_user_kv,
 )
@@ -218,14 +218,14 @@ def test_large_numbers_are_not_mistaken_for_infinity():
     check_finite("tensor", np.full(10, 3e38, np.float32))
 
 
-def test_release_and_users():
-    release = bytes(range(32))
-    array = np.frombuffer(release, np.uint8)
-    check_release(np.stack([array, array]), 2, release.hex())
-    with pytest.raises(InvalidRequestError, match="release: expected user KV of release"):
-        check_release(np.stack([array, array[::-1]]), 2, release.hex())
+def test_kv_id_and_users():
+    kv_id = bytes(range(32))
+    array = np.frombuffer(kv_id, np.uint8)
+    check_kv_id(np.stack([array, array]), 2, kv_id.hex())
+    with pytest.raises(InvalidRequestError, match="kv_id: expected user KV of kv_id"):
+        check_kv_id(np.stack([array, array[::-1]]), 2, kv_id.hex())
     with pytest.raises(InvalidRequestError, match=r"expected shape \[1, 32\], got \[1, 31\]"):
-        check_release(array[None, :31], 1, release.hex())
+        check_kv_id(array[None, :31], 1, kv_id.hex())
     with pytest.raises(InvalidRequestError, match="candidates: expected 2 users"):
         check_same_users("history", 2, "candidates", 1)
 
@@ -233,6 +233,7 @@ def test_release_and_users():
 def make_manifest() -> Manifest:
     return Manifest(
         model="doc_fusion", config="own", network="a:B", release="ab" * 32,
+        kv_id="cd" * 32,
         history_fields=FIELDS, candidate_fields=FIELDS, limits=LIMITS, workload=load_config("tiny").workload,
         dims=Dims(2, 3, 12, 2), user_kv=LAYOUT, dtype="FP32", opset=20, versions={"torch": "2"},
         parity=Parity(3e-7, 1e-7, 2e-7, 0.1), files={"model.onnx": "00"},

@@ -28,7 +28,7 @@ CONFIG = make_config(layers=1)
 
 def trace(network: RankingNetwork, models: tuple[str, ...], folder: Path) -> dict[str, TracedGraph]:
     traced = {}
-    for graph in describe_graphs(network, "00" * 32):
+    for graph in describe_graphs(network):
         if graph.model in models:
             (folder / graph.model).mkdir()
             traced[graph.model] = export_graph(graph, "00" * 32, folder / graph.model / "model.onnx")

@@ -213,7 +213,7 @@ def test_the_fingerprint_changes_with_any_weight_and_with_the_configuration():
     fingerprint = fingerprint_release(network)
     assert fingerprint == fingerprint_release(make_network(CONFIG))
     assert fingerprint != fingerprint_release(make_network(CONFIG, seed=1))
-    assert fingerprint != fingerprint_release(make_network(dataclasses.replace(CONFIG, name="other")))
+    assert fingerprint == fingerprint_release(make_network(dataclasses.replace(CONFIG, name="other")))
     assert fingerprint == fingerprint_release(make_network(dataclasses.replace(CONFIG, weights=Path("a.safetensors"))))
     with torch.no_grad():
         next(iter(network.parameters())).view(-1)[-1] += 1e-6
@@ -260,6 +260,9 @@ def test_a_weights_file_that_is_none_is_refused(tmp_path, content):
 def test_the_exported_repository(tiny_repository):
     manifests = [read_manifest(tiny_repository / model.name / "1") for model in EXPORTED_MODELS]
     assert len({manifest.release for manifest in manifests}) == 1
+    assert len({manifest.kv_id for manifest in manifests}) == 1
+    assert len(bytes.fromhex(manifests[0].kv_id)) == 32
+    assert manifests[0].kv_id != manifests[0].release
     for model, manifest in zip(EXPORTED_MODELS, manifests, strict=True):
         folder = tiny_repository / model.name / "1"
         assert manifest.model == model.name

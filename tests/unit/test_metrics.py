@@ -93,7 +93,7 @@ class Setting:
 
     def __init__(self, budget_bytes: int = 3 * ENTRY_BYTES, time_to_live: float = 0) -> None:
         self.now = 0.0
-        self.cache = UserKVCache("release", lambda _: [(1, 16)], budget_bytes, time_to_live, clock=lambda: self.now)
+        self.cache = UserKVCache("kv_id", lambda _: [(1, 16)], budget_bytes, time_to_live, clock=lambda: self.now)
         self.triton = FakeTriton()
         self.metrics = Metrics(self.triton, LABELS)
         self.stopwatch = Stopwatch()

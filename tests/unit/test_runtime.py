@@ -228,7 +228,7 @@ def test_errors_are_spelled_for_triton(tiny_repository):
 
     class TritonRequest:
         def requested_output_names(self) -> list[str]:
-            return ["release"]
+            return ["kv_id"]
 
         def parameters(self) -> str:
             return ""

@@ -86,7 +86,7 @@ class Setting:
         self.now = 0.0
         self.runs: list[Run] = []
         self.shapes = make_shapes(width)
-        self.cache = UserKVCache("release", self.shapes, budget, time_to_live, clock=lambda: self.now)
+        self.cache = UserKVCache("kv_id", self.shapes, budget, time_to_live, clock=lambda: self.now)
 
     @property
     def encoded(self) -> int:
@@ -240,13 +240,13 @@ def test_a_history_that_differs_in_anything_is_never_a_hit(change):
     assert [each.cache for each in setting.fetch([history, other])] == [HIT, HIT]
 
 
-def test_another_release_is_never_a_hit():
+def test_another_kv_id_is_never_a_hit():
     history = make_history(1)
     assert HistoryKey("a", history.tobytes()) != HistoryKey("b", history.tobytes())
     assert HistoryKey("a", b"b") != HistoryKey("ab", b"")
     setting = Setting()
     setting.ask(1)
-    setting.cache.release = "another"
+    setting.cache.kv_id = "another"
     assert not setting.cache.holds(history)
     assert setting.ask(1) == [MISS]
 
@@ -758,7 +758,7 @@ def test_a_length_whose_shapes_cannot_be_told_fails_before_anything_is_encoded()
             raise EncodeError
         return make_shapes(WIDTH)(length)
 
-    setting.cache = UserKVCache("release", refuse_long, setting.budget)
+    setting.cache = UserKVCache("kv_id", refuse_long, setting.budget)
     setting.ask(3)
     with pytest.raises(EncodeError):
         setting.fetch([make_history(1), make_history(2, LENGTH + 1), make_history(3)])
@@ -1140,7 +1140,7 @@ def test_time_that_passes_while_threads_ask_expires_and_confuses_nobody():
     expirations = 0
     for seed in range(20):
         setting = Setting(4 * size_of(3), time_to_live=0.001)
-        setting.cache = UserKVCache("release", setting.shapes, setting.budget, setting.time_to_live)  # the real clock
+        setting.cache = UserKVCache("kv_id", setting.shapes, setting.budget, setting.time_to_live)  # the real clock
         race(setting, 2000 + seed, calls=8, batch=3)
         check_runs(setting)
         expirations += setting.counts.expirations

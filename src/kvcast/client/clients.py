@@ -37,11 +37,11 @@ from kvcast.protocol.tensors import (
     ENCODE_REPORT,
     FUSE_REPORT,
     HISTORY,
+    KV_ID,
     MANIFEST,
     PREFETCH_PARAMETER,
     RANKER,
     RANKER_RESIDENT,
-    RELEASE,
     REPORT_PARAMETER,
     SCORES,
     USER_ENCODER,
@@ -108,7 +108,7 @@ class Conversation:
         inputs: Tensors = {HISTORY.name: self._check_history(history)}
         key = choose_routing_key(user_id, inputs[HISTORY.name])
         if self.model == RANKER.name:
-            outputs = [RELEASE.name, ENCODE_REPORT.name]
+            outputs = [KV_ID.name, ENCODE_REPORT.name]
             return Call(USER_ENCODER.name, inputs, outputs, {REPORT_PARAMETER: True}, routing_key=key)
         if self.model != RANKER_RESIDENT.name:
             raise ValueError(f"prefetch: expected model {RANKER.name} or {RANKER_RESIDENT.name}, got {self.model!r}")

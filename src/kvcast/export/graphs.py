@@ -1,6 +1,6 @@
 """The four ONNX graphs of a network, traced by `torch.onnx.export`.
 
-`user_encoder` takes histories and returns stacked KV and the release. `doc_fusion` takes one KV tensor a layer: a layer
+`user_encoder` takes histories and returns stacked KV. `doc_fusion` takes one KV tensor a layer: a layer
 of a stacked array is a view, while a slice inside a graph is a copy. `ranker_resident` does both sides in one graph, KV
 layer by layer on both ends. `ranker_full` is the monolith. What was traced is kept beside the file, without weights, so
 that the proofs can run it with others and look at what its operators return. The module traces; it proves and writes
@@ -35,7 +35,6 @@ from kvcast.protocol.tensors import (
     HISTORY,
     RANKER_FULL,
     RANKER_RESIDENT,
-    RELEASE,
     SCORES,
     USE_KEPT,
     USER_ENCODER,
@@ -74,19 +73,16 @@ class FullGraph(nn.Module):
 
 
 class EncoderGraph(nn.Module):
-    """history → user_keys, user_values, release."""
+    """history → user_keys, user_values."""
 
-    def __init__(self, network: RankingNetwork, release: str) -> None:
+    def __init__(self, network: RankingNetwork) -> None:
         super().__init__()
         self.network = network
-        fingerprint = torch.frombuffer(bytearray.fromhex(release), dtype=torch.uint8)
-        self.register_buffer("fingerprint", fingerprint)
 
-    def forward(self, history: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """INT64 `[B, L, fields]` → `[B, M, H, key_rows, slots]`, `[B, M, H, slots, value_columns]`, `[B, 32]`."""
+    def forward(self, history: Tensor) -> tuple[Tensor, Tensor]:
+        """INT64 `[B, L, fields]` → `[B, M, H, key_rows, slots]`, `[B, M, H, slots, value_columns]`."""
         user_kv = self.network.encode_user(history)
-        release = self.get_buffer("fingerprint").expand(history.shape[0], -1)
-        return torch.stack(user_kv.keys, dim=1), torch.stack(user_kv.values, dim=1), release
+        return torch.stack(user_kv.keys, dim=1), torch.stack(user_kv.values, dim=1)
 
 
 class FusionGraph(nn.Module):
@@ -185,7 +181,7 @@ def open_session(model: Path | bytes, weights: Mapping[str, ort.OrtValue] | None
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def describe_graphs(network: RankingNetwork, release: str) -> list[Graph]:
+def describe_graphs(network: RankingNetwork) -> list[Graph]:
     """Return the graphs of a network."""
     schema, layers = network.config.schema, network.kv_layout.layers
     # Every dynamic size is at least 2 here, or tracing would take a 1 for a constant.
@@ -198,11 +194,11 @@ def describe_graphs(network: RankingNetwork, release: str) -> list[Graph]:
     return [
         Graph(
             USER_ENCODER.name,
-            EncoderGraph(network, release),
+            EncoderGraph(network),
             (history,),
             ({0: "users", 1: "L"},),
             [HISTORY.name],
-            [USER_KEYS.name, USER_VALUES.name, RELEASE.name],
+            [USER_KEYS.name, USER_VALUES.name],
         ),
         Graph(
             DOC_FUSION.name,

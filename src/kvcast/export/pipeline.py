@@ -21,7 +21,7 @@ from kvcast.export.calls import OnnxCalls, TorchCalls
 from kvcast.export.equality import prove_graphs_equal_network
 from kvcast.export.graphs import OPSET, describe_graphs, export_graph
 from kvcast.export.proofs import Calls, Sample, draw_sample, prove, prove_history_is_blind, prove_layout, prove_limits
-from kvcast.export.release import fingerprint_release
+from kvcast.export.release import fingerprint_kv, fingerprint_release
 from kvcast.networks.interface import MaskKind, RankingNetwork, build_network
 from kvcast.networks.weights import draw_weights, load_weights
 from kvcast.protocol.config import ModelConfig
@@ -29,7 +29,7 @@ from kvcast.protocol.errors import ConfigError
 from kvcast.protocol.golden import GOLDEN_FILE, Golden
 from kvcast.protocol.locate import is_in_wheel, locate
 from kvcast.protocol.manifest import MANIFEST_FILE, ONNX_FILE, RELEASES_FILE, Dims, Manifest, Parity, hash_file
-from kvcast.protocol.tensors import EXPORTED_MODELS
+from kvcast.protocol.tensors import EXPORTED_MODELS, USER_ENCODER
 
 VERSION_FOLDER = "1"
 # Long enough for every code path; properties 1 to 6 run some twenty forwards each.
@@ -108,11 +108,12 @@ def export_release(
     with contextlib.ExitStack() as stack:
         staging = Path(stack.enter_context(_stage_beside(repository)))
         traced = {}
-        for graph in describe_graphs(network, release):
+        for graph in describe_graphs(network):
             with progress.step(f"trace {graph.model}"):
                 folder = staging / graph.model
                 folder.mkdir()
                 traced[graph.model] = export_graph(graph, release, folder / ONNX_FILE)
+        kv_id = fingerprint_kv(network, traced[USER_ENCODER.name].program)
         with progress.step("prove that the graphs equal the network (property 0)"):
             graph_error = prove_graphs_equal_network(network, traced)
         with progress.step("prove the ONNX graphs: properties 1 to 6"):
@@ -123,7 +124,7 @@ def export_release(
             _furnish_repository(repository)
             for model in EXPORTED_MODELS:
                 (staging / model.name / GOLDEN_FILE).write_text(golden.to_json())
-                manifest = _describe(network, release, parity, model.name, staging / model.name)
+                manifest = _describe(network, release, kv_id, parity, model.name, staging / model.name)
                 (staging / model.name / MANIFEST_FILE).write_text(manifest.to_json())
                 _move_into_place(staging / model.name, repository / model.name / VERSION_FOLDER)
     say(
@@ -192,13 +193,14 @@ def _prove_network(network: RankingNetwork, samples: list[Sample]) -> tuple[floa
     return error, float(max(differences))
 
 
-def _describe(network: RankingNetwork, release: str, parity: Parity, model: str, folder: Path) -> Manifest:
+def _describe(network: RankingNetwork, release: str, kv_id: str, parity: Parity, model: str, folder: Path) -> Manifest:
     config = network.config
     return Manifest(
         model=model,
         config=config.name,
         network=config.network.family,
         release=release,
+        kv_id=kv_id,
         history_fields=config.schema.history_fields,
         candidate_fields=config.schema.candidate_fields,
         limits=config.limits,

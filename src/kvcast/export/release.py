@@ -1,40 +1,86 @@
-"""The release fingerprint: one hash of everything that decides a score."""
+"""What an export is known by: `release`, a hash of what decides a score, and `kv_id`, of what user KV depends on.
+
+Neither holds what is only said of a model: its name, its workload, how many candidates a request may have.
+"""
 
 import dataclasses
 import hashlib
 import inspect
 import json
 import sys
+from collections.abc import Mapping
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from kvcast.networks import attention, interface, masks
 from kvcast.networks.interface import RankingNetwork
-from kvcast.protocol.config import ModelConfig
 from kvcast.protocol.manifest import CONTRACT_VERSION
 
 
 def fingerprint_release(network: RankingNetwork) -> str:
-    """Return the SHA-256 (hex) over contract version, configuration, KV layout, the network's code, and every weight.
+    """Return the SHA-256 (hex) over contract version, network settings, schema, KV layout, code, and every weight.
 
-    The code is in it because two networks with the same weights can compute different things: KV of the one must not be
-    fused by the other. It is the code of the files in which the network's class, its bases and its parts are written.
+    The code is in it because two networks with the same weights can compute different things: by the versions that the
+    family and its bases declare, or by their text.
     """
-    settings = [_list_settings(network.config), dataclasses.asdict(network.kv_layout)]
+    tensors = {
+        **dict(network.named_parameters(remove_duplicate=False)),
+        **dict(network.named_buffers(remove_duplicate=False)),
+    }
+    schema = dataclasses.asdict(network.config.schema)
+    return _digest([_list_settings(network), schema], tensors)
+
+
+def fingerprint_kv(network: RankingNetwork, encoder: torch.export.ExportedProgram) -> str:
+    """Return the same over what the user's side is made of: two releases that share it read each other's user KV.
+
+    Of the schema it is the history's fields; of the weights, those that the traced encoder reads. The steps of the
+    trace are in it too, so that code that looks at anything else of the configuration cannot mix KV.
+    """
+    graphs = [module.graph for module in encoder.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
+    steps = [
+        f"{node.target} {node.args} {node.kwargs}"
+        for graph in graphs
+        for node in graph.nodes
+        if node.op != "placeholder" and (node.users or node.op == "output")
+    ]
+    fields = [dataclasses.asdict(field) for field in network.config.schema.history_fields]
+    return _digest(["user KV", _list_settings(network), fields, steps], list_tensors_read(encoder))
+
+
+def list_tensors_read(program: torch.export.ExportedProgram) -> dict[str, Tensor]:
+    """Return the weights, buffers and constants that a traced program uses, by their names in it."""
+    tensors = {**program.state_dict, **program.constants}
+    used = {node.name for node in program.graph.nodes if node.users}
+    specs = [spec for spec in program.graph_signature.input_specs if spec.target is not None]
+    return {str(spec.target): tensors[str(spec.target)] for spec in specs if spec.arg.name in used}
+
+
+def _digest(settings: list[Any], tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(f"kvcast contract {CONTRACT_VERSION}\n{json.dumps(settings, sort_keys=True)}\n".encode())
-    for source in (inspect.getsource(attention), inspect.getsource(masks), *_list_sources(network)):
-        digest.update(source.encode())
-    for name, weight in sorted(network.state_dict().items()):
-        digest.update(f"{name} {weight.dtype} {list(weight.shape)}\n".encode())
-        digest.update(weight.contiguous().numpy().data)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().contiguous().numpy().data)
     return digest.hexdigest()
 
 
-def _list_settings(config: ModelConfig) -> dict[str, Any]:
-    """Return the configuration but for where its files lie; options only if there are any."""
-    settings = config.list_settings()
-    if not config.network.options:
-        del settings["network"]["options"]
-    return settings
+def _list_settings(network: RankingNetwork) -> dict[str, Any]:
+    """Return what both sides depend on."""
+    return {
+        "network": network.config.list_settings()["network"],
+        "limits.history": network.config.limits.history,
+        "kv_layout": dataclasses.asdict(network.kv_layout),
+        "code": _list_versions(type(network)) or _list_sources(network),
+    }
+
+
+def _list_versions(family: type[RankingNetwork]) -> list[Any]:
+    """Return the versions that a family and its bases declare, each its own; none where one of them declares none."""
+    classes = [each for each in family.__mro__ if issubclass(each, RankingNetwork) and each is not RankingNetwork]
+    versions = [vars(each).get("version") for each in classes]
+    return [] if None in versions else versions
 
 
 def _list_sources(network: RankingNetwork) -> list[str]:
@@ -48,4 +94,5 @@ def _list_sources(network: RankingNetwork) -> list[str]:
         for name in names
         if name not in known and name.partition(".")[0] not in libraries
     ]
-    return [own, *sorted(others)]  # by their text: where a module lies decides no score
+    shared = [inspect.getsource(attention), inspect.getsource(masks)]
+    return [own, *sorted(others), *shared]  # by their text: where a module lies decides no score

@@ -111,6 +111,7 @@ class HSTU(RankingNetwork):
     it is no category and has no embedding. Without it all times are unknown.
     """
 
+    version = 1
     options = {"time_field": ""}  # noqa: RUF012 as the interface declares it
 
     def __init__(self, config: ModelConfig) -> None:

@@ -44,7 +44,7 @@ class RankingNetwork(nn.Module, abc.ABC):
     """A sequence ranker whose history is encoded once and shared by all candidates.
 
     A family must offer `kv_layout`, `initialise`, `encode_user`, `fuse` and `run_monolith`; it may override `rank` and
-    `count_layer_flops`, and list `options`.
+    `count_layer_flops`, list `options`, and declare a `version`.
 
     It may rely on: ids within their vocabularies, L and N within the limits, fp32 parameters, evaluation mode, no
     gradients. Where it is served there is at least one event (padding, for a user without history) and one candidate.
@@ -74,6 +74,13 @@ class RankingNetwork(nn.Module, abc.ABC):
     """The family's own options, `[network.options]` in the TOML, and what they are where it leaves them out.
 
     The type of that value is the option's type. Read them with `get_option`.
+    """
+
+    version: ClassVar[int]
+    """What the release and `kv_id` know of the family's code; to be raised with every change of what it computes.
+
+    It counts where the class and each of its bases below this one declares its own. A family that declares none is
+    known by the text of its files instead, in which every change counts, a comment too: nothing can be forgotten.
     """
 
     def __init__(self, config: ModelConfig) -> None:

@@ -82,6 +82,8 @@ def _attend_both(kept: KV, made: KV, item: Item, user: User) -> tuple[Tensor, Te
 class Transformer(RankingNetwork):
     """Pre-LN transformer ranker. Weights are shared by all three calls."""
 
+    version = 1
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         network, schema = config.network, config.schema

@@ -19,7 +19,8 @@ MANIFEST_FILE = "manifest.json"
 ONNX_FILE = "model.onnx"
 # In a repository: which releases were published into it, and which of them is served (server/releases.py).
 RELEASES_FILE = "releases.json"
-# Raised whenever a tensor, its meaning or this file changes, so that artefacts of both sides cannot be mixed.
+# Raised whenever a tensor, its meaning or this file changes, or what networks/attention.py and networks/masks.py
+# compute, so that artefacts of both sides cannot be mixed.
 CONTRACT_VERSION = 3
 # Where the ONNX file itself repeats the release, so that a swapped file is noticed.
 RELEASE_METADATA_KEY = "kvcast.release"
@@ -53,7 +54,7 @@ class Parity:
 
 @dataclass(frozen=True)
 class Manifest:
-    """One exported model. `release` is the fingerprint (hex) of weights + config + contract version.
+    """One exported model. `release` is a hash (hex) of what decides a score, `kv_id` of what user KV depends on.
 
     `network` is the family as the TOML names it, and `network_options` are its own options.
     `files` maps the name of each artefact file beside the manifest to its SHA-256 (hex).
@@ -63,6 +64,7 @@ class Manifest:
     config: str
     network: str
     release: str
+    kv_id: str
     history_fields: tuple[Field, ...]
     candidate_fields: tuple[Field, ...]
     limits: Limits

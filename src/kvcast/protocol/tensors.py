@@ -35,8 +35,8 @@ CANDIDATES = TensorSpec("candidates", "INT64", ("N", "T"))
 SCORES = TensorSpec("scores", "FP32", ("N",))
 USER_KEYS = TensorSpec("user_keys", "FP32", ("M", "H", "key_rows", "slots"))
 USER_VALUES = TensorSpec("user_values", "FP32", ("M", "H", "slots", "value_columns"))
-# The release fingerprint, 32 raw bytes of SHA-256: fusion refuses KV that carries another one.
-RELEASE = TensorSpec("release", "UINT8", ("32",))
+# What user KV depends on, 32 raw bytes of SHA-256: fusion refuses KV that carries another one.
+KV_ID = TensorSpec("kv_id", "UINT8", ("32",))
 # The manifest as JSON, made only when asked for: how a client learns fields, vocabularies and limits.
 MANIFEST = TensorSpec("manifest", "STRING", ("1",))
 # How the reply was made, as JSON (protocol/report.py), made only when REPORT_PARAMETER asks for it.
@@ -51,8 +51,8 @@ REPORT_PARAMETER = "kvcast_report"
 PREFETCH_PARAMETER = "kvcast_prefetch"
 PARAMETERS = (REPORT_PARAMETER, PREFETCH_PARAMETER)
 
-USER_ENCODER = ModelSpec("user_encoder", (HISTORY,), (USER_KEYS, USER_VALUES, RELEASE, MANIFEST, ENCODE_REPORT))
-DOC_FUSION = ModelSpec("doc_fusion", (USER_KEYS, USER_VALUES, RELEASE, CANDIDATES), (SCORES, FUSE_REPORT))
+USER_ENCODER = ModelSpec("user_encoder", (HISTORY,), (USER_KEYS, USER_VALUES, KV_ID, MANIFEST, ENCODE_REPORT))
+DOC_FUSION = ModelSpec("doc_fusion", (USER_KEYS, USER_VALUES, KV_ID, CANDIDATES), (SCORES, FUSE_REPORT))
 RANKER = ModelSpec(
     "ranker",
     (HISTORY, CANDIDATES),

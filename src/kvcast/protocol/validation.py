@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from kvcast.protocol.errors import InvalidRequestError
 from kvcast.protocol.schema import Field, KVLayout, Limits
-from kvcast.protocol.tensors import CANDIDATES, HISTORY, RELEASE, USER_KEYS, USER_VALUES
+from kvcast.protocol.tensors import CANDIDATES, HISTORY, KV_ID, USER_KEYS, USER_VALUES
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -130,24 +130,24 @@ def check_user_kv(keys: Floats, values: Floats, layout: KVLayout, limits: Limits
         check_finite(name, array)
 
 
-def check_release(array: npt.NDArray[np.generic], users: int, release: str) -> None:
-    """Check that user KV was made by the release that is about to read it.
+def check_kv_id(array: npt.NDArray[np.generic], users: int, kv_id: str) -> None:
+    """Check that user KV is of the kind that the release that is about to read it makes.
 
     Args:
-        array: UINT8 `[B, 32]`, the fingerprint that came with the KV.
+        array: UINT8 `[B, 32]`, the id that came with the KV.
         users: B.
-        release: the fingerprint of this model, hex.
+        kv_id: the id of this model, hex.
 
     Raises:
-        InvalidRequestError: a user's KV carries another fingerprint.
+        InvalidRequestError: a user's KV carries another id.
     """
-    expected = np.frombuffer(bytes.fromhex(release), np.uint8)
+    expected = np.frombuffer(bytes.fromhex(kv_id), np.uint8)
     if array.shape != (users, expected.size):
-        raise InvalidRequestError(f"{RELEASE.name}: expected shape {[users, expected.size]}, got {list(array.shape)}")
+        raise InvalidRequestError(f"{KV_ID.name}: expected shape {[users, expected.size]}, got {list(array.shape)}")
     for row in array:
         if not np.array_equal(row, expected):
             raise InvalidRequestError(
-                f"{RELEASE.name}: expected user KV of release {release[:12]}…, got {bytes(row).hex()[:12]}…: "
+                f"{KV_ID.name}: expected user KV of kv_id {kv_id[:12]}…, got {bytes(row).hex()[:12]}…: "
                 "encode the history again with the release that fuses it"
             )
 

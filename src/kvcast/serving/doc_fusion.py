@@ -1,4 +1,4 @@
-"""The `doc_fusion` model: user KV of this release and N candidates → N scores, the KV never copied over candidates."""
+"""The `doc_fusion` model: user KV of this `kv_id` and N candidates → N scores, the KV never copied over candidates."""
 
 import json
 import time
@@ -13,7 +13,7 @@ from kvcast.protocol.tensors import (
     CANDIDATES,
     DOC_FUSION,
     FUSE_REPORT,
-    RELEASE,
+    KV_ID,
     REPORT_PARAMETER,
     SCORES,
     USER_KEYS,
@@ -22,7 +22,7 @@ from kvcast.protocol.tensors import (
 )
 from kvcast.protocol.validation import (
     check_candidates,
-    check_release,
+    check_kv_id,
     check_same_users,
     check_user_kv,
 )
@@ -54,10 +54,10 @@ class DocFusion(ServedModel[FusionJob]):
     spec = DOC_FUSION
 
     def check(self, request: Request) -> FusionJob:
-        """Check release, KV and candidates."""
+        """Check `kv_id`, KV and candidates."""
         manifest, tensors = self.artefact.manifest, request.tensors
         keys, values = tensors[USER_KEYS.name], tensors[USER_VALUES.name]
-        check_release(tensors[RELEASE.name], len(keys), manifest.release)
+        check_kv_id(tensors[KV_ID.name], len(keys), manifest.kv_id)
         check_user_kv(keys, values, manifest.user_kv, manifest.limits)
         candidates = check_candidates(tensors[CANDIDATES.name], manifest.candidate_fields, manifest.limits)
         check_same_users(USER_KEYS.name, len(keys), CANDIDATES.name, len(candidates))
@@ -116,7 +116,7 @@ class DocFusion(ServedModel[FusionJob]):
         return {
             USER_KEYS.name: np.zeros((1, *manifest.user_kv.keys_shape(length)), np.float32),
             USER_VALUES.name: np.zeros((1, *manifest.user_kv.values_shape(length)), np.float32),
-            RELEASE.name: np.frombuffer(bytes.fromhex(manifest.release), np.uint8)[None],
+            KV_ID.name: np.frombuffer(bytes.fromhex(manifest.kv_id), np.uint8)[None],
             CANDIDATES.name: np.ones((1, count, len(manifest.candidate_fields)), np.int64),
         }
 

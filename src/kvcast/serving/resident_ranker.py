@@ -104,7 +104,7 @@ class ResidentRanker(ServedModel[ResidentJob]):
             keys, values = (1, *layout.keys_shape(length)[1:]), (1, *layout.values_shape(length)[1:])
             return flatten([(keys, values)] * layout.layers)
 
-        self.cache = UserKVCache(manifest.release, shape_user, cache.budget_bytes, cache.time_to_live)
+        self.cache = UserKVCache(manifest.kv_id, shape_user, cache.budget_bytes, cache.time_to_live)
 
     @classmethod
     def open(cls, folder: Path, options: SessionOptions, cache: CacheOptions = CACHE_OFF) -> Self:

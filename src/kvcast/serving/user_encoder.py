@@ -1,6 +1,6 @@
-"""The `user_encoder` model: a user's history → per-layer KV, the release that made it, and the manifest on request.
+"""The `user_encoder` model: a user's history → per-layer KV, its `kv_id`, and the manifest on request.
 
-A request for `release` alone is a prefetch: the user is encoded and kept, and no KV leaves the process.
+A request for `kv_id` alone is a prefetch: the user is encoded and kept, and no KV leaves the process.
 """
 
 import time
@@ -14,8 +14,8 @@ from kvcast.protocol.report import CacheResult, Report
 from kvcast.protocol.tensors import (
     ENCODE_REPORT,
     HISTORY,
+    KV_ID,
     MANIFEST,
-    RELEASE,
     REPORT_PARAMETER,
     USER_ENCODER,
     USER_KEYS,
@@ -53,7 +53,7 @@ class EncodeJob:
     @property
     def is_prefetch(self) -> bool:
         """Whether user KV has to be made, to be kept."""
-        return RELEASE.name in self.wanted and not self.wants_kv
+        return KV_ID.name in self.wanted and not self.wants_kv
 
 
 class UserEncoder(ServedModel[EncodeJob]):
@@ -65,11 +65,11 @@ class UserEncoder(ServedModel[EncodeJob]):
     def __init__(self, artefact: Artefact, cache: CacheOptions = CACHE_OFF) -> None:
         super().__init__(artefact)
         manifest, layout = artefact.manifest, artefact.manifest.user_kv
-        self._release = np.frombuffer(bytes.fromhex(manifest.release), np.uint8)
+        self._kv_id = np.frombuffer(bytes.fromhex(manifest.kv_id), np.uint8)
         self._manifest = np.array([manifest.to_json().encode()], np.object_)
         self._events_per_run = EVENTS_PER_GPU_RUN if artefact.is_on_gpu else EVENTS_PER_CPU_RUN
         self.cache = UserKVCache(
-            manifest.release,
+            manifest.kv_id,
             lambda length: [(1, *layout.keys_shape(length)), (1, *layout.values_shape(length))],
             cache.budget_bytes,
             cache.time_to_live,
@@ -162,8 +162,8 @@ class UserEncoder(ServedModel[EncodeJob]):
         """Return the tensors that a job wants."""
         count = len(job.histories)
         tensors: Tensors = {}
-        if RELEASE.name in job.wanted:
-            tensors[RELEASE.name] = np.tile(self._release, (count, 1))
+        if KV_ID.name in job.wanted:
+            tensors[KV_ID.name] = np.tile(self._kv_id, (count, 1))
         if MANIFEST.name in job.wanted:
             tensors[MANIFEST.name] = np.tile(self._manifest, (count, 1))
         if job.wants_kv:

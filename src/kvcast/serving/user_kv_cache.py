@@ -1,8 +1,8 @@
-"""User KV that outlives its request: found again by release and content of the history, so it cannot be stale.
+"""User KV that outlives its request: found again by `kv_id` and content of the history, so it cannot be stale.
 
 A user comes back within seconds with the same history: next page, next stage, another surface. What is kept is keyed
-by everything that went into it, never by a user's name, so a corrected event, a slid window or a new release is another
-key.
+by everything that went into it, never by a user's name, so a corrected event, a slid window or other weights on the
+user's side make another key.
 The module knows histories, bytes and time; it does not know what a score is, nor what encodes.
 """
 
@@ -35,7 +35,7 @@ ENTRY_OVERHEAD_BYTES = 2048
 class HistoryKey:
     """What user KV depends on, in full. A dictionary compares it, so histories of equal hash do not meet."""
 
-    release: str
+    kv_id: str
     content: bytes
 
 
@@ -95,7 +95,7 @@ class UserKVCache:
 
     def __init__(
         self,
-        release: str,
+        kv_id: str,
         shapes: Shapes,
         budget_bytes: int,
         time_to_live: float = 0,
@@ -104,13 +104,13 @@ class UserKVCache:
         """Make an empty cache.
 
         Args:
-            release: fingerprint of the release that encodes.
+            kv_id: that of the release that encodes.
             shapes: the shapes of one user's arrays, for a history of L events.
             budget_bytes: for KV, histories and bookkeeping together; 0 turns the cache off.
             time_to_live: seconds after which an entry is encoded again; 0 for no limit.
             clock: seconds from any start, never going back.
         """
-        self.release = release
+        self.kv_id = kv_id
         self.budget_bytes = budget_bytes
         self.time_to_live = time_to_live
         self.counts = Counts()
@@ -144,7 +144,7 @@ class UserKVCache:
 
     def holds(self, history: Ids) -> bool:
         """Whether this history's KV would be found now. Asking is not using: order and counts stay."""
-        key = HistoryKey(self.release, history.tobytes())
+        key = HistoryKey(self.kv_id, history.tobytes())
         with self._lock:
             return key in self._entries and not self._is_expired(key)
 
@@ -158,7 +158,7 @@ class UserKVCache:
         if not self.is_on:
             places = list(range(len(histories)))
             return [Found(arrays, CacheResult.OFF) for arrays in _encode_all(encode, places, [None] * len(places))]
-        keys = [HistoryKey(self.release, history.tobytes()) for history in histories]
+        keys = [HistoryKey(self.kv_id, history.tobytes()) for history in histories]
         claims: dict[int, _Flight] = {}
         try:
             with self._lock:
