@@ -10,7 +10,9 @@ import stat
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ import pytest
 from kvcast.export.pipeline import WeightsSource, export_release
 from kvcast.protocol.config import load_config
 from kvcast.protocol.errors import ConfigError
+from kvcast.protocol.manifest import hash_file
 from kvcast.protocol.tensors import EXPORTED_MODELS
 from kvcast.server import ServerError, ServerSettings, TritonServer
 from kvcast.server.release import main as release
@@ -149,8 +152,6 @@ def damage(store: ReleaseStore, model: str, number: int) -> None:
     table = json.loads(golden.read_text())
     table["scores"][0] += 0.001
     golden.write_text(json.dumps(table))
-    from kvcast.protocol.manifest import hash_file  # noqa: PLC0415
-
     described = json.loads(manifest.read_text())
     described["files"]["golden.json"] = hash_file(golden)
     manifest.write_text(json.dumps(described))
@@ -219,6 +220,37 @@ def test_releases_cannot_be_changed_and_are_published_once(repository, tiny_repo
     assert "was published before, as 1" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="never overwritten"):
         export_release(load_config("tiny"), WeightsSource(seed=2), repository, say=lambda _: None)
+
+
+def rewrite(export: Path, name: str, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change a JSON file of each model of an export, as an export of other code or limits would have written it."""
+    for manifest in export.glob("*/1/manifest.json"):
+        path = manifest.with_name(name)
+        table = json.loads(path.read_text())
+        change(table)
+        path.write_text(json.dumps(table))
+        described = json.loads(manifest.read_text())
+        described["files"]["golden.json"] = hash_file(manifest.with_name("golden.json"))
+        manifest.write_text(json.dumps(described))
+
+
+def test_a_known_id_with_other_golden_scores_is_refused_and_with_other_limits_is_a_release(
+    repository, own_repository, capsys
+):
+    before = ReleaseStore(repository).read()
+    rewrite(own_repository, "golden.json", lambda golden: golden["scores"].__setitem__(0, golden["scores"][0] + 1e-4))
+    assert release(["publish", str(own_repository), "--repository", str(repository)]) == 1
+    said = capsys.readouterr().err
+    assert "was published before, as 1, and its golden scores were others" in said
+    assert "`version` of its family has not: raise it" in said
+    assert ReleaseStore(repository).read() == before
+    rewrite(own_repository, "golden.json", lambda golden: golden["scores"].__setitem__(0, golden["scores"][0] - 1e-4))
+    assert release(["publish", str(own_repository), "--repository", str(repository)]) == 1
+    assert "was published before, as 1\n" in capsys.readouterr().err
+    rewrite(own_repository, "manifest.json", lambda manifest: manifest["limits"].update(candidates=7))
+    assert release(["publish", str(own_repository), "--repository", str(repository)]) == 0
+    first, _, third = ReleaseStore(repository).read().releases
+    assert (first.fingerprint, third.number) == (third.fingerprint, 3)
 
 
 def test_an_export_that_was_served_becomes_the_first_release(own_repository, other_export, capsys):

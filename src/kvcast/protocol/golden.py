@@ -59,6 +59,12 @@ class Golden:
                 f"got a difference of {difference:.3g}: this server does not compute what was proved"
             )
 
+    def agrees_with(self, other: Self) -> bool:
+        """Whether another export recorded the same scores, within `SCORE_TOLERANCE`."""
+        return self.scores.shape == other.scores.shape and bool(
+            measure_differences(self.scores, other.scores).max() <= SCORE_TOLERANCE
+        )
+
     def to_json(self) -> str:
         """Return the request and its scores as JSON."""
         return json.dumps({name: array.tolist() for name, array in vars(self).items()}) + "\n"

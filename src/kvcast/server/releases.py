@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcast.protocol.errors import ArtefactError
+from kvcast.protocol.golden import Golden, read_golden
 from kvcast.protocol.manifest import MANIFEST_FILE, RELEASES_FILE, Manifest, hash_file, read_manifest
 from kvcast.protocol.tensors import EXPORTED_MODELS, MODELS
 from kvcast.server.installation import ServerError
@@ -133,8 +134,9 @@ class ReleaseStore:
             source: a repository that `kvcast export` has written.
 
         Raises:
-            ServerError: the export is incomplete, damaged, of several releases, or was published before; or the
-                repository cannot be written. Nothing has changed then.
+            ServerError: the export is incomplete, damaged, of several releases, was published before, or scores
+                otherwise than what was published by the same id; or the repository cannot be written. Nothing has
+                changed then.
         """
         try:
             return self._publish(source)
@@ -155,7 +157,7 @@ class ReleaseStore:
             fingerprint = next(iter(manifests.values())).release
             for known in record.releases:
                 if known.fingerprint == fingerprint:
-                    raise ServerError(f"release {fingerprint[:12]} was published before, as {known.number}")
+                    self._check_differs(known, folders)
             number = 1 + max((n for model in EXPORTED_MODELS for n in self._list_numbers(model.name)), default=0)
             number = max(number, 1 + max((each.number for each in record.releases), default=0))
             self._furnish(source)
@@ -197,6 +199,24 @@ class ReleaseStore:
             return record
         folders = {model.name: self.find_folder(model.name, number) for model in EXPORTED_MODELS}
         return Record((_describe(folders, number),), active=number)
+
+    def _check_differs(self, known: Release, folders: dict[str, Path]) -> None:
+        """Check that an export scores as the known release of its id does, and is served under other limits or names.
+
+        Raises:
+            ServerError: it does not.
+        """
+        model, folder = next(iter(folders.items()))
+        before = self.find_folder(model, known.number)
+        published = f"release {known.fingerprint[:12]} was published before, as {known.number}"
+        if not _read_golden(before).agrees_with(_read_golden(folder)):
+            raise ServerError(
+                f"{published}, and its golden scores were others: the network's code has changed and the `version` of "
+                "its family has not: raise it, and export again"
+            )
+        old, new = read_served_manifest(before), read_served_manifest(folder)
+        if (old.config, old.limits, old.workload) == (new.config, new.limits, new.workload):
+            raise ServerError(published)
 
     def _move_in(
         self, folders: dict[str, Path], manifests: dict[str, Manifest], number: int, moved: list[Path]
@@ -300,6 +320,13 @@ def read_served_manifest(folder: Path) -> Manifest:
     """
     try:
         return read_manifest(folder)
+    except ArtefactError as error:
+        raise ServerError(str(error)) from error
+
+
+def _read_golden(folder: Path) -> Golden:
+    try:
+        return read_golden(folder)
     except ArtefactError as error:
         raise ServerError(str(error)) from error
 
