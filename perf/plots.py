@@ -10,6 +10,9 @@ from matplotlib.figure import Figure
 
 mpl.use("agg")
 
+Result = dict[str, Any]
+Series = tuple[str, str, list[float], list[str]]
+
 SHARED, TRADITIONAL, CLAIM, IDEAL = "#0b6e4f", "#b23a48", "#8d99ae", "#3d5a80"
 PEER_COLOURS = (SHARED, "#b23a48", "#e09f3e", "#3d5a80", "#8d99ae")
 PEER_NAMES = {
@@ -21,9 +24,9 @@ PEER_NAMES = {
 }
 
 
-def draw_all(result: dict[str, Any], folder: Path) -> list[Path]:
+def draw_all(result: Result, folder: Path) -> list[Path]:
     """Draw every plot that the result has data for; return the files."""
-    drawings: dict[str, Callable[[Axes, dict[str, Any]], None]] = {
+    drawings: dict[str, Callable[[Axes, Result], None]] = {
         "table": draw_speedup,
         "history_growth": draw_history_growth,
         "memory": draw_memory,
@@ -43,6 +46,8 @@ def draw_all(result: dict[str, Any], folder: Path) -> list[Path]:
         figure = Figure(figsize=(9, 5.2), layout="constrained")
         axes = figure.add_subplot()
         draw(axes, result)
+        if axes.get_legend_handles_labels()[0] and axes.get_legend() is None:
+            axes.legend(frameon=False, fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.25)
         figure.suptitle(axes.get_title(), fontsize=15, fontweight="bold")
@@ -52,7 +57,7 @@ def draw_all(result: dict[str, Any], folder: Path) -> list[Path]:
     return files
 
 
-def regime(result: dict[str, Any]) -> str:
+def regime(result: Result) -> str:
     """Return one line: model, machine, threads, dtype, versions."""
     machine, config = result["machine"], result["config"]
     versions = machine["versions"]
@@ -65,7 +70,7 @@ def regime(result: dict[str, Any]) -> str:
     )
 
 
-def draw_speedup(axes: Axes, result: dict[str, Any]) -> None:
+def draw_speedup(axes: Axes, result: Result) -> None:
     """How much cheaper is a request?"""
     rows = result["table"]
     counts = [row["candidates"] for row in rows]
@@ -77,47 +82,45 @@ def draw_speedup(axes: Axes, result: dict[str, Any]) -> None:
     ):
         axes.plot(counts, [row[key] for row in rows], style, marker="o", color=colour, label=label, linewidth=2.2)
     for row in rows:
-        mark = "*" if row["traditional_is_extrapolated"] else ""
-        axes.annotate(
-            f"{row['speedup']:.0f}×{mark}" if row["speedup"] >= 10 else f"{row['speedup']:.1f}×{mark}",
-            (row["candidates"], row["speedup"]),
-            textcoords="offset points", xytext=(6, -14), color=SHARED, fontweight="bold",
-        )  # fmt: skip
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xticks(counts, [str(count) for count in counts])
-    axes.set_xlabel("candidates N" + ("   (* traditional extrapolated)" if has_extrapolation(rows) else ""))
+        text = f"{row['speedup']:.{0 if row['speedup'] >= 10 else 1}f}×{'*' * row['traditional_is_extrapolated']}"
+        place = (row["candidates"], row["speedup"])
+        axes.annotate(text, place, textcoords="offset points", xytext=(6, -14), color=SHARED, fontweight="bold")
+    use_log_scales(axes, counts)
+    axes.set_xlabel("candidates N" + "   (* traditional extrapolated)" * has_extrapolation(rows))
     axes.set_ylabel("traditional ÷ shared")
-    axes.legend(frameon=False)
 
 
-def draw_history_growth(axes: Axes, result: dict[str, Any]) -> None:
+def draw_history_growth(axes: Axes, result: Result) -> None:
     """What does a longer history cost?"""
     rows = result["history_growth"]
     lengths = [row["history"] for row in rows]
     axes.set_title(f"Latency as the history grows, N = {rows[0]['candidates']}")
-    for key, label, colour in (
-        ("traditional_seconds", "traditional", TRADITIONAL),
-        ("shared_seconds", "shared", SHARED),
-    ):
-        seconds = [row[key] for row in rows]
+    for label, colour in (("traditional", TRADITIONAL), ("shared", SHARED)):
+        seconds = [row[f"{label}_seconds"] for row in rows]
         axes.plot(lengths, seconds, marker="o", color=colour, label=label, linewidth=2.2)
         for length, value in zip(lengths, seconds, strict=True):
             text = f"{1e3 * value:.0f} ms" if value < 1 else f"{value:.1f} s"
             axes.annotate(text, (length, value), textcoords="offset points", xytext=(0, 8), ha="center", color=colour)
-    axes.set_yscale("log")
-    axes.set_xscale("log")
+    use_log_scales(axes, lengths)
     axes.minorticks_off()
-    axes.set_xticks(lengths, [str(length) for length in lengths])
-    axes.set_xlabel(
-        "history L" + ("   (traditional extrapolated where it takes too long)" if has_extrapolation(rows) else "")
-    )
+    axes.set_xlabel("history L" + "   (traditional extrapolated where it takes too long)" * has_extrapolation(rows))
     axes.set_ylabel("seconds a request, served")
     axes.margins(y=0.2)
-    axes.legend(frameon=False)
 
 
-def draw_memory(axes: Axes, result: dict[str, Any]) -> None:
+def use_log_scales(axes: Axes, ticks: list[int]) -> None:
+    """Scale both axes by logarithm, with a tick at each measured size."""
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+
+
+def has_extrapolation(rows: list[Result]) -> bool:
+    """Whether a traditional time was computed and not measured."""
+    return any(row["traditional_is_extrapolated"] for row in rows)
+
+
+def draw_memory(axes: Axes, result: Result) -> None:
     """What does a request add to memory?"""
     rows = result["memory"]
     labels = [f"{row['scheme'].replace('_', ' ')}\nN = {row['candidates']}" for row in rows]
@@ -133,10 +136,9 @@ def draw_memory(axes: Axes, result: dict[str, Any]) -> None:
         [], [], "_", color="#222222", markersize=16, label="(N - 1) × user KV: what copies of the cache would take"
     )
     axes.set_ylabel("MB")
-    axes.legend(frameon=False)
 
 
-def draw_stages(axes: Axes, result: dict[str, Any]) -> None:
+def draw_stages(axes: Axes, result: Result) -> None:
     """Where does the time of a request go?"""
     stages = result["stages"]
     axes.set_title(f"Where a cold request's {1e3 * stages['total_seconds']:.0f} ms go, N = {stages['candidates']}")
@@ -149,68 +151,69 @@ def draw_stages(axes: Axes, result: dict[str, Any]) -> None:
     axes.margins(x=0.12)
 
 
-def draw_load(axes: Axes, result: dict[str, Any]) -> None:
+def draw_load(axes: Axes, result: Result) -> None:
     """What happens under load?"""
     load = result["load"]
     axes.set_title(f"Latency under load, N = {load['candidates']}")
+    in_flight = "requests in flight: " + ", ".join(str(row["concurrency"]) for row in load["closed_loop"])
     for rows, x, label, colour in (
-        (load["closed_loop"], "throughput", "requests in flight: " + ", ".join(
-            str(row["concurrency"]) for row in load["closed_loop"]), TRADITIONAL),
+        (load["closed_loop"], "throughput", in_flight, TRADITIONAL),
         (load["open_loop"], "rate", "Poisson arrivals", SHARED),
-    ):  # fmt: skip
+    ):
         rates = [row[x] for row in rows]
         axes.plot(rates, [1e3 * row["p50"] for row in rows], marker="o", color=colour, label=f"{label}, p50")
         axes.plot(rates, [1e3 * row["p99"] for row in rows], "--", marker="^", color=colour, label=f"{label}, p99")
     axes.set_xlabel("requests a second")
     axes.set_ylabel("milliseconds")
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
 
 
-def draw_peers(axes: Axes, result: dict[str, Any]) -> None:
+def draw_bars(axes: Axes, groups: list[str], series: list[Series]) -> None:
+    """Draw groups of bars; a series is a label, a colour, a value for each group, and what is written over it."""
+    width = 0.8 / len(series)
+    for index, (label, colour, values, written) in enumerate(series):
+        bars = axes.bar(
+            [place + index * width for place in range(len(groups))], values, width, label=label, color=colour
+        )
+        axes.bar_label(bars, written, fontsize=8, padding=2)
+    axes.set_xticks([place + 0.4 - width / 2 for place in range(len(groups))], groups)
+
+
+def draw_peers(axes: Axes, result: Result) -> None:
     """How do other ways of writing it compare?"""
     rows = result["peers"]
-    names = list(rows[0]["peers"])
     axes.set_title("Encode a user and fuse N candidates: kvcast and what else one would write")
-    width = 0.8 / len(names)
-    for index, name in enumerate(names):
-        places = [place + index * width for place in range(len(rows))]
+    series = []
+    for name, colour in zip(rows[0]["peers"], PEER_COLOURS, strict=False):
         values = [1e3 * row["peers"][name].get("total", 0) for row in rows]
-        bars = axes.bar(places, values, width, label=PEER_NAMES.get(name, name), color=PEER_COLOURS[index])
-        axes.bar_label(bars, [f"{value:.0f}" if value else "out of\nmemory" for value in values], fontsize=8, padding=2)
+        written = [f"{value:.0f}" if value else "out of\nmemory" for value in values]
+        series.append((PEER_NAMES.get(name, name), colour, values, written))
+    draw_bars(axes, [f"N = {row['candidates']}" for row in rows], series)
     axes.set_yscale("log")
-    axes.set_xticks(
-        [place + 0.4 - width / 2 for place in range(len(rows))], [f"N = {row['candidates']}" for row in rows]
-    )
     axes.set_ylabel("milliseconds, without a server")
-    axes.legend(frameon=False, fontsize=8)
 
 
-def draw_reuse(axes: Axes, result: dict[str, Any]) -> None:
+def draw_reuse(axes: Axes, result: Result) -> None:
     """What is saved when a user comes back?"""
     rows = result["reuse"]["rows"]
     axes.set_title("The same user again: latency with the KV made, and with the KV kept")
-    bars = (
+    series = []
+    for key, label, colour in (
         ("cold_ranker", "ranker, cold", TRADITIONAL),
         ("cold_ranker_resident", "ranker_resident, cold", "#e09f3e"),
         ("warm_ranker", "ranker, warm", IDEAL),
         ("warm_ranker_resident", "ranker_resident, warm", SHARED),
         ("bare_fuse", "fusion alone, ONNX Runtime without a server", CLAIM),
-    )
-    width = 0.8 / len(bars)
-    for index, (key, label, colour) in enumerate(bars):
-        places = [place + index * width for place in range(len(rows))]
-        drawn = axes.bar(places, [1e3 * row[key] for row in rows], width, label=label, color=colour)
-        axes.bar_label(drawn, [f"{1e3 * row[key]:.1f}" for row in rows], fontsize=8, padding=2)
-    axes.set_xticks(
-        [place + 0.4 - width / 2 for place in range(len(rows))], [f"N = {row['candidates']}" for row in rows]
-    )
+    ):
+        values = [1e3 * row[key] for row in rows]
+        series.append((label, colour, values, [f"{value:.1f}" for value in values]))
+    draw_bars(axes, [f"N = {row['candidates']}" for row in rows], series)
     axes.set_ylabel("milliseconds a request")
     axes.margins(y=0.22)
     axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
 
 
-def draw_trace(axes: Axes, result: dict[str, Any]) -> None:
+def draw_trace(axes: Axes, result: Result) -> None:
     """What does a budget buy?"""
     trace = result["trace"]
     rows = trace["rows"]
@@ -232,61 +235,52 @@ def draw_trace(axes: Axes, result: dict[str, Any]) -> None:
     axes.set_ylabel(f"milliseconds, {trace['in_flight']} requests in flight")
 
 
-def draw_endurance(axes: Axes, result: dict[str, Any]) -> None:
+def draw_endurance(axes: Axes, result: Result) -> None:
     """Does memory stay where it should?"""
     endurance = result["endurance"]
-    minutes = [sample["seconds"] / 60 for sample in endurance["samples"]]
     axes.set_title(f"Memory through {endurance['requests']} requests of changing users")
+    samples = endurance["samples"]
     for keeper, colour in zip(endurance["beyond_budget_bytes"], (IDEAL, SHARED), strict=True):
-        start = endurance["start_bytes"][keeper] / 1e6
-        held = [sample["process_bytes"][keeper] / 1e6 - start for sample in endurance["samples"]]
-        axes.plot(minutes, held, color=colour, linewidth=2, label=f"{keeper}: process, beyond its start")
-        own = [sample["cache_bytes"][keeper] / 1e6 for sample in endurance["samples"]]
-        axes.plot(minutes, own, ":", color=colour, linewidth=2, label=f"{keeper}: cache, as it counts")
+        held = [sample["process_bytes"][keeper] - endurance["start_bytes"][keeper] for sample in samples]
+        draw_bytes(axes, samples, held, f"{keeper}: process, beyond its start", colour)
+        own = [sample["cache_bytes"][keeper] for sample in samples]
+        draw_bytes(axes, samples, own, f"{keeper}: cache, as it counts", colour, ":")
     axes.axhline(endurance["budget_bytes"] / 1e6, color=TRADITIONAL, linestyle="--", label="budget")
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("minutes")
-    axes.set_ylabel("MB")
-    axes.legend(frameon=False, fontsize=8)
 
 
-def draw_soak(axes: Axes, result: dict[str, Any]) -> None:
+def draw_soak(axes: Axes, result: Result) -> None:
     """Does anything grow?"""
     soak = result["soak"]
-    minutes = [sample["seconds"] / 60 for sample in soak["samples"]]
     axes.set_title(f"Memory through {sum(soak['outcomes'].values())} requests of mixed load")
-    for name, colour in zip(soak["samples"][-1]["processes"], PEER_COLOURS, strict=False):
-        held = [sample["processes"][name]["memory_bytes"] / 1e6 for sample in soak["samples"]]
-        axes.plot(minutes, held, color=colour, linewidth=2, label=name)
-    shared = [sample["shared_memory_bytes"] / 1e6 for sample in soak["samples"]]
-    axes.plot(minutes, shared, ":", color=TRADITIONAL, linewidth=2, label="shared memory")
+    samples = soak["samples"]
+    for name, colour in zip(samples[-1]["processes"], PEER_COLOURS, strict=False):
+        held = [sample["processes"][name]["memory_bytes"] for sample in samples]
+        draw_bytes(axes, samples, held, name, colour)
+    shared = [sample["shared_memory_bytes"] for sample in samples]
+    draw_bytes(axes, samples, shared, "shared memory", TRADITIONAL, ":")
     axes.set_ylim(bottom=0)
+
+
+def draw_bytes(
+    axes: Axes, samples: list[Result], values: list[float], label: str, colour: str, style: str = "-"
+) -> None:
+    """Draw what was held at each sample, over minutes."""
+    minutes = [sample["seconds"] / 60 for sample in samples]
+    axes.plot(minutes, [value / 1e6 for value in values], style, color=colour, linewidth=2, label=label)
     axes.set_xlabel("minutes")
     axes.set_ylabel("MB")
-    axes.legend(frameon=False, fontsize=8)
 
 
-def has_extrapolation(rows: list[dict[str, Any]]) -> bool:
-    """Whether a traditional time was computed and not measured."""
-    return any(row["traditional_is_extrapolated"] for row in rows)
-
-
-def draw_affinity(axes: Axes, result: dict[str, Any]) -> None:
+def draw_affinity(axes: Axes, result: Result) -> None:
     """How many find their user again?"""
     affinity = result["affinity"]
-    policies = list(dict.fromkeys(row["policy"] for row in affinity["policies"]))
     axes.set_title(f"{affinity['servers']} servers behind haproxy: visits that find their user kept")
-    for place, (protocol, colour) in enumerate((("grpc", SHARED), ("http", IDEAL))):
-        rates = {row["policy"]: 100 * row["hit_rate"] for row in affinity["policies"] if row["protocol"] == protocol}
-        bars = axes.bar(
-            [index + 0.36 * (place - 0.5) for index in range(len(policies))],
-            [rates[policy] for policy in policies],
-            width=0.34,
-            color=colour,
-            label={"grpc": "gRPC", "http": "HTTP"}[protocol],
-        )
-        axes.bar_label(bars, fmt="%.0f%%", fontsize=10, padding=4)
-    axes.set_xticks(range(len(policies)), policies)
+    series = []
+    for protocol, label, colour in (("grpc", "gRPC", SHARED), ("http", "HTTP", IDEAL)):
+        rates = [100 * row["hit_rate"] for row in affinity["policies"] if row["protocol"] == protocol]
+        series.append((label, colour, rates, [f"{rate:.0f}%" for rate in rates]))
+    draw_bars(axes, list(dict.fromkeys(row["policy"] for row in affinity["policies"])), series)
     axes.set_ylabel("% of visits")
     axes.set_ylim(0, 1.25 * max(100 * row["hit_rate"] for row in affinity["policies"]))
     axes.legend(frameon=False, ncols=2, loc="upper right")
