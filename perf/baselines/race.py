@@ -40,11 +40,8 @@ class Worker:
 
     def __init__(self, name: str, field: Field) -> None:
         self.name = name
-        command = [sys.executable, "-m", "perf.baselines.worker", name, "--config", field.config]
-        command += ["--repository", str(field.repository), "--threads", str(field.threads)]
-        command += ["--seed", str(field.seed), "--memory-limit", str(MEMORY_LIMIT_BYTES)]
         self._process = subprocess.Popen(
-            command,
+            [sys.executable, "-m", "perf.baselines.worker", name, json.dumps(vars(field), default=str)],
             env={**os.environ, **KEEP_MEMORY},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -1,10 +1,9 @@
-"""`python -m perf.baselines.worker NAME …`: one peer in a process of its own, driven over standard input.
+"""`python -m perf.baselines.worker NAME FIELD`: one peer in a process of its own, driven over standard input.
 
 Each line in is a JSON object {"history", "candidates", "seed"}; each line out one with seconds, the scores, and the
 memory that the run added at its peak. One thing runs at a time: whoever waits for a line uses no core.
 """
 
-import argparse
 import json
 import resource
 import sys
@@ -21,32 +20,33 @@ from kvcast.synthetic import ClickLog
 from perf.baselines.interface import Peer
 from perf.baselines.ort_expanded import OrtExpanded
 from perf.baselines.ours import Ours, Traditional
+from perf.baselines.race import MEMORY_LIMIT_BYTES, Field
 from perf.baselines.softmax import SoftmaxNetwork
 from perf.baselines.torch_peers import CompiledPeer, TorchPeer, attend_expanded, attend_flash
 
 
-def make_peer(name: str, config_name: str, repository: Path, threads: int, seed: int) -> Peer:
-    """Return a peer by name, on the configuration's weights, or on those of `seed` where it comes with none.
+def make_peer(name: str, field: Field) -> Peer:
+    """Return a peer by name, on the configuration's weights, or on those of the field's seed where it comes with none.
 
     A peer that uses the repository's export has the weights of that.
     """
 
     def network() -> SoftmaxNetwork:
-        config = load_config(config_name)
+        config = load_config(field.config)
         built = build_network(config)
         if config.weights is None:
-            draw_weights(built, seed)
+            draw_weights(built, field.seed)
         else:
             load_weights(built, config.weights)
         return cast("SoftmaxNetwork", built)
 
     makers: dict[str, Callable[[], Peer]] = {
-        "shared": lambda: Ours(repository, threads),
-        "traditional": lambda: Traditional(repository, threads),
-        "ort_expanded": lambda: OrtExpanded(network(), threads),
-        "torch_expanded": lambda: TorchPeer(network(), attend_expanded, threads),
-        "torch_flash": lambda: TorchPeer(network(), attend_flash, threads),
-        "torch_flash_compiled": lambda: CompiledPeer(network(), attend_flash, threads),
+        "shared": lambda: Ours(field.repository, field.threads),
+        "traditional": lambda: Traditional(field.repository, field.threads),
+        "ort_expanded": lambda: OrtExpanded(network(), field.threads),
+        "torch_expanded": lambda: TorchPeer(network(), attend_expanded, field.threads),
+        "torch_flash": lambda: TorchPeer(network(), attend_flash, field.threads),
+        "torch_flash_compiled": lambda: CompiledPeer(network(), attend_flash, field.threads),
     }
     return makers[name]()
 
@@ -78,25 +78,17 @@ def run_once(peer: Peer, log: ClickLog, order: dict[str, int]) -> dict[str, obje
     }
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(name: str, field: Field) -> None:
     """Make the peer, then serve orders until standard input ends."""
-    parser = argparse.ArgumentParser(prog="python -m perf.baselines.worker", description=__doc__)
-    parser.add_argument("name")
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--repository", type=Path, required=True)
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--memory-limit", type=int, required=True, help="bytes of address space")
-    arguments = parser.parse_args(argv)
     warnings.simplefilter("ignore")  # deprecations inside torch's exporter, which the peer cannot help
     answer_to = sys.stdout
     sys.stdout = sys.stderr  # compilers print; the answers have the pipe for themselves
-    peer = make_peer(arguments.name, arguments.config, arguments.repository, arguments.threads, arguments.seed)
+    peer = make_peer(name, field)
     # A peer that would copy the KV beyond all memory fails alone, and not the machine.
-    resource.setrlimit(resource.RLIMIT_AS, (arguments.memory_limit, arguments.memory_limit))
-    schema = load_config(arguments.config).schema
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
+    schema = load_config(field.config).schema
     logs: dict[int, ClickLog] = {}
-    print(json.dumps({"ready": arguments.name}), file=answer_to, flush=True)
+    print(json.dumps({"ready": name}), file=answer_to, flush=True)
     for line in sys.stdin:
         order = json.loads(line)
         log = logs.setdefault(order["seed"], ClickLog(schema, order["seed"]))
@@ -105,8 +97,8 @@ def main(argv: list[str] | None = None) -> int:
         except Exception as error:  # noqa: BLE001 running out of memory has as many types as libraries
             answer = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
         print(json.dumps(answer), file=answer_to, flush=True)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    given = json.loads(sys.argv[2])
+    main(sys.argv[1], Field(**given | {"repository": Path(given["repository"])}))
