@@ -1,37 +1,42 @@
 """`python -m perf run`: the proof, side by side, with report and plots; `python -m perf model`: arithmetic alone."""
 
 import argparse
-import contextlib
-import dataclasses
 import datetime
 import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from kvcast.protocol.config import ModelConfig, load_config
+from kvcast.protocol.config import load_config
 from kvcast.protocol.errors import KvcastError
 from kvcast.protocol.tensors import RANKER_RESIDENT
-from kvcast.server import ServerError, ServerSettings, TritonServer
+from kvcast.server import ServerError, ServerSettings
 from kvcast.server.repository import ensure_exported, read_config_name
-from kvcast.serving.options import CACHE_BUDGET
-from perf import affinity, cost_model, experiments, guard_cost, reuse, soak
+from perf import affinity, cost_model, guard_cost, reuse, soak
 from perf.analyzer import PerfError, find_analyzer
 from perf.baselines.race import Field, RaceError
-from perf.environment import describe_machine
-from perf.experiments import Bench, Plan
+from perf.experiments import COLD, measure_fusion_ratio, open_bench
+from perf.harness import Harness, Plan
 from perf.plots import draw_all, regime
+from perf.processes import describe_machine
 from perf.report import write_report
 
-COLD = ("table", "history_growth", "stages", "load", "packing", "memory", "peers")
-KEPT = ("reuse", "trace", "endurance")
-GUARDED = ("guard", "soak", "affinity")
-EXPERIMENTS = COLD + KEPT + GUARDED
+# Each starts servers of its own.
+SERVED: Mapping[str, Callable[[Harness], Any]] = {
+    "reuse": reuse.run_reuse,
+    "trace": reuse.run_trace,
+    "endurance": soak.run_endurance,
+    "guard": guard_cost.run_guard,
+    "soak": soak.run_soak,
+    "affinity": affinity.run_affinity,
+}
+EXPERIMENTS = (*COLD, *SERVED)
 REGIME = """\
 regime: one machine serves and loads; requests are generated, never perf_analyzer's own random data; what is compared
 alternates within this run; figures are medians. "traditional" is `ranker_full`: the same weights and mask, every
@@ -61,7 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="measure a traditional request only if it takes less than this, else extrapolate (60; 5 if quick)",
     )
     run.add_argument(
-        "--endurance", type=float, default=reuse.ENDURANCE_SECONDS, metavar="SECONDS", help="of the trace (%(default)s)"
+        "--endurance", type=float, default=soak.ENDURANCE_SECONDS, metavar="SECONDS", help="of the trace (%(default)s)"
     )
     run.add_argument(
         "--soak", type=float, default=soak.SOAK_SECONDS, metavar="SECONDS", help="of mixed load (%(default)s)"
@@ -136,21 +141,23 @@ def run(arguments: argparse.Namespace) -> None:
     ensure_exported(arguments.repository, [*settings.models, RANKER_RESIDENT.name], arguments.config)
     field = Field(arguments.config, arguments.repository, cores, seed=0)
     notes = Notes(result, arguments.results, len(chosen))
-    cold, kept = ([name for name in names if name in chosen] for names in (COLD, KEPT))
-    if cold:
-        measure_cold(arguments, settings, config, field, cold, notes)
-    if kept:
-        measure_kept(arguments, settings, config, field, kept, notes)
-    if "guard" in chosen:
-        plan, counts = make_plan(arguments), experiments.keep_served(guard_cost.COUNTS, config)
-        notes.take("guard", lambda: guard_cost.run_guard(settings, config, plan, counts, notes.say))
-    if "soak" in chosen:
-        notes.take("soak", lambda: soak.run_soak(settings, config, arguments.soak, notes.say))
-    if "affinity" in chosen:
-        visitors = affinity.choose_visitors(arguments.trace, arguments.visits, arguments.seed)
-        notes.take("affinity", lambda: affinity.run_affinity(settings.repository, config, visitors, notes.say))
+    measure(Harness(settings, config, make_plan(arguments), field, notes.say), chosen, notes)
     result["seconds"] = time.monotonic() - started
     write_files(result, arguments.results)
+
+
+def measure(harness: Harness, chosen: list[str], notes: "Notes") -> None:
+    """Run experiments one after the other, so that none disturbs another: first those that share a server."""
+    cold = [name for name in chosen if name in COLD]
+    if cold:
+        with open_bench(harness) as bench:
+            for name in cold:
+                notes.take(name, partial(COLD[name], bench))
+            if "table" in cold:
+                notes.result["fusion"] = measure_fusion_ratio(bench)
+    for name in chosen:
+        if name in SERVED:
+            notes.take(name, partial(SERVED[name], harness))
 
 
 def describe_command(arguments: argparse.Namespace) -> str:
@@ -171,7 +178,18 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     """Return how thorough the run is to be."""
     limit = arguments.traditional_limit or (5 if arguments.quick else 60)
     rounds, requests = (2, 8) if arguments.quick else (5, 30)
-    return Plan(arguments.rounds or rounds, arguments.requests or requests, limit, arguments.quick)
+    return Plan(
+        rounds=arguments.rounds or rounds,
+        requests=arguments.requests or requests,
+        traditional_limit=limit,
+        quick=arguments.quick,
+        counts=[int(count) for count in (arguments.counts or "").split(",") if count],
+        endurance=arguments.endurance,
+        soak=arguments.soak,
+        visits=arguments.visits,
+        seed=arguments.seed,
+        trace=arguments.trace,
+    )
 
 
 class Notes:
@@ -210,76 +228,20 @@ def choose_experiments(arguments: argparse.Namespace) -> list[str]:
     return list(dict.fromkeys(chosen))
 
 
-def measure_cold(
-    arguments: argparse.Namespace,
-    settings: ServerSettings,
-    config: ModelConfig,
-    field: Field,
-    chosen: list[str],
-    notes: Notes,
-) -> None:
-    """Run experiments on a server that keeps no users, one after the other, so that none disturbs another."""
-    plan, say = make_plan(arguments), notes.say
-    counts = [int(count) for count in (arguments.counts or "").split(",") if count] or list(experiments.TABLE_COUNTS)
-    lengths = [length for length in experiments.HISTORY_LENGTHS if length <= config.limits.history]
-    peers = experiments.PEERS[:-1] if plan.quick else experiments.PEERS
-    all_counts = experiments.QUICK_PEER_COUNTS if plan.quick else experiments.PEER_COUNTS
-    peer_counts = experiments.keep_served(all_counts, config)
-    with (
-        TritonServer(dataclasses.replace(settings, parameters={CACHE_BUDGET: "0"})) as server,
-        contextlib.closing(Bench(server, config, plan, say)) as bench,
-    ):
-        todo: dict[str, Callable[[], Any]] = {
-            "table": lambda: experiments.run_table(bench, experiments.keep_served(counts, config)),
-            "history_growth": lambda: experiments.run_history_growth(bench, lengths[::2] if plan.quick else lengths),
-            "stages": lambda: experiments.run_stages(bench, field),
-            "load": lambda: experiments.run_load(bench),
-            "packing": lambda: experiments.run_packing(config, plan.rounds, server, say),
-            "memory": lambda: experiments.run_memory(field, config, say),
-            "peers": lambda: experiments.run_peers(field, config, peer_counts, plan.rounds, peers, say),
-        }
-        for name in chosen:
-            notes.take(name, todo[name])
-        if "table" in chosen:
-            notes.result["fusion"] = experiments.measure_fusion_ratio(bench)
-
-
-def measure_kept(
-    arguments: argparse.Namespace,
-    settings: ServerSettings,
-    config: ModelConfig,
-    field: Field,
-    chosen: list[str],
-    notes: Notes,
-) -> None:
-    """Run experiments on servers that keep users, each started for its experiment."""
-    plan, quick = make_plan(arguments), arguments.quick
-    lab = reuse.Lab(settings, config, plan, field)
-    wanted = [int(count) for count in (arguments.counts or "").split(",") if count]
-    counts = experiments.keep_served(wanted or (reuse.QUICK_REUSE_COUNTS if quick else reuse.REUSE_COUNTS), config)
-    budgets, visits = (reuse.QUICK_BUDGETS, reuse.QUICK_VISITS) if quick else (reuse.BUDGETS, reuse.VISITS)
-    todo: dict[str, Callable[[], Any]] = {
-        "reuse": lambda: reuse.run_reuse(lab, counts, notes.say),
-        "trace": lambda: reuse.run_trace(lab, budgets, visits, notes.say),
-        "endurance": lambda: reuse.run_endurance(lab, arguments.endurance, notes.say),
-    }
-    for name in chosen:
-        notes.take(name, todo[name])
-
-
 def _leave(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001 the signature of a signal handler
     raise KeyboardInterrupt
 
 
 def save_raw(result: dict[str, Any], folder: Path) -> None:
-    """Write the raw result."""
+    """Write the raw result; records by their fields."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{result['name']}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / f"{result['name']}.json").write_text(json.dumps(result, indent=1, default=vars) + "\n")
 
 
 def write_files(result: dict[str, Any], folder: Path) -> None:
     """Write the raw result, the report and the plots."""
     save_raw(result, folder)
+    result = json.loads((folder / f"{result['name']}.json").read_text())
     (folder / f"{result['name']}.md").write_text(write_report(result))
     plots = draw_all(result, folder)
     print(f"\nwritten: {folder}/{result['name']}.json, .md and {len(plots)} plots")

@@ -15,14 +15,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -41,8 +40,8 @@ from kvcast.serving.user_kv_cache import ENTRY_OVERHEAD_BYTES
 from kvcast.synthetic import ClickLog
 from kvcast.synthetic.stock import zipf_shares
 from perf.analyzer import PerfError
-from perf.counters import Counters
-from perf.experiments import Row
+from perf.harness import Harness, Record, keep_sending
+from perf.processes import Counters
 from perf.programs import explain_absence, find_program, make_environment
 
 HAPROXY_CONFIG = Path(__file__).resolve().parents[1] / "deploy" / "haproxy" / "haproxy.cfg"
@@ -67,15 +66,18 @@ IN_FLIGHT = 4
 HISTORY_EVENTS, CANDIDATE_COUNT = 40, 10
 MAPPED_USERS = 300
 SETTLED_SECONDS = 1.0
+CACHE_METRICS = [f"kvcast_user_kv_{kind}_total" for kind in ("hits", "misses", "waits")]
+
+# Host and port of http, grpc and metrics.
+Addresses = dict[str, str]
+Members: TypeAlias = "dict[str, Member]"
 
 
-@dataclass(frozen=True)
-class Visitors:
-    """Whose each visit is, in order. seed: of their histories, and of what else is drawn; said: for people."""
-
-    users: list[int]
-    seed: int
-    said: str
+def find_addresses() -> Addresses:
+    """Return free ports of this machine, one for each kind of request."""
+    return {
+        kind: f"127.0.0.1:{port}" for kind, port in zip(("http", "grpc", "metrics"), find_free_ports(3), strict=True)
+    }
 
 
 @dataclass
@@ -87,32 +89,15 @@ class Member:
     log: Path
     flags: Sequence[str] = ()
     process: subprocess.Popen[bytes] | None = None
-    ports: list[int] = field(default_factory=lambda: find_free_ports(3))
-
-    @property
-    def http_address(self) -> str:
-        """Host and port of HTTP."""
-        return f"127.0.0.1:{self.ports[0]}"
-
-    @property
-    def grpc_address(self) -> str:
-        """Host and port of gRPC."""
-        return f"127.0.0.1:{self.ports[1]}"
-
-    @property
-    def metrics_address(self) -> str:
-        """Host and port of the metrics page."""
-        return f"127.0.0.1:{self.ports[2]}"
+    addresses: Addresses = field(default_factory=find_addresses)
 
     def start(self) -> None:
         """Start it, on the same ports each time; it is ready later."""
-        names = ("--http-port", "--grpc-port", "--metrics-port")
-        ports = itertools.chain.from_iterable(zip(names, map(str, self.ports), strict=True))
-        command = [sys.executable, "-m", "kvcast.server", "--repository", str(self.repository)]
+        command = [sys.executable, "-m", "kvcast.server", "--repository", str(self.repository), "--models", MODEL]
+        for kind, address in self.addresses.items():
+            command += [f"--{kind}-port", address.rpartition(":")[2]]
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [*command, "--models", MODEL, *ports, *self.flags], stdout=log, stderr=subprocess.STDOUT
-            )
+            self.process = subprocess.Popen([*command, *self.flags], stdout=log, stderr=subprocess.STDOUT)
 
     def wait_until_ready(self) -> None:
         """Wait until it answers.
@@ -120,12 +105,9 @@ class Member:
         Raises:
             ServerError: it has ended, or takes too long.
         """
-        deadline = time.monotonic() + STARTS_WITHIN_SECONDS
-        while read_status(self.http_address, "/v2/health/ready") != http.client.OK:
-            if self.process is None or self.process.poll() is not None or time.monotonic() > deadline:
-                last = self.log.read_text(errors="replace").strip().rpartition("\n")[2]
-                raise ServerError(f"server {self.name} did not start: {last or 'it wrote nothing'}")
-            time.sleep(0.1)
+        if self.process is None or not is_ready_within(STARTS_WITHIN_SECONDS, self.addresses, self.process):
+            last = self.log.read_text(errors="replace").strip().rpartition("\n")[2]
+            raise ServerError(f"server {self.name} did not start: {last or 'it wrote nothing'}")
 
     def kill(self) -> None:
         """Kill everything of it at once, as a machine that loses its power."""
@@ -142,92 +124,70 @@ class Member:
             self.process.wait()
 
 
-class Members:
-    """Servers that are started together and stopped together; a context manager."""
-
-    def __init__(self, members: Iterable[Member]) -> None:
-        self.members = list(members)
-
-    def __enter__(self) -> Self:
-        """Start all, and wait until they are ready."""
-        try:
-            for member in self.members:
-                member.start()
-            for member in self.members:
-                member.wait_until_ready()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *ignored: object) -> None:
-        """Stop all."""
-        with ThreadPoolExecutor(len(self.members)) as pool:
-            list(pool.map(Member.stop, self.members))
-
-    def __getitem__(self, name: str) -> Member:
-        """Return the member of a name."""
-        return next(member for member in self.members if member.name == name)
-
-    def count(self, metric: str) -> dict[str, float]:
-        """Return a counter of the model's, by member.
-
-        Raises:
-            PerfError: a member does not tell.
-        """
-        found = {}
-        for member in self.members:
-            counters = Counters(member.metrics_address)
-            if not counters.get(MODEL, "kvcast_user_kv_budget_bytes"):
-                raise PerfError(f"server {member.name}: its metrics page has nothing of {MODEL}")
-            found[member.name] = counters.get(MODEL, metric)
-        return found
+@contextlib.contextmanager
+def serve_members(repository: Path, folder: Path, flags: Sequence[str] = ()) -> Iterator[Members]:
+    """Serve a repository three times, each with room for KEPT_USERS users, and with a log in the folder."""
+    megabytes = count_megabytes(read_manifest(repository / MODEL / "1"), KEPT_USERS)
+    budget = ["--set", f"{CACHE_BUDGET}={megabytes:.6f}", "--set", "intra_op_threads=1"]
+    members = {name: Member(name, repository, folder / f"{name}.log", [*budget, *flags]) for name in NAMES}
+    try:
+        for member in members.values():
+            member.start()
+        for member in members.values():
+            member.wait_until_ready()
+        yield members
+    finally:
+        with ThreadPoolExecutor(len(members)) as pool:
+            list(pool.map(Member.stop, members.values()))
 
 
-class Proxy:
-    """A proxy process before the members, on ports of its own; a context manager.
+def count_megabytes(manifest: Manifest, users: int) -> float:
+    """Return the cache budget that holds so many of the visitors, and not one more."""
+    history_bytes = HISTORY_EVENTS * len(manifest.history_fields) * np.dtype(np.int64).itemsize
+    entry = manifest.user_kv.bytes_of(HISTORY_EVENTS) + history_bytes + ENTRY_OVERHEAD_BYTES
+    return float((users + 0.5) * entry / 1e6)
 
-    Where it knows every member to be ready, or not, is asked of the members' health by the proxy itself.
+
+def count_all(members: Members, metric: str) -> dict[str, float]:
+    """Return a counter of the model's, by member.
+
+    Raises:
+        PerfError: a member does not tell.
     """
+    found = {}
+    for name, member in members.items():
+        counters = Counters(member.addresses["metrics"])
+        if not counters.get(MODEL, "kvcast_user_kv_budget_bytes"):
+            raise PerfError(f"server {name}: its metrics page has nothing of {MODEL}")
+        found[name] = counters.get(MODEL, metric)
+    return found
 
-    def __init__(self, command: Sequence[str], addresses: dict[str, str]) -> None:
-        """Take note of the command, and of where it will listen: `http` and `grpc`."""
-        self.addresses = addresses
-        self._command = command
-        self._process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> Self:
-        """Start it, and wait until a server behind it is ready."""
-        self._process = subprocess.Popen(
-            self._command, env=make_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+@contextlib.contextmanager
+def run_proxy(command: Sequence[str], addresses: Addresses) -> Iterator[Addresses]:
+    """Run a proxy before the members; the block gets where it listens, once a server behind it is ready.
+
+    Raises:
+        PerfError: it does not start.
+    """
+    process = subprocess.Popen(command, env=make_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        if not is_ready_within(NOTICED_WITHIN_SECONDS, addresses, process):
+            raise PerfError(f"the proxy did not start: {' '.join(command)}")
+        yield addresses
+    finally:
+        process.terminate()
         try:
-            self._wait_until_ready(self._process)
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *ignored: object) -> None:
-        """End it."""
-        if self._process is not None:
-            self._process.terminate()
-            try:
-                self._process.wait(ENDS_WITHIN_SECONDS)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-
-    def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> None:
-        deadline = time.monotonic() + NOTICED_WITHIN_SECONDS
-        while read_status(self.addresses["http"], "/v2/health/ready") != http.client.OK:
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise PerfError(f"the proxy did not start: {' '.join(self._command)}")
-            time.sleep(0.05)
+            process.wait(ENDS_WITHIN_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
-def make_haproxy(members: Sequence[Member], folder: Path, policy: str = "affinity") -> Proxy:
-    """Return haproxy with the shipped configuration: addresses changed, and the way of balancing if asked for.
+def run_haproxy(
+    members: Members, folder: Path, policy: str = "affinity"
+) -> contextlib.AbstractContextManager[Addresses]:
+    """Run haproxy with the shipped configuration: addresses changed, and the way of balancing if asked for.
 
     Raises:
         PerfError: haproxy is not installed, or the configuration has not what is to be changed.
@@ -235,16 +195,14 @@ def make_haproxy(members: Sequence[Member], folder: Path, policy: str = "affinit
     program = find_program("haproxy")
     if program is None:
         raise PerfError(explain_absence("haproxy"))
-    text = HAPROXY_CONFIG.read_text()
-    http_port, grpc_port, metrics_port = find_free_ports(3)
-    replacements = {"127.0.0.1:9000": f"127.0.0.1:{http_port}", "127.0.0.1:9001": f"127.0.0.1:{grpc_port}"}
-    replacements |= {"127.0.0.1:9002": f"127.0.0.1:{metrics_port}"} | POLICIES[policy]
-    for place, member in enumerate(members, start=1):
-        replacements[f"10.0.0.1{place}:8000"] = member.http_address
-        replacements[f"10.0.0.1{place}:8001"] = member.grpc_address
-    path = folder / f"haproxy-{http_port}.cfg"
-    path.write_text(replace_all(text, replacements))
-    return Proxy([str(program), "-f", str(path)], {"http": f"127.0.0.1:{http_port}", "grpc": f"127.0.0.1:{grpc_port}"})
+    addresses = find_addresses()
+    replacements = {f"127.0.0.1:900{place}": address for place, address in enumerate(addresses.values())}
+    for place, member in enumerate(members.values(), start=1):
+        replacements[f"10.0.0.1{place}:8000"] = member.addresses["http"]
+        replacements[f"10.0.0.1{place}:8001"] = member.addresses["grpc"]
+    path = folder / f"haproxy-{addresses['http'].rpartition(':')[2]}.cfg"
+    path.write_text(replace_all(HAPROXY_CONFIG.read_text(), replacements | POLICIES[policy]))
+    return run_proxy([str(program), "-f", str(path)], addresses)
 
 
 def replace_all(text: str, replacements: dict[str, str]) -> str:
@@ -260,16 +218,17 @@ def replace_all(text: str, replacements: dict[str, str]) -> str:
     return text
 
 
-def read_status(address: str, path: str) -> int:
-    """Return the status of a GET, 0 if there is no answer."""
-    connection = http.client.HTTPConnection(address, timeout=5)
-    try:
-        connection.request("GET", path)
-        return connection.getresponse().status
-    except (OSError, http.client.HTTPException):
-        return 0
-    finally:
-        connection.close()
+def is_ready_within(seconds: float, addresses: Addresses, process: subprocess.Popen[bytes]) -> bool:
+    """Wait for a process to say that it is ready; return whether it does, and has not ended."""
+    deadline = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < deadline:
+        connection = http.client.HTTPConnection(addresses["http"], timeout=5)
+        with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
+            connection.request("GET", "/v2/health/ready")
+            if connection.getresponse().status == http.client.OK:
+                return True
+        time.sleep(0.05)
+    return False
 
 
 def find_descendants(pid: int) -> list[int]:
@@ -285,22 +244,16 @@ def find_descendants(pid: int) -> list[int]:
 # ---- who is sent where ----------------------------------------------------------------------------------------------
 
 
-def map_users(proxy: Proxy, users: Iterable[int]) -> dict[int, str]:
+def map_users(proxy: Addresses, users: Iterable[int]) -> dict[int, str]:
     """Return which server answers each user, asked over HTTP for the users of a log with two and four fields.
 
     Raises:
         PerfError: one is not answered.
     """
-    body = json.dumps(
-        {
-            "inputs": [
-                {"name": HISTORY.name, "datatype": "INT64", "shape": [1, 1, 2], "data": [1, 1]},
-                {"name": CANDIDATES.name, "datatype": "INT64", "shape": [1, 1, 4], "data": [1, 1, 1, 1]},
-            ],
-            "outputs": [{"name": SCORES.name}],
-        }
-    )
-    connection = http.client.HTTPConnection(proxy.addresses["http"], timeout=10)
+    history = {"name": HISTORY.name, "datatype": "INT64", "shape": [1, 1, 2], "data": [1, 1]}
+    candidates = {"name": CANDIDATES.name, "datatype": "INT64", "shape": [1, 1, 4], "data": [1, 1, 1, 1]}
+    body = json.dumps({"inputs": [history, candidates], "outputs": [{"name": SCORES.name}]})
+    connection = http.client.HTTPConnection(proxy["http"], timeout=10)
     found = {}
     for user in users:
         connection.request("POST", f"/v2/models/{MODEL}/infer", body, {ROUTING_HEADER: hash_user(user)})
@@ -313,20 +266,19 @@ def map_users(proxy: Proxy, users: Iterable[int]) -> dict[int, str]:
     return found
 
 
-def find_moves(before: dict[int, str], after: dict[int, str], server: str) -> Row:
+def find_moves(before: dict[int, str], after: dict[int, str], server: str) -> Record:
     """Return which share of the users of a server moved, and of those of the others."""
     own = [user for user, name in before.items() if name == server]
-    others = [user for user, name in before.items() if name != server]
     moved = {user for user in before if before[user] != after[user]}
     return {
         "users": len(before),
         "share_of_server": len(own) / len(before),
         "moved_of_server": len(moved.intersection(own)) / max(1, len(own)),
-        "moved_of_others": len(moved.intersection(others)) / max(1, len(others)),
+        "moved_of_others": len(moved.difference(own)) / max(1, len(before) - len(own)),
     }
 
 
-def wait_for_servers(proxy: Proxy, names: set[str]) -> None:
+def wait_for_servers(proxy: Addresses, names: set[str]) -> None:
     """Wait until the proxy sends users to exactly these servers.
 
     Raises:
@@ -349,19 +301,6 @@ def wait_for_servers(proxy: Proxy, names: set[str]) -> None:
 # ---- who is found again ---------------------------------------------------------------------------------------------
 
 
-def choose_visitors(trace: Path | None, visits: int, seed: int) -> Visitors:
-    """Return those of a trace, or, without one, so many that are drawn.
-
-    Raises:
-        PerfError: the trace cannot be read.
-    """
-    if trace is not None:
-        users = read_trace(trace)
-        return Visitors(users, seed, f"{len(set(users))} users of the trace {trace.name}")
-    said = f"{USERS} users who come by Zipf's law (exponent {EXPONENT}, seed {seed})"
-    return Visitors(draw_visitors(visits, seed), seed, said)
-
-
 def read_trace(path: Path) -> list[int]:
     """Return whose each visit is, in order of time: a number for each name in the column `user`.
 
@@ -382,9 +321,9 @@ def read_trace(path: Path) -> list[int]:
     return users
 
 
-def draw_visitors(visits: int, seed: int, users: int = USERS, exponent: float = EXPONENT) -> list[int]:
+def draw_visitors(visits: int, seed: int) -> list[int]:
     """Return whose each visit is: few users come often, most come rarely (Zipf's law)."""
-    drawn = np.random.default_rng(seed).choice(users, size=visits, p=zipf_shares(users, exponent))
+    drawn = np.random.default_rng(seed).choice(USERS, size=visits, p=zipf_shares(USERS, EXPONENT))
     return [int(user) for user in drawn]
 
 
@@ -398,14 +337,9 @@ class Load:
     """Visits sent by several callers in order: their scores, what went wrong, the longest wait."""
 
     def __init__(
-        self,
-        proxy: Proxy,
-        protocol: Any,
-        requests: dict[int, RankRequest],
-        retry: RetryPolicy = DEFAULT_RETRY,
+        self, proxy: Addresses, protocol: Any, requests: dict[int, RankRequest], retry: RetryPolicy = DEFAULT_RETRY
     ) -> None:
-        address = proxy.addresses[protocol]
-        self._client = RankerClient(address, protocol=protocol, model=MODEL, deadline=20, retry=retry)
+        self._client = RankerClient(proxy[protocol], protocol=protocol, model=MODEL, deadline=20, retry=retry)
         self._requests = requests
         # Appended to by all callers: user, scores or the name of an error, seconds.
         self._answers: list[tuple[int, Any, float]] = []
@@ -446,137 +380,120 @@ class Load:
 
 
 @contextlib.contextmanager
-def keep_sending(loads: Collection[Load], visits: Sequence[int], in_flight: int = IN_FLIGHT) -> Iterator[None]:
-    """Send visits over and over, so many at a time over all, as long as the block runs and a moment around it."""
-    stop = threading.Event()
-
-    def work(load: Load, start: int) -> None:
-        for user in itertools.islice(itertools.cycle(visits), start, None):
-            if stop.is_set():
-                return
-            load.send(user)
-
-    with ThreadPoolExecutor(in_flight) as pool:
-        sending = itertools.islice(itertools.cycle(loads), in_flight)
-        working = [pool.submit(work, load, place) for place, load in enumerate(sending)]
-        try:
-            time.sleep(SETTLED_SECONDS)
-            yield
-            time.sleep(SETTLED_SECONDS)
-        finally:
-            stop.set()
-        for each in working:
-            each.result()
+def keep_visiting(loads: Collection[Load], visits: Sequence[int]) -> Iterator[None]:
+    """Send visits over and over, as long as the block runs and a moment around it."""
+    items = itertools.cycle(itertools.product(visits, loads))
+    with keep_sending(items, lambda item: item[1].send(item[0]), IN_FLIGHT):
+        time.sleep(SETTLED_SECONDS)
+        yield
+        time.sleep(SETTLED_SECONDS)
 
 
 def record_scores(member: Member, requests: dict[int, RankRequest]) -> dict[int, Any]:
     """Return what one server alone answers each user."""
-    with RankerClient(member.grpc_address, model=MODEL) as client:
+    with RankerClient(member.addresses["grpc"], model=MODEL) as client:
         return {user: client.rank(each.history, each.candidates).scores for user, each in requests.items()}
+
+
+@dataclass(frozen=True)
+class HitRate:
+    """How many visits over one protocol found their user kept, and how they spread over the servers."""
+
+    protocol: str
+    visits: int
+    outcomes: dict[str, int]
+    hit_rate: float
+    busiest_to_mean: float
 
 
 def measure_hit_rate(
     members: Members,
-    proxy: Proxy,
+    proxy: Addresses,
     protocol: str,
     visits: Sequence[int],
     requests: dict[int, RankRequest],
     in_flight: int = IN_FLIGHT,
-) -> Row:
+) -> HitRate:
     """Send visits; return how many found their user kept, how they spread over the servers, what was answered."""
-    names = {kind: f"kvcast_user_kv_{kind}_total" for kind in ("hits", "misses", "waits")}
-    before = {kind: members.count(name) for kind, name in names.items()}
+    before = [count_all(members, metric) for metric in CACHE_METRICS]
     with contextlib.closing(Load(proxy, protocol, requests)) as load:
         load.send_all(visits, in_flight)
-    counts = {
-        kind: {server: value - before[kind][server] for server, value in members.count(name).items()}
-        for kind, name in names.items()
-    }
-    answered = [sum(counts[kind][server] for kind in names) for server in counts["hits"]]
+    after = [count_all(members, metric) for metric in CACHE_METRICS]
+    counts = [[now[name] - then[name] for name in members] for now, then in zip(after, before, strict=True)]
+    answered = [sum(each) for each in zip(*counts, strict=True)]  # by each server
     # Asked only now, so that nobody was kept because of it.
-    outcomes = load.count(record_scores(members.members[0], requests))
-    return {
-        "protocol": protocol,
-        "visits": len(visits),
-        "outcomes": outcomes,
-        "hit_rate": sum(counts["hits"].values()) / max(1.0, sum(answered)),
-        "busiest_to_mean": max(answered) * len(answered) / max(1.0, sum(answered)),
-    }
+    outcomes = load.count(record_scores(members[NAMES[0]], requests))
+    total = max(1.0, sum(answered))
+    spread = max(answered) * len(answered) / total
+    return HitRate(protocol, len(visits), outcomes, hit_rate=sum(counts[0]) / total, busiest_to_mean=spread)
 
 
 # ---- the experiment -------------------------------------------------------------------------------------------------
 
 
-def count_megabytes(manifest: Manifest, users: int) -> float:
-    """Return the cache budget that holds so many of the visitors, and not one more."""
-    history_bytes = HISTORY_EVENTS * len(manifest.history_fields) * np.dtype(np.int64).itemsize
-    entry = manifest.user_kv.bytes_of(HISTORY_EVENTS) + history_bytes + ENTRY_OVERHEAD_BYTES
-    return float((users + 0.5) * entry / 1e6)
-
-
-def make_members(repository: Path, folder: Path, flags: Sequence[str] = ()) -> Members:
-    """Return servers on one repository, each with room for KEPT_USERS users, and with a log in the folder."""
-    manifest = read_manifest(repository / MODEL / "1")
-    budget = ["--set", f"{CACHE_BUDGET}={count_megabytes(manifest, KEPT_USERS):.6f}", "--set", "intra_op_threads=1"]
-    return Members(Member(name, repository, folder / f"{name}.log", [*budget, *flags]) for name in NAMES)
-
-
-def run_affinity(repository: Path, config: ModelConfig, visitors: Visitors, say: Any) -> Row:
-    """Measure hit rates by policy and protocol, then lose a server under load and take it back.
-
-    Args:
-        repository: an exported repository.
-        config: what is exported there.
-        visitors: who comes, under each policy over each protocol.
-        say: is told how it goes.
-    """
-    with tempfile.TemporaryDirectory() as name, make_members(repository, Path(name)) as members:
-        rows = measure_policies(members, Path(name), config, visitors, say)
-        with make_haproxy(members.members, Path(name)) as proxy:
-            lost = lose_a_server(members, proxy, config, visitors.seed, say)
+def run_affinity(harness: Harness) -> Record:
+    """Measure hit rates by policy and protocol, then lose a server under load and take it back."""
+    plan = harness.plan
+    if plan.trace is None:
+        visitors = draw_visitors(plan.visits, plan.seed)
+        said = f"{USERS} users who come by Zipf's law (exponent {EXPONENT}, seed {plan.seed})"
+    else:
+        visitors = read_trace(plan.trace)
+        said = f"{len(set(visitors))} users of the trace {plan.trace.name}"
+    with tempfile.TemporaryDirectory() as name, serve_members(harness.settings.repository, Path(name)) as members:
+        rows = measure_policies(harness, members, Path(name), visitors)
+        with run_haproxy(members, Path(name)) as proxy:
+            lost = lose_a_server(members, proxy, harness.config, plan.seed, harness.say)
     return {
-        "visitors": visitors.said, "servers": len(NAMES), "kept_users": KEPT_USERS, "in_flight": IN_FLIGHT,
-        "policies": rows, "lost": lost,
-    }  # fmt: skip
+        "visitors": said,
+        "servers": len(NAMES),
+        "kept_users": KEPT_USERS,
+        "in_flight": IN_FLIGHT,
+        "policies": rows,
+        "lost": lost,
+    }
 
 
-def measure_policies(members: Members, folder: Path, config: ModelConfig, visitors: Visitors, say: Any) -> list[Row]:
+def measure_policies(harness: Harness, members: Members, folder: Path, visitors: list[int]) -> list[Record]:
     """Send the same sequence of visits under every policy, over both protocols; histories are new each time."""
-    rows = []
+    rows: list[Record] = []
     for place, (policy, protocol) in enumerate(itertools.product(POLICIES, ("grpc", "http"))):
-        requests = draw_requests(config, visitors.users, seed=1000 * visitors.seed + place)
-        with make_haproxy(members.members, folder, policy) as proxy:
-            row = measure_hit_rate(members, proxy, protocol, visitors.users, requests)
-        rows.append({"policy": policy} | row)
-        say(f"    {policy}, {protocol}: {100 * row['hit_rate']:.1f}% found, busiest {row['busiest_to_mean']:.2f}× mean")
+        requests = draw_requests(harness.config, visitors, seed=1000 * harness.plan.seed + place)
+        with run_haproxy(members, folder, policy) as proxy:
+            row = measure_hit_rate(members, proxy, protocol, visitors, requests)
+        rows.append({"policy": policy, **vars(row)})
+        found, spread = f"{100 * row.hit_rate:.1f}% found", f"busiest {row.busiest_to_mean:.2f}× mean"
+        harness.say(f"    {policy}, {protocol}: {found}, {spread}")
     return rows
 
 
-def lose_a_server(members: Members, proxy: Proxy, config: ModelConfig, seed: int, say: Any) -> Row:
+def lose_a_server(
+    members: Members, proxy: Addresses, config: ModelConfig, seed: int, say: Callable[[str], None]
+) -> Record:
     """Kill one server under load, see who moves; start it again, see who comes back."""
-    users, victim = range(MAPPED_USERS), NAMES[-1]
+    users, victim = range(MAPPED_USERS), members[NAMES[-1]]
     visitors = draw_visitors(MAPPED_USERS, seed)
     requests = draw_requests(config, visitors, seed=1000 * seed + 500)
     loads = {protocol: Load(proxy, protocol, requests) for protocol in ("grpc", "http")}
     # Users are mapped without load: a server that has too much to do passes users on for as long.
     before = map_users(proxy, users)
-    with keep_sending(loads.values(), visitors):
-        say(f"    server {victim} is killed under load")
-        members[victim].kill()
-        wait_for_servers(proxy, set(NAMES) - {victim})
+    with keep_visiting(loads.values(), visitors):
+        say(f"    server {victim.name} is killed under load")
+        victim.kill()
+        wait_for_servers(proxy, set(NAMES) - {victim.name})
     without = map_users(proxy, users)
-    with keep_sending(loads.values(), visitors):
-        say(f"    server {victim} is started again")
-        members[victim].start()
-        members[victim].wait_until_ready()
+    with keep_visiting(loads.values(), visitors):
+        say(f"    server {victim.name} is started again")
+        victim.start()
+        victim.wait_until_ready()
         wait_for_servers(proxy, set(NAMES))
     after = map_users(proxy, users)
-    expected = record_scores(members.members[0], requests)
+    expected = record_scores(members[NAMES[0]], requests)
     for load in loads.values():
         load.close()
     return {
-        "killed": find_moves(before, without, victim),
-        "added": find_moves(after, without, victim),
+        "killed": find_moves(before, without, victim.name),
+        "added": find_moves(after, without, victim.name),
         "came_back": sum(before[user] == after[user] for user in users) / len(users),
         "load": {
             name: {"outcomes": load.count(expected), "slowest_seconds": load.slowest} for name, load in loads.items()

@@ -6,8 +6,6 @@ is never left to its own random inputs: they are drawn once and repeated, which 
 
 import csv
 import json
-import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,6 +16,7 @@ from typing import Any
 
 from kvcast.protocol.request import RankRequest
 from kvcast.protocol.tensors import CANDIDATES, HISTORY
+from perf import programs
 
 LIBRARIES = Path("build/perf-libraries")
 MICROSECONDS = 1e6
@@ -38,14 +37,12 @@ class Load:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What it reports: seconds, except throughput (answers a second). `stages` are Triton's own averages."""
+    """What it reports: seconds, except throughput (answers a second)."""
 
     throughput: float
     mean: float
     p50: float
-    p90: float
     p99: float
-    stages: dict[str, float]
 
 
 def write_input_data(requests: Sequence[RankRequest], path: Path) -> None:
@@ -92,20 +89,11 @@ def read_report(text: str) -> Measurement:
     if len(rows) != 1:
         raise PerfError(f"perf_analyzer's report: expected one row, got {len(rows)}")
     row = rows[0]
-    seconds = {
-        name: float(value) / MICROSECONDS
-        for name, value in row.items()
-        if value and name not in ("Concurrency", "Request Rate", "Inferences/Second")
-    }
-    stages = ("Client Send", "Network+Server Send/Recv", "Server Queue", "Server Compute Input",
-              "Server Compute Infer", "Server Compute Output", "Client Recv")  # fmt: skip
     return Measurement(
         throughput=float(row["Inferences/Second"]),
-        mean=seconds.get("Avg latency", seconds["p50 latency"]),
-        p50=seconds["p50 latency"],
-        p90=seconds["p90 latency"],
-        p99=seconds["p99 latency"],
-        stages={name: seconds[name] for name in stages if name in seconds},
+        mean=float(row.get("Avg latency") or row["p50 latency"]) / MICROSECONDS,
+        p50=float(row["p50 latency"]) / MICROSECONDS,
+        p99=float(row["p99 latency"]) / MICROSECONDS,
     )
 
 
@@ -115,17 +103,14 @@ def find_analyzer() -> Path:
     Raises:
         PerfError: it is not installed.
     """
-    beside = Path(sys.executable).parent / "perf_analyzer"
-    found = beside if beside.exists() else shutil.which("perf_analyzer")
-    if not found:
+    found = programs.find_program("perf_analyzer")
+    if found is None:
         raise PerfError("perf_analyzer is not installed: run `make setup-perf`")
-    return Path(found)
+    return found
 
 
 def make_environment() -> dict[str, str]:
     """Return an environment in which perf_analyzer finds its libraries."""
-    folders = [str(path.parent.resolve()) for path in LIBRARIES.rglob("*.so*")]
-    folders += [str(path) for path in Path(sys.prefix).glob("lib/python3*/site-packages/nvidia/cuda_runtime/lib")]
-    existing = os.environ.get("LD_LIBRARY_PATH")
-    unique = list(dict.fromkeys([*folders, *([existing] if existing else [])]))
-    return {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(unique)}
+    fetched = [path.parent.resolve() for path in LIBRARIES.rglob("*.so*")]
+    installed = Path(sys.prefix).glob("lib/python3*/site-packages/nvidia/cuda_runtime/lib")
+    return programs.add_libraries(*fetched, *installed)

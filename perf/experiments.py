@@ -1,14 +1,16 @@
-"""The experiments: each measures one claim, alternating what it compares, and returns plain data for the result file.
+"""The experiments on cold requests: each measures one claim, alternating what it compares, and returns its record.
 
 They see kvcast as a caller does (a running server), but for the peers and for bare ONNX Runtime. They draw no
 conclusions; `report` does.
 """
 
+import contextlib
+import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,13 @@ from kvcast.protocol.report import Report
 from kvcast.protocol.request import RankRequest
 from kvcast.protocol.tensors import RANKER, RANKER_FULL
 from kvcast.server import TritonServer
+from kvcast.serving.options import CACHE_BUDGET
 from kvcast.synthetic import ClickLog
 from perf.analyzer import Load, Measurement, PerfError, run_analyzer, write_input_data
 from perf.baselines.race import Field, race, start_workers
 from perf.baselines.softmax import choose_peers
 from perf.cost_model import CostModel, claimed_gain, claimed_speedup, throughput_drop
+from perf.harness import Harness, Record
 
 TABLE_COUNTS = (1, 5, 10, 50, 100, 1000)
 HISTORY_LENGTHS = (250, 500, 1000, 2000, 4000)
@@ -37,39 +41,40 @@ CONCURRENCIES = (1, 2, 4, 8)
 RATES = (0.25, 0.5, 0.75, 0.9)  # of the throughput at one request in flight
 QUICK_CONCURRENCIES, QUICK_RATES = (1, 4), (0.5, 0.75)
 DIFFERENT_REQUESTS = 8
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How thorough a run is. `traditional_limit`: seconds that one traditional request may take to be measured."""
+class Comparison:
+    """`ranker` and `ranker_full` at one size; the latter is extrapolated where a request would take too long."""
 
-    rounds: int
-    requests: int
-    traditional_limit: float
-    quick: bool
+    history: int
+    candidates: int
+    shared_seconds: float
+    shared_rounds: list[float]
+    traditional_seconds: float
+    traditional_rounds: list[float]
+    traditional_is_extrapolated: bool
+    speedup: float
+    ideal_speedup: float
 
 
+@dataclass(frozen=True)
 class Bench:
-    """A running server, its configuration, and a folder for perf_analyzer's input files."""
+    """A running server that keeps no users, and a folder for perf_analyzer's input files."""
 
-    def __init__(self, server: TritonServer, config: ModelConfig, plan: Plan, say: Callable[[str], None]) -> None:
-        self.server, self.config, self.plan, self.say = server, config, plan, say
-        self._log = ClickLog(config.schema, seed=2024)
-        self._folder = tempfile.TemporaryDirectory()
-
-    def close(self) -> None:
-        """Remove the input files."""
-        self._folder.cleanup()
+    harness: Harness
+    server: TritonServer
+    folder: Path
+    log: ClickLog
 
     def measure(self, model: str, history: int, candidates: int, load: Load) -> Measurement:
         """Run perf_analyzer once on generated requests of this size."""
-        path = Path(self._folder.name) / f"{history}_{candidates}.json"
+        path = self.folder / f"{history}_{candidates}.json"
         if not path.exists():
-            write_input_data([self._log.draw_request(history, candidates) for _ in range(DIFFERENT_REQUESTS)], path)
+            write_input_data([self.log.draw_request(history, candidates) for _ in range(DIFFERENT_REQUESTS)], path)
         return run_analyzer(model, self.server.grpc_address, path, load)
 
-    def compare(self, history: int, candidates: int, per_candidate: float | None) -> Row:
+    def compare(self, history: int, candidates: int, per_candidate: float | None) -> Comparison:
         """Time `ranker` and `ranker_full` in turn; extrapolate the latter where one request would take too long.
 
         Args:
@@ -77,78 +82,74 @@ class Bench:
             candidates: N.
             per_candidate: seconds a candidate in the traditional scheme, if known.
         """
-        expected = (per_candidate or 0) * candidates
-        is_measured = per_candidate is None or expected <= self.plan.traditional_limit
-        rounds = self.plan.rounds if expected < 10 else 1
-        requests = max(3, min(self.plan.requests, int(self.plan.requests * 50 / candidates)))
+        plan, expected = self.harness.plan, (per_candidate or 0) * candidates
+        is_measured = per_candidate is None or expected <= plan.traditional_limit
+        requests = max(3, min(plan.requests, int(plan.requests * 50 / candidates)))
+        repeats = max(1, min(5, int(4 / expected))) if expected else 3
         shared, traditional = [], []
-        for _ in range(rounds):
+        for _ in range(plan.rounds if expected < 10 else 1):
             shared.append(self.measure(RANKER.name, history, candidates, Load(requests)).p50)
             if is_measured:
-                repeats = max(1, min(5, int(4 / expected))) if expected else 3
-                load = Load(repeats if expected < 10 else 1)
-                traditional.append(self.measure(RANKER_FULL.name, history, candidates, load).p50)
-        row: Row = {
-            "history": history,
-            "candidates": candidates,
-            "shared_seconds": statistics.median(shared),
-            "shared_rounds": shared,
-            "traditional_seconds": statistics.median(traditional) if traditional else expected,
-            "traditional_rounds": traditional,
-            "traditional_is_extrapolated": not is_measured,
-        }
-        if traditional:
-            row["speedup"] = statistics.median(slow / fast for slow, fast in zip(traditional, shared, strict=True))
-        else:
-            row["speedup"] = expected / row["shared_seconds"]
-        self.say(
-            f"    L={history} N={candidates}: shared {1e3 * row['shared_seconds']:.1f} ms, traditional "
-            f"{1e3 * row['traditional_seconds']:.0f} ms{' (extrapolated)' if not is_measured else ''}, "
-            f"{row['speedup']:.1f}×"
+                traditional.append(self.measure(RANKER_FULL.name, history, candidates, Load(repeats)).p50)
+        fast = statistics.median(shared)
+        slow = statistics.median(traditional) if traditional else expected
+        ratios = [each / other for each, other in zip(traditional, shared, strict=False)]
+        speedup = statistics.median(ratios) if ratios else slow / fast
+        self.harness.say(
+            f"    L={history} N={candidates}: shared {1e3 * fast:.1f} ms, traditional {1e3 * slow:.0f} ms"
+            f"{'' if is_measured else ' (extrapolated)'}, {speedup:.1f}×"
         )
-        return row
+        return Comparison(
+            history=history,
+            candidates=candidates,
+            shared_seconds=fast,
+            shared_rounds=shared,
+            traditional_seconds=slow,
+            traditional_rounds=traditional,
+            traditional_is_extrapolated=not is_measured,
+            speedup=speedup,
+            ideal_speedup=CostModel.of(self.harness.config, history).ideal_speedup(candidates),
+        )
 
 
-def keep_served(counts: Sequence[int], config: ModelConfig) -> list[int]:
-    """Return the counts of candidates that are within the configuration's limit."""
-    return [count for count in counts if count <= config.limits.candidates]
+@contextlib.contextmanager
+def open_bench(harness: Harness) -> Iterator[Bench]:
+    """Serve without a cache, on the ports that the run was given."""
+    settings = replace(harness.settings, parameters={CACHE_BUDGET: "0"})
+    with TritonServer(settings) as server, tempfile.TemporaryDirectory() as folder:
+        yield Bench(harness, server, Path(folder), ClickLog(harness.config.schema, seed=2024))
 
 
-def run_table(bench: Bench, counts: Sequence[int]) -> list[Row]:
+def run_table(bench: Bench) -> list[Record]:
     """The documents' table: claim, ideal, measured."""
-    history = bench.config.workload.history
-    cost = CostModel.of(bench.config)
-    rows: list[Row] = []
+    rows: list[Record] = []
     per_candidate: float | None = None
-    for count in counts:
-        row = bench.compare(history, count, per_candidate)
-        per_candidate = row["traditional_seconds"] / count
-        ratio = 1 / row["speedup"]
+    for count in bench.harness.keep_served(bench.harness.plan.counts or TABLE_COUNTS):
+        row = bench.compare(bench.harness.config.workload.history, count, per_candidate)
+        per_candidate = row.traditional_seconds / count
         rows.append(
-            row
+            vars(row)
             | {
                 "claimed_speedup": claimed_speedup(count),
-                "ideal_speedup": cost.ideal_speedup(count),
-                "gain": 1 - ratio,
+                "gain": 1 - 1 / row.speedup,
                 "claimed_gain": claimed_gain(count),
-                "throughput_drop": throughput_drop(ratio),
+                "throughput_drop": throughput_drop(1 / row.speedup),
             }
         )
     return rows
 
 
-def measure_fusion_ratio(bench: Bench) -> Row:
+def measure_fusion_ratio(bench: Bench) -> Record:
     """C_fusion ÷ C_user: the slope of the fusion run over N, by the encoder run, as the server reports them."""
-    few, many = 10, min(110, bench.config.limits.candidates)
-    log = ClickLog(bench.config.schema, seed=9)
-    history = bench.config.workload.history
+    config = bench.harness.config
+    few, many = 10, min(110, config.limits.candidates)
+    log = ClickLog(config.schema, seed=9)
     fusion: dict[int, list[float]] = {few: [], many: []}
     encode = []
     with RankerClient(bench.server.grpc_address, deadline=600) as client:
-        for _ in range(bench.plan.requests + 1):
+        for _ in range(bench.harness.plan.requests + 1):
             for count, seconds in fusion.items():
-                request = log.draw_request(history, count)
-                report = rank_reported(client, request)[1]
+                report = rank_reported(client, log.draw_request(config.workload.history, count))[1]
                 seconds.append(report.fuse_seconds)
                 encode.append(report.encode_seconds)
     candidate = (statistics.median(fusion[many][1:]) - statistics.median(fusion[few][1:])) / (many - few)
@@ -156,16 +157,15 @@ def measure_fusion_ratio(bench: Bench) -> Row:
     return {"candidate_seconds": candidate, "user_seconds": user, "ratio": candidate / user, "between": [few, many]}
 
 
-def run_history_growth(bench: Bench, lengths: Sequence[int]) -> list[Row]:
+def run_history_growth(bench: Bench) -> list[Comparison]:
     """Both schemes as the history grows, at a typical N."""
-    rows: list[Row] = []
+    config, rows = bench.harness.config, []
+    lengths = [length for length in HISTORY_LENGTHS if length <= config.limits.history]
     per_flop: float | None = None
-    for length in lengths:
-        model = CostModel.of(bench.config, length)
-        flops = model.traditional_flops(1)
-        row = bench.compare(length, GROWTH_CANDIDATES, per_flop * flops if per_flop else None)
-        per_flop = row["traditional_seconds"] / GROWTH_CANDIDATES / flops
-        rows.append(row | {"ideal_speedup": model.ideal_speedup(GROWTH_CANDIDATES)})
+    for length in bench.harness.choose(lengths, lengths[::2]):
+        flops = CostModel.of(config, length).traditional_flops(1)
+        rows.append(bench.compare(length, GROWTH_CANDIDATES, per_flop * flops if per_flop else None))
+        per_flop = rows[-1].traditional_seconds / GROWTH_CANDIDATES / flops
     return rows
 
 
@@ -177,67 +177,70 @@ def rank_reported(client: RankerClient, request: RankRequest) -> tuple[float, Re
     return ranking.seconds, ranking.report
 
 
-def run_stages(bench: Bench, field: Field) -> Row:
+def run_stages(bench: Bench) -> Record:
     """Where the time of one cold request goes: the server's account, and bare ONNX Runtime beside it."""
-    history, candidates = bench.config.workload.history, bench.config.workload.candidates
-    config, server = bench.config, bench.server
+    config = bench.harness.config
+    history, candidates = config.workload.history, config.workload.candidates
     log = ClickLog(config.schema, seed=5)
-    requests = [log.draw_request(history, candidates) for _ in range(bench.plan.requests)]
+    requests = [log.draw_request(history, candidates) for _ in range(bench.harness.plan.requests)]
     # The bare runs are interleaved with the served ones: this machine's speed drifts.
-    bare_encode, bare_fuse, total, reports = [], [], [], []
-    with start_workers(["shared"], field) as (worker,), RankerClient(server.grpc_address, deadline=600) as client:
+    bare, served = [], []
+    address, field = bench.server.grpc_address, bench.harness.field
+    with start_workers(["shared"], field) as (worker,), RankerClient(address, deadline=600) as client:
         for request in requests[:3]:
             client.rank(request.history, request.candidates)
             worker.ask(history, candidates, seed=6)
         for request in requests:
-            seconds, report = rank_reported(client, request)
-            total.append(seconds)
-            reports.append(report)
-            bare = worker.ask(history, candidates, seed=6)
-            bare_encode.append(bare["encode"])
-            bare_fuse.append(bare["fuse"])
-    whole = statistics.median(total)
-    encode, fuse = statistics.median(bare_encode), statistics.median(bare_fuse)
-    ranked = {
+            served.append(rank_reported(client, request))
+            bare.append(worker.ask(history, candidates, seed=6))
+    whole = statistics.median(seconds for seconds, _ in served)
+    encode, fuse = (statistics.median(each[stage] for each in bare) for stage in ("encode", "fuse"))
+    stages = {
         "encode: ONNX Runtime": encode,
-        "encode: around it": max(0.0, statistics.median(report.encode_seconds for report in reports) - encode),
+        "encode: around it": max(0.0, statistics.median(report.encode_seconds for _, report in served) - encode),
         "fuse: ONNX Runtime": fuse,
-        "fuse: around it": max(0.0, statistics.median(report.fuse_seconds for report in reports) - fuse),
+        "fuse: around it": max(0.0, statistics.median(report.fuse_seconds for _, report in served) - fuse),
     }
-    ranked["Triton, client, user KV from process to process"] = max(0.0, whole - sum(ranked.values()))
+    stages["Triton, client, user KV from process to process"] = max(0.0, whole - sum(stages.values()))
     share = (whole - encode - fuse) / whole
-    bench.say(f"    {1e3 * whole:.1f} ms, of it outside ONNX Runtime {100 * share:.0f}%")
+    bench.harness.say(f"    {1e3 * whole:.1f} ms, of it outside ONNX Runtime {100 * share:.0f}%")
     return {
         "history": history,
         "candidates": candidates,
         "total_seconds": whole,
-        "stages_seconds": ranked,
+        "stages_seconds": stages,
         "outside_onnxruntime_share": share,
         "requests": len(requests),
     }
 
 
-def run_load(bench: Bench) -> Row:
+def run_load(bench: Bench) -> Record:
     """Throughput and tails at rising concurrency, and under Poisson arrivals."""
-    history, candidates = bench.config.workload.history, bench.config.workload.candidates
-    closed, opened = [], []
-    concurrencies, rates = (QUICK_CONCURRENCIES, QUICK_RATES) if bench.plan.quick else (CONCURRENCIES, RATES)
-    for concurrency in concurrencies:
-        requests = bench.plan.requests * concurrency
-        got = bench.measure(RANKER.name, history, candidates, Load(requests, concurrency=concurrency))
+    harness, closed, opened, capacity = bench.harness, [], [], 0.0
+    history, candidates = harness.config.workload.history, harness.config.workload.candidates
+    for concurrency in harness.choose(CONCURRENCIES, QUICK_CONCURRENCIES):
+        load = Load(harness.plan.requests * concurrency, concurrency=concurrency)
+        got = bench.measure(RANKER.name, history, candidates, load)
         # perf_analyzer counts its own start-up into the window of a fixed number of requests; Little's law does not.
-        closed.append(
-            {"concurrency": concurrency, "throughput": concurrency / got.mean, "p50": got.p50, "p99": got.p99}
-        )
-        bench.say(f"    {concurrency} in flight: {closed[-1]['throughput']:.1f}/s, p99 {1e3 * got.p99:.0f} ms")
-    capacity = closed[0]["throughput"]
-    for share in rates:
+        throughput = concurrency / got.mean
+        capacity = capacity or throughput
+        closed.append({"concurrency": concurrency, "throughput": throughput, "p50": got.p50, "p99": got.p99})
+        harness.say(f"    {concurrency} in flight: {throughput:.1f}/s, p99 {1e3 * got.p99:.0f} ms")
+    for share in harness.choose(RATES, QUICK_RATES):
         rate = round(share * capacity, 2)
-        requests = max(2 * bench.plan.requests, int(rate * (5 if bench.plan.quick else 20)))
+        requests = max(2 * harness.plan.requests, int(rate * harness.choose(20, 5)))
         got = bench.measure(RANKER.name, history, candidates, Load(requests, rate=rate))
         opened.append({"rate": rate, "share_of_capacity": share, "p50": got.p50, "p99": got.p99, "requests": requests})
-        bench.say(f"    Poisson, {rate:.1f}/s: p50 {1e3 * got.p50:.0f} ms, p99 {1e3 * got.p99:.0f} ms")
+        harness.say(f"    Poisson, {rate:.1f}/s: p50 {1e3 * got.p50:.0f} ms, p99 {1e3 * got.p99:.0f} ms")
     return {"history": history, "candidates": candidates, "closed_loop": closed, "open_loop": opened}
+
+
+def race_peers(bench: Bench) -> list[Record]:
+    """Race the peers; a quick run leaves out the one that takes longest to make, and the longest race."""
+    harness = bench.harness
+    counts = harness.keep_served(harness.choose(PEER_COUNTS, QUICK_PEER_COUNTS))
+    names = harness.choose(PEERS, PEERS[:-1])
+    return run_peers(harness.field, harness.config, counts, harness.plan.rounds, names, harness.say)
 
 
 def run_peers(
@@ -247,10 +250,10 @@ def run_peers(
     rounds: int,
     names: Sequence[str],
     say: Callable[[str], None],
-) -> list[Row]:
+) -> list[Record]:
     """What people would otherwise write, in the same run and dtype; peers that cannot run this network are left out."""
-    rows, history = [], config.workload.history
-    names = leave_out(config, names, say)
+    rows: list[Record] = []
+    history, names = config.workload.history, leave_out(config, names, say)
     say(f"    starting {', '.join(names)} (compiling takes a minute)")
     with start_workers(names, field) as workers:
         for count in counts:
@@ -268,67 +271,63 @@ def leave_out(config: ModelConfig, names: Sequence[str], say: Callable[[str], No
     return chosen
 
 
-def _say_total(result: Row) -> str:
+def _say_total(result: dict[str, Any]) -> str:
     return "failed" if "error" in result else f"{1e3 * result['total']:.1f} ms"
 
 
-def run_memory(field: Field, config: ModelConfig, say: Callable[[str], None]) -> list[Row]:
+def run_memory(bench: Bench) -> list[Record]:
     """Peak memory that one request adds: traditional, expanded KV, shared; each in a fresh process."""
-    history, kv = config.workload.history, CostModel.of(config).user_kv_bytes()
-    rows: list[Row] = []
+    harness = bench.harness
+    rows: list[Record] = []
+    history, kv = harness.config.workload.history, CostModel.of(harness.config).user_kv_bytes()
     schemes = {"traditional": (50,), "ort_expanded": (50, 100), "shared": (50, 100, 1000)}
-    for name in leave_out(config, list(schemes), say):
-        for count in keep_served(schemes[name], config):
-            with start_workers([name], field) as (worker,):
+    for name in leave_out(harness.config, list(schemes), harness.say):
+        for count in harness.keep_served(schemes[name]):
+            with start_workers([name], harness.field) as (worker,):
                 worker.ask(history, 2, seed=1)  # the sessions' own first allocations
                 answer = worker.ask(history, count, seed=1)
-            rows.append(
-                {
-                    "scheme": name,
-                    "candidates": count,
-                    "added_bytes": answer.get("added_bytes"),
-                    "error": answer.get("error"),
-                    "copies_bytes": (count - 1) * kv,
-                }
-            )
-            got = "failed" if answer.get("error") else f"{answer['added_bytes'] / 1e6:.0f} MB"
-            say(f"    {name} N={count}: {got}; (N-1) × user KV = {rows[-1]['copies_bytes'] / 1e6:.0f} MB")
+            added, copies = answer.get("added_bytes"), (count - 1) * kv
+            row: Record = {"scheme": name, "candidates": count, "added_bytes": added, "error": answer.get("error")}
+            rows.append(row | {"copies_bytes": copies})
+            got = "failed" if added is None else f"{added / 1e6:.0f} MB"
+            harness.say(f"    {name} N={count}: {got}; (N-1) × user KV = {copies / 1e6:.0f} MB")
     return rows
 
 
-def run_packing(config: ModelConfig, rounds: int, server: TritonServer, say: Callable[[str], None]) -> list[Row]:
+def run_packing(bench: Bench) -> list[Record]:
     """Eight users in one Triton batch against one after the other, at small N, served."""
-    history, users = config.workload.history, 8
+    config, users = bench.harness.config, 8
     log = ClickLog(config.schema, seed=8)
-    rows = []
-    for length in sorted({min(length, history) for length in (32, 128, history)}):
-        for count in (1, 10):
-            requests = [log.draw_request(length, count) for _ in range(users)]
-            with RankerClient(server.grpc_address, deadline=600) as client:
-                alone, together = [], []
-                for _ in range(rounds + 1):
-                    started = time.perf_counter()
-                    for request in requests:
-                        client.rank(request.history, request.candidates)
-                    alone.append(time.perf_counter() - started)
-                    together.append(rank_together(server, requests))
-            row = {
+    rows: list[Record] = []
+    lengths = sorted({min(length, config.workload.history) for length in (32, 128, config.workload.history)})
+    for length, count in itertools.product(lengths, (1, 10)):
+        requests = [log.draw_request(length, count) for _ in range(users)]
+        alone, together = [], []
+        with RankerClient(bench.server.grpc_address, deadline=600) as client:
+            for _ in range(bench.harness.plan.rounds + 1):
+                started = time.perf_counter()
+                for request in requests:
+                    client.rank(request.history, request.candidates)
+                alone.append(time.perf_counter() - started)
+                together.append(rank_together(bench.server, requests))
+        single, batch = statistics.median(alone[1:]), statistics.median(together[1:])
+        rows.append(
+            {
                 "history": length,
                 "candidates": count,
                 "users": users,
-                "one_by_one_seconds": statistics.median(alone[1:]),
-                "one_batch_seconds": statistics.median(together[1:]),
+                "one_by_one_seconds": single,
+                "one_batch_seconds": batch,
+                "speedup": single / batch,
             }
-            row["speedup"] = row["one_by_one_seconds"] / row["one_batch_seconds"]
-            rows.append(row)
-            say(
-                f"    L={length} N={count}: 8 users one by one {1e3 * row['one_by_one_seconds']:.1f} ms, in one batch "
-                f"{1e3 * row['one_batch_seconds']:.1f} ms"
-            )
+        )
+        bench.harness.say(
+            f"    L={length} N={count}: 8 users one by one {1e3 * single:.1f} ms, in one batch {1e3 * batch:.1f} ms"
+        )
     return rows
 
 
-def rank_together(server: TritonServer, requests: Sequence[Any]) -> float:
+def rank_together(server: TritonServer, requests: Sequence[RankRequest]) -> float:
     """Send the users of several requests of one size as one batch; return the seconds."""
     history = np.stack([request.history for request in requests])
     candidates = np.stack([request.candidates for request in requests])
@@ -341,3 +340,14 @@ def rank_together(server: TritonServer, requests: Sequence[Any]) -> float:
         started = time.perf_counter()
         client.infer(RANKER.name, inputs)
         return time.perf_counter() - started
+
+
+COLD: Mapping[str, Callable[[Bench], Any]] = {
+    "table": run_table,
+    "history_growth": run_history_growth,
+    "stages": run_stages,
+    "load": run_load,
+    "packing": run_packing,
+    "memory": run_memory,
+    "peers": race_peers,
+}

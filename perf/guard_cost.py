@@ -2,39 +2,34 @@
 
 import statistics
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from kvcast.protocol.config import ModelConfig
 from kvcast.protocol.tensors import RANKER_RESIDENT
-from kvcast.server import ServerSettings
 from kvcast.synthetic import ClickLog
 from perf.analyzer import Load, run_analyzer, write_input_data
-from perf.experiments import Plan, Row
-from perf.harness import serve_own
+from perf.harness import Harness, Record
 
 COUNTS = (1, 10, 50)
 
 
-def run_guard(settings: ServerSettings, config: ModelConfig, plan: Plan, counts: Sequence[int], say: Any) -> Row:
+def run_guard(harness: Harness) -> Record:
     """Measure users who are kept, the quickest requests there are: of those the guard's share is largest."""
-    log = ClickLog(config.schema, seed=23)
-    rows = []
-    served = serve_own(settings, [RANKER_RESIDENT.name], is_guarded=True)
+    history, plan, rows = harness.config.workload.history, harness.plan, []
+    log = ClickLog(harness.config.schema, seed=23)
+    served = harness.serve([RANKER_RESIDENT.name], is_guarded=True)
     with served as server, tempfile.TemporaryDirectory() as folder:
         addresses = {"direct": server.direct_grpc_address, "guarded": server.grpc_address}
-        for count in counts:
+        for count in harness.keep_served(COUNTS):
             data = Path(folder) / f"{count}.json"
-            write_input_data([log.draw_request(config.workload.history, count) for _ in range(4)], data)
+            write_input_data([log.draw_request(history, count) for _ in range(4)], data)
             run_analyzer(RANKER_RESIDENT.name, server.grpc_address, data, Load(8))  # from here on all are kept
             rounds = [measure_round(addresses, data, 4 * plan.requests) for _ in range(plan.rounds)]
-            row: Row = {"candidates": count, "rounds": rounds}
-            row |= {name: statistics.median(each[name] for each in rounds) for name in addresses}
+            row = {name: statistics.median(each[name] for each in rounds) for name in addresses}
             row["added"] = statistics.median(each["guarded"] - each["direct"] for each in rounds)
-            rows.append(row)
-            say(f"    N={count}: {1e3 * row['direct']:.2f} ms direct, {1e3 * row['added']:+.2f} ms through the guard")
-    return {"rows": rows, "history": config.workload.history, "requests": 4 * plan.requests}
+            rows.append({"candidates": count, "rounds": rounds, **row})
+            said = f"{1e3 * row['direct']:.2f} ms direct, {1e3 * row['added']:+.2f} ms through the guard"
+            harness.say(f"    N={count}: {said}")
+    return {"rows": rows, "history": history, "requests": 4 * plan.requests}
 
 
 def measure_round(addresses: dict[str, str], data: Path, requests: int) -> dict[str, float]:

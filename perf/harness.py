@@ -1,40 +1,123 @@
-"""A server of an experiment's own: on free ports, with the models and the cache that it measures."""
+"""What all experiments share: one exported repository, how thorough to be, servers of their own, load and samples."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
 
+from kvcast.protocol.config import ModelConfig
+from kvcast.protocol.manifest import Manifest, read_manifest
+from kvcast.protocol.tensors import USER_ENCODER
 from kvcast.server import ServerSettings, TritonServer
 from kvcast.server.repository import find_free_ports
 from kvcast.serving.options import CACHE_BUDGET
+from perf.baselines.race import Field
+
+SAMPLES = 360
+# What an experiment gives to the result file: JSON, that nobody reads before it is written.
+Record = dict[str, object]
+Item = TypeVar("Item")
+Choice = TypeVar("Choice")
+Sample = TypeVar("Sample")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How thorough a run is.
+
+    traditional_limit: seconds that one traditional request may take to be measured. counts: candidates asked for.
+    endurance, soak: seconds. visits, seed, trace: of the visitors in affinity.
+    """
+
+    rounds: int
+    requests: int
+    traditional_limit: float
+    quick: bool
+    counts: Sequence[int]
+    endurance: float
+    soak: float
+    visits: int
+    seed: int
+    trace: Path | None
+
+
+@dataclass(frozen=True)
+class Harness:
+    """Starts servers on one exported repository, with caches of any size; knows the plan, and whom to tell."""
+
+    settings: ServerSettings
+    config: ModelConfig
+    plan: Plan
+    field: Field
+    say: Callable[[str], None]
+
+    @property
+    def manifest(self) -> Manifest:
+        """What was exported."""
+        return read_manifest(self.settings.repository / USER_ENCODER.name / "1")
+
+    def choose(self, full: Choice, quick: Choice) -> Choice:
+        """Return what the plan asks for."""
+        return quick if self.plan.quick else full
+
+    def keep_served(self, counts: Sequence[int]) -> list[int]:
+        """Return the counts of candidates that are within the configuration's limit."""
+        return [count for count in counts if count <= self.config.limits.candidates]
+
+    def count_megabytes(self, users: float) -> float:
+        """Return the cache budget that holds so many users of the expected history."""
+        length, layout = self.config.workload.history, self.manifest.user_kv
+        return users * 1.01 * layout.bytes_of(length) / 1e6  # 1%: the history itself, bookkeeping, rounding
+
+    @contextlib.contextmanager
+    def serve(
+        self, models: Sequence[str], *, megabytes: float | None = None, is_guarded: bool = False
+    ) -> Iterator[TritonServer]:
+        """Serve on free ports as long as the block runs.
+
+        Args:
+            models: what is served.
+            megabytes: of each user KV cache, 0 for none; None: as the repository says.
+            is_guarded: whether callers ask the guard.
+        """
+        http, grpc, metrics = find_free_ports(3)
+        own = replace(self.settings, models=list(models), http_port=http, grpc_port=grpc, metrics_port=metrics)
+        if megabytes is not None:
+            own = replace(own, parameters={CACHE_BUDGET: f"{megabytes:g}"})
+        with TritonServer(replace(own, is_guarded=is_guarded)) as server:
+            yield server
+
+    def sample(self, seconds: float, sample: Callable[[float], Sample]) -> list[Sample]:
+        """Return samples of so many seconds; each is told how many have passed."""
+        samples, started = [], time.monotonic()
+        while (passed := time.monotonic() - started) < seconds:
+            samples.append(sample(passed))
+            if len(samples) % (SAMPLES // 10) == 0:
+                self.say(f"    {passed / 60:.0f} of {seconds / 60:.0f} minutes")
+            time.sleep(max(0.5, seconds / SAMPLES))
+        return samples
 
 
 @contextlib.contextmanager
-def serve_own(
-    settings: ServerSettings,
-    models: Sequence[str],
-    *,
-    cache_megabytes: float | None = None,
-    is_guarded: bool = False,
-) -> Iterator[TritonServer]:
-    """Serve an exported repository as long as the block runs.
+def keep_sending(items: Iterator[Item], send: Callable[[Item], object], callers: int) -> Iterator[None]:
+    """Let several callers send items, each item once, as long as the block runs."""
+    stop, lock = threading.Event(), threading.Lock()
 
-    Args:
-        settings: those of the whole run.
-        models: what is served.
-        cache_megabytes: of each user KV cache, 0 for none; None: as the repository says.
-        is_guarded: whether callers ask the guard.
-    """
-    http, grpc, metrics = find_free_ports(3)
-    parameters = settings.parameters if cache_megabytes is None else {CACHE_BUDGET: f"{cache_megabytes:g}"}
-    own = replace(
-        settings,
-        models=list(models),
-        parameters=parameters,
-        is_guarded=is_guarded,
-        http_port=http,
-        grpc_port=grpc,
-        metrics_port=metrics,
-    )
-    with TritonServer(own) as server:
-        yield server
+    def work() -> None:
+        while not stop.is_set():
+            with lock:
+                item = next(items)
+            send(item)
+
+    with ThreadPoolExecutor(callers) as pool:
+        working = [pool.submit(work) for _ in range(callers)]
+        try:
+            yield
+        finally:
+            stop.set()
+        for each in working:
+            each.result()

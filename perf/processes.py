@@ -1,43 +1,58 @@
-"""What the processes of a running server use, as the system counts it: memory, file handles, threads."""
+"""What is known of a run from outside: the machine; a server's processes as the system counts them, and its metrics."""
 
 import contextlib
-from dataclasses import dataclass
+import os
+import platform
+import urllib.request
+from collections import defaultdict
+from importlib import metadata
 from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families
 
 from kvcast.server import TritonServer
 from kvcast.server.stubs import list_stubs
 
+PACKAGES = ("kvcast", "onnxruntime", "torch", "numpy", "tritonclient", "nvidia-pytriton")
 
-@dataclass(frozen=True)
-class ProcessUse:
-    """What one process uses: bytes of its own, open file handles, threads."""
 
-    memory_bytes: int
-    files: int
-    threads: int
+class Counters:
+    """One reading of a server's metrics: `metric` of a model, summed over its instances and other labels."""
+
+    def __init__(self, address: str) -> None:
+        """Read the endpoint at `host:port` now."""
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as reply:
+            text = reply.read().decode()
+        self._values: dict[tuple[str, str], float] = defaultdict(float)
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                self._values[sample.labels.get("model", ""), sample.name] += sample.value
+
+    def get(self, model: str, metric: str) -> float:
+        """Return a value, 0 where nothing has been counted."""
+        return self._values.get((model, metric), 0.0)
 
 
 def read_model_memory(server: TritonServer) -> dict[str, int]:
     """Return resident bytes by model: the Python-backend process of each, without shared memory and file pages."""
-    found: dict[str, int] = {}
+    found: dict[str, int] = defaultdict(int)
     for stub in list_stubs(server.pid).values():
         with contextlib.suppress(OSError):
-            memory = read_anonymous_memory(Path(f"/proc/{stub.pid}"))
-            found[stub.model] = found.get(stub.model, 0) + memory
-    return found
+            found[stub.model] += read_anonymous_memory(Path(f"/proc/{stub.pid}"))
+    return dict(found)
 
 
-def read_uses(server: TritonServer) -> dict[str, ProcessUse]:
+def read_uses(server: TritonServer) -> dict[str, dict[str, int]]:
     """Return what each process uses: tritonserver, the guard, and each model's (of several instances, one)."""
     pids = {"tritonserver": server.pid, "guard": server.guard_pid}
     pids |= {stub.model: stub.pid for stub in list_stubs(server.pid).values()}
     return {name: read_use(Path(f"/proc/{pid}")) for name, pid in pids.items()}
 
 
-def read_use(folder: Path) -> ProcessUse:
-    """Return what the process of a folder in `/proc` uses."""
+def read_use(folder: Path) -> dict[str, int]:
+    """Return what the process of a folder in `/proc` uses: bytes of its own, open file handles, threads."""
     files, threads = (len(list((folder / kind).iterdir())) for kind in ("fd", "task"))
-    return ProcessUse(read_anonymous_memory(folder), files, threads)
+    return {"memory_bytes": read_anonymous_memory(folder), "files": files, "threads": threads}
 
 
 def read_shared_memory(server: TritonServer) -> int:
@@ -47,8 +62,30 @@ def read_shared_memory(server: TritonServer) -> int:
 
 def read_anonymous_memory(folder: Path) -> int:
     """Return the bytes of memory of its own that a process has touched."""
-    for line in (folder / "status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == "RssAnon":
-            return 1024 * int(value.split()[0])
-    return 0
+    return 1024 * int(read_fields(folder / "status").get("RssAnon", "0").split()[0])
+
+
+def describe_machine(threads: int) -> dict[str, object]:
+    """Return the machine, the threads of a session, and the versions."""
+    versions = {"python": platform.python_version(), "tritonserver": "2.51.0 (nvidia-pytriton wheel)"}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    processor = read_fields(Path("/proc/cpuinfo"))
+    wide = [flag for flag in ("avx2", "avx512f", "amx_tile") if flag in processor.get("flags", "").split()]
+    return {
+        "processor": f"{processor.get('model name', '')} ({', '.join(wide)})",
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "threads_per_session": threads,
+        "dtype": "FP32",
+        "versions": versions,
+    }
+
+
+def read_fields(path: Path) -> dict[str, str]:
+    """Return the values by name of a file in `/proc`; of a name that comes twice the last."""
+    fields = (line.partition(":") for line in path.read_text().splitlines())
+    return {name.strip(): value.strip() for name, _, value in fields}

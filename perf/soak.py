@@ -1,163 +1,208 @@
-"""Half an hour of mixed load on a guarded server: does anything grow that should not?
+"""Memory over time: does anything grow that should not?
 
-Both models, both protocols, users who return and users who do not, prefetches, wrong requests, callers who give up.
-Every process is sampled: memory of its own, file handles, threads; and the server's shared memory.
+Endurance: ten minutes of users who change, on a server without a guard; do the processes that keep users stay within
+their budget? Soak: half an hour of mixed load on a guarded server: both models, both protocols, users who return and
+users who do not, prefetches, wrong requests, callers who give up; every process is sampled.
 """
 
 import contextlib
 import statistics
-import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import count
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from kvcast.client import NO_RETRIES, RankerClient
 from kvcast.client.transport import Call, GrpcTransport, HttpTransport, Protocol, Transport
-from kvcast.protocol.config import ModelConfig
 from kvcast.protocol.errors import InvalidRequestError, KvcastError, TryAgainError
-from kvcast.protocol.tensors import CANDIDATES, HISTORY, RANKER, RANKER_RESIDENT, SCORE_TOLERANCE, SCORES
-from kvcast.server import ServerSettings, TritonServer
+from kvcast.protocol.tensors import CANDIDATES, HISTORY, RANKER, RANKER_RESIDENT, SCORE_TOLERANCE, SCORES, USER_ENCODER
+from kvcast.server import TritonServer
 from kvcast.synthetic import ClickLog, Trace, Traffic, Visit
-from perf.experiments import Row
-from perf.harness import serve_own
-from perf.processes import ProcessUse, read_shared_memory, read_uses
+from perf.harness import Harness, Record, keep_sending
+from perf.processes import Counters, read_model_memory, read_shared_memory, read_uses
 
-SOAK_SECONDS = 1800
+ENDURANCE_SECONDS, SOAK_SECONDS = 600, 1800
+# Who keeps the users of whom callers ask.
+KEPT_BY = {RANKER.name: USER_ENCODER.name, RANKER_RESIDENT.name: RANKER_RESIDENT.name}
+MODELS, KEEPERS = list(KEPT_BY), list(KEPT_BY.values())
+ENDURANCE_CALLERS, ENDURANCE_USERS = 4, 24
 CALLERS = 3
-MODELS = (RANKER.name, RANKER_RESIDENT.name)
 CACHE_MEGABYTES = 200
 COMPARED_EVERY, WRONG_EVERY, PREFETCHED_EVERY, GIVEN_UP_EVERY = 20, 25, 10, 30
 HASTE_SECONDS = 0.05
-SAMPLES = 360
 # Memory settles while caches fill and allocators learn sizes; the slope is that of what comes after this share.
 SETTLED_AFTER = 1 / 3
 
 
-def run_soak(settings: ServerSettings, config: ModelConfig, seconds: float, say: Any) -> Row:
-    """Serve mixed load for so long; return samples, slopes an hour, and what came of the requests."""
-    with serve_own(settings, MODELS, cache_megabytes=CACHE_MEGABYTES, is_guarded=True) as server:
-        outcomes, samples = soak(server, config, seconds, say)
-    slopes = find_slopes(samples)
-    say(f"    {sum(outcomes.values())} requests: {dict(outcomes)}")
-    for name, slope in slopes.items():
-        say(f"    {name}: {describe_slope(slope)}")
-    return {"seconds": seconds, "outcomes": dict(outcomes), "samples": samples, "slopes_an_hour": slopes}
+@dataclass(frozen=True)
+class MemorySample:
+    """What the processes that keep users hold: by the system's count, and by their own."""
+
+    seconds: float
+    process_bytes: dict[str, int]
+    cache_bytes: dict[str, float]
 
 
-def soak(server: TritonServer, config: ModelConfig, seconds: float, say: Any) -> tuple[Counter[str], list[Row]]:
-    """Load and sample."""
-    workload, limits = config.workload, config.limits
-    traffic = Traffic(min(2 * workload.history, limits.history), workload.candidates, shortest=1)
-    visits = iter(Trace(ClickLog(config.schema, seed=17), traffic, seed=17))
-    outcomes: Counter[str] = Counter()
-    samples: list[Row] = []
-    lock, started = threading.Lock(), time.monotonic()
-    ends = started + seconds
-    turns = count()
+@dataclass(frozen=True)
+class SoakSample:
+    """What every process uses, by kind, and the server's shared memory."""
 
-    def keep_asking() -> None:
-        with open_callers(server) as callers:
-            while time.monotonic() < ends:
-                with lock:
-                    visit, turn = next(visits), next(turns)
-                what = ask(callers, visit, turn)
-                with lock:
-                    outcomes[what] += 1
+    seconds: float
+    processes: dict[str, dict[str, int]]
+    shared_memory_bytes: int
 
-    with ThreadPoolExecutor(CALLERS) as pool:
-        asking = [pool.submit(keep_asking) for _ in range(CALLERS)]
-        while time.monotonic() < ends:
-            samples.append(sample(server, time.monotonic() - started))
-            if len(samples) % (SAMPLES // 10) == 0:
-                say(f"    {samples[-1]['seconds'] / 60:.0f} min, {dict(outcomes)}")
-            time.sleep(max(0.5, seconds / SAMPLES))
-        for each in asking:
-            each.result()
-    return outcomes, samples
+
+def make_traffic(harness: Harness) -> Traffic:
+    """Return traffic of histories of all lengths."""
+    workload = harness.config.workload
+    longest = min(2 * workload.history, harness.config.limits.history)
+    return Traffic(longest, workload.candidates, shortest=1)
+
+
+def draw_visits(harness: Harness, seed: int) -> Iterator[tuple[int, Visit]]:
+    """Return visits without end, numbered."""
+    return enumerate(Trace(ClickLog(harness.config.schema, seed), make_traffic(harness), seed))
+
+
+def connect(
+    server: TritonServer, stack: contextlib.ExitStack, deadline: float, *protocols: Protocol
+) -> list[RankerClient]:
+    """Return a client for each model over each protocol, as long as the stack is open."""
+    addresses: dict[Protocol, str] = {"grpc": server.grpc_address, "http": server.http_address}
+    return [
+        stack.enter_context(
+            RankerClient(addresses[protocol], protocol=protocol, model=model, deadline=deadline, retry=NO_RETRIES)
+        )
+        for model in MODELS
+        for protocol in protocols
+    ]
+
+
+# ---- endurance ------------------------------------------------------------------------------------------------------
+
+
+def run_endurance(harness: Harness) -> Record:
+    """Serve a trace of histories of all lengths for minutes, and watch the memory of the processes that keep users."""
+    seconds, megabytes = harness.plan.endurance, harness.count_megabytes(ENDURANCE_USERS)
+    answered: list[int] = []
+    with harness.serve(MODELS, megabytes=megabytes) as server, contextlib.ExitStack() as stack:
+        clients = connect(server, stack, 600, "grpc")
+        base = read_model_memory(server)
+
+        def send(numbered: tuple[int, Visit]) -> None:
+            turn, visit = numbered
+            clients[turn % len(clients)].rank(visit.request.history, visit.request.candidates)
+            answered.append(turn)
+
+        with keep_sending(draw_visits(harness, seed=13), send, ENDURANCE_CALLERS):
+            samples = harness.sample(seconds, lambda passed: sample_memory(server, passed))
+        samples.append(sample_memory(server, seconds))
+    most = {keeper: max(sample.process_bytes[keeper] for sample in samples) for keeper in KEEPERS}
+    beyond = {keeper: most[keeper] - base[keeper] - 1e6 * megabytes for keeper in KEEPERS}
+    said = ", ".join(f"{keeper} {value / 1e6:.0f} MB" for keeper, value in beyond.items())
+    harness.say(f"    {len(answered)} requests; beyond start and budget: {said}")
+    return {
+        "seconds": seconds,
+        "requests": len(answered),
+        "budget_bytes": 1e6 * megabytes,
+        "start_bytes": base,
+        "beyond_budget_bytes": beyond,
+        "longest_history": make_traffic(harness).history,
+        "samples": samples,
+    }
+
+
+def sample_memory(server: TritonServer, seconds: float) -> MemorySample:
+    """Return what the keepers of users hold now."""
+    counters, memory = Counters(server.metrics_address), read_model_memory(server)
+    held = {keeper: memory[keeper] for keeper in KEEPERS}
+    counted = {keeper: counters.get(keeper, "kvcast_user_kv_bytes") for keeper in KEEPERS}
+    return MemorySample(seconds, held, counted)
+
+
+# ---- soak -----------------------------------------------------------------------------------------------------------
 
 
 class Callers:
-    """A client for each model and protocol, and a bare transport, which sends what the clients would refuse."""
+    """A client for each model and protocol, and bare transports, which send what the clients would refuse."""
 
-    def __init__(self, clients: list[RankerClient], bare: list[Transport]) -> None:
-        self.clients, self.bare = clients, bare
-
-
-@contextlib.contextmanager
-def open_callers(server: TritonServer) -> Iterator[Callers]:
-    """Connect one thread's clients."""
-    with contextlib.ExitStack() as stack:
-        addresses: dict[Protocol, str] = {"grpc": server.grpc_address, "http": server.http_address}
-        clients = [
-            stack.enter_context(RankerClient(address, protocol=protocol, model=model, deadline=60, retry=NO_RETRIES))
-            for model in MODELS
-            for protocol, address in addresses.items()
-        ]
-        bare: list[Transport] = [GrpcTransport(server.grpc_address), HttpTransport(server.http_address)]
-        for each in bare:
+    def __init__(self, server: TritonServer, stack: contextlib.ExitStack) -> None:
+        self._clients = connect(server, stack, 60, "grpc", "http")
+        self._bare: list[Transport] = [GrpcTransport(server.grpc_address), HttpTransport(server.http_address)]
+        for each in self._bare:
             stack.callback(each.close)
-        yield Callers(clients, bare)
+        self.outcomes: list[str] = []
 
+    def send(self, numbered: tuple[int, Visit]) -> None:
+        """Send one request of the mixture; note what came of it."""
+        turn, visit = numbered
+        is_hasty = turn % GIVEN_UP_EVERY == GIVEN_UP_EVERY - 2
+        try:
+            what = self._ask(turn, visit, HASTE_SECONDS if is_hasty else None)
+        except TryAgainError as error:
+            what = "given up" if is_hasty else f"REFUSED: {error}"
+        except KvcastError as error:
+            what = f"FAILED: {error}"
+        self.outcomes.append(what)
 
-def ask(callers: Callers, visit: Visit, turn: int) -> str:
-    """Send one request of the mixture; return what came of it."""
-    history, candidates = visit.request.history, visit.request.candidates
-    client = callers.clients[turn % len(callers.clients)]
-    is_hasty = turn % GIVEN_UP_EVERY == GIVEN_UP_EVERY - 2
-    what = "ranked"
-    try:
+    def _ask(self, turn: int, visit: Visit, deadline: float | None) -> str:
+        history, candidates = visit.request.history, visit.request.candidates
+        client = self._clients[turn % len(self._clients)]
         if turn % WRONG_EVERY == WRONG_EVERY - 1:
-            what = ask_wrongly(callers, turn, history)
-        elif turn % PREFETCHED_EVERY == PREFETCHED_EVERY - 1:
+            return self._ask_wrongly(turn, history)
+        if turn % PREFETCHED_EVERY == PREFETCHED_EVERY - 1:
             client.prefetch(history)
-            what = "prefetched"
-        else:
-            scores = client.rank(history, candidates, deadline=HASTE_SECONDS if is_hasty else None).scores
-            if turn % COMPARED_EVERY == COMPARED_EVERY - 2:
-                other = callers.clients[(turn + 2) % len(callers.clients)].rank(history, candidates).scores
-                what = "ranked alike by both models" if np.abs(scores - other).max() <= SCORE_TOLERANCE else "WRONG"
-    except TryAgainError as error:
-        what = "given up" if is_hasty else f"REFUSED: {error}"
-    except KvcastError as error:
-        what = f"FAILED: {error}"
-    return what
+            return "prefetched"
+        scores = client.rank(history, candidates, deadline=deadline).scores
+        if turn % COMPARED_EVERY != COMPARED_EVERY - 2:
+            return "ranked"
+        other = self._clients[(turn + 2) % len(self._clients)].rank(history, candidates).scores
+        return "ranked alike by both models" if np.abs(scores - other).max() <= SCORE_TOLERANCE else "WRONG"
+
+    def _ask_wrongly(self, turn: int, history: Any) -> str:
+        """Send ids that no vocabulary has."""
+        inputs = {HISTORY.name: history[None], CANDIDATES.name: np.full((1, 3, 4), 2**40, np.int64)}
+        try:
+            self._bare[turn % 2].infer(Call(MODELS[turn % len(MODELS)], inputs, [SCORES.name]), 60)
+        except InvalidRequestError:
+            return "wrong request, refused"
+        return "WRONG REQUEST ANSWERED"
 
 
-def ask_wrongly(callers: Callers, turn: int, history: Any) -> str:
-    """Send ids that no vocabulary has."""
-    wrong = np.full((1, 3, 4), 2**40, np.int64)
-    try:
-        inputs = {HISTORY.name: history[None], CANDIDATES.name: wrong}
-        callers.bare[turn % 2].infer(Call(MODELS[turn % len(MODELS)], inputs, [SCORES.name]), 60)
-    except InvalidRequestError:
-        return "wrong request, refused"
-    return "WRONG REQUEST ANSWERED"
+def run_soak(harness: Harness) -> Record:
+    """Serve mixed load for so long; return samples, slopes an hour, and what came of the requests."""
+    seconds = harness.plan.soak
+    serving = harness.serve(MODELS, megabytes=CACHE_MEGABYTES, is_guarded=True)
+    with serving as server, contextlib.ExitStack() as stack:
+        callers = Callers(server, stack)
+        with keep_sending(draw_visits(harness, seed=17), callers.send, CALLERS):
+            samples = harness.sample(seconds, lambda passed: sample(server, passed))
+    slopes, outcomes = find_slopes(samples), dict(Counter(callers.outcomes))
+    harness.say(f"    {len(callers.outcomes)} requests: {outcomes}")
+    for name, slope in slopes.items():
+        harness.say(f"    {name}: {describe_slope(slope)}")
+    return {"seconds": seconds, "outcomes": outcomes, "samples": samples, "slopes_an_hour": slopes}
 
 
-def sample(server: TritonServer, seconds: float) -> Row:
+def sample(server: TritonServer, seconds: float) -> SoakSample:
     """Return what every process uses now."""
-    uses = {name: vars(use) for name, use in read_uses(server).items()}
-    return {"seconds": seconds, "processes": uses, "shared_memory_bytes": read_shared_memory(server)}
+    return SoakSample(seconds, read_uses(server), read_shared_memory(server))
 
 
-def find_slopes(samples: list[Row]) -> dict[str, dict[str, float]]:
+def find_slopes(samples: list[SoakSample]) -> dict[str, dict[str, float]]:
     """Return the slope an hour of what each process uses, by least squares, once things have settled."""
-    settled = [each for each in samples if each["seconds"] >= SETTLED_AFTER * samples[-1]["seconds"]]
-    hours = [each["seconds"] / 3600 for each in settled]
-    slopes: dict[str, dict[str, float]] = {}
-    for name in samples[-1]["processes"]:
-        slopes[name] = {
-            kind: statistics.linear_regression(hours, [each["processes"][name][kind] for each in settled]).slope
-            for kind in ProcessUse.__dataclass_fields__
-        }
-    shared = statistics.linear_regression(hours, [each["shared_memory_bytes"] for each in settled]).slope
-    slopes["shared memory"] = {"memory_bytes": shared}
-    return slopes
+    settled = [each for each in samples if each.seconds >= SETTLED_AFTER * samples[-1].seconds]
+
+    def fit(values: list[float]) -> float:
+        return statistics.linear_regression([each.seconds / 3600 for each in settled], values).slope
+
+    slopes = {
+        name: {kind: fit([each.processes[name][kind] for each in settled]) for kind in use}
+        for name, use in samples[-1].processes.items()
+    }
+    return slopes | {"shared memory": {"memory_bytes": fit([each.shared_memory_bytes for each in settled])}}
 
 
 def describe_slope(slope: dict[str, float]) -> str:

@@ -18,7 +18,7 @@ from kvcast.protocol.routing import ROUTING_HEADER, hash_user
 from kvcast.protocol.tensors import CANDIDATES, HISTORY, SCORES
 from kvcast.server.repository import find_free_ports
 from perf import affinity
-from perf.affinity import KEPT_USERS, MODEL, NAMES, SERVER_HEADER, Load, Members, Proxy
+from perf.affinity import KEPT_USERS, MODEL, NAMES, SERVER_HEADER, Addresses, Load, Members
 from tests.deploy.tools import require_tool, run_tool
 
 ROOT = Path(__file__).parents[2]
@@ -32,14 +32,14 @@ def members(tiny_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """Three servers."""
     require_tool("haproxy")
     folder = tmp_path_factory.mktemp("servers")
-    with affinity.make_members(tiny_repository, folder, ["--leave-seconds", str(LEAVE_SECONDS)]) as running:
+    with affinity.serve_members(tiny_repository, folder, ["--leave-seconds", str(LEAVE_SECONDS)]) as running:
         yield running
 
 
 @pytest.fixture
-def proxy(members: Members, tmp_path: Path) -> Iterator[Proxy]:
+def proxy(members: Members, tmp_path: Path) -> Iterator[Addresses]:
     """The proxy before them."""
-    with affinity.make_haproxy(members.members, tmp_path) as running:
+    with affinity.run_haproxy(members, tmp_path) as running:
         affinity.wait_for_servers(running, set(NAMES))
         yield running
 
@@ -58,26 +58,26 @@ def test_the_clusters_haproxy_knows_that_servers_are_ready_and_passes_both_proto
     words = {f":{old}\n": f"127.0.0.1:{new}\n" for old, new in ((9000, http_port), (9002, metrics_port))}
     words[":9001 "] = f"127.0.0.1:{grpc_port} "
     found = " resolvers cluster resolve-prefer ipv4 init-addr none"
-    for port, address in ((8000, member.http_address), (8001, member.grpc_address)):
+    for port, address in ((8000, member.addresses["http"]), (8001, member.addresses["grpc"])):
         name = f'server-template kvcast 32 "kvcast-servers.${{NAMESPACE}}.svc.cluster.local:{port}" check{found}'
         words[name] = f"server one {address} check"
-    words["http-check connect port 8000"] = f"http-check connect port {member.ports[0]}"
+    words["http-check connect port 8000"] = f"http-check connect port {member.addresses['http'].rpartition(':')[2]}"
     path = tmp_path / "haproxy.cfg"
     path.write_text(affinity.replace_all(config.read_text(), words))
     addresses = {"http": f"127.0.0.1:{http_port}", "grpc": f"127.0.0.1:{grpc_port}"}
-    with Proxy([str(require_tool("haproxy")), "-f", str(path)], addresses):
+    with affinity.run_proxy([str(require_tool("haproxy")), "-f", str(path)], addresses):
         time.sleep(2)  # by then each backend has asked more often than it takes to call a server down
         for protocol, address in addresses.items():
             with RankerClient(address, protocol=protocol, model=MODEL, retry=NO_RETRIES) as client:
                 assert len(client.rank([[1, 1]], [[1, 1, 1, 1]]).scores) == 1
 
 
-def map_users_over_grpc(proxy: Proxy, users: range) -> dict[int, str]:
+def map_users_over_grpc(proxy: Addresses, users: range) -> dict[int, str]:
     message = service_pb2.ModelInferRequest(model_name=MODEL)
     for name, shape in ((HISTORY.name, [1, 1, 2]), (CANDIDATES.name, [1, 1, 4])):
         message.inputs.add(name=name, datatype="INT64", shape=shape).contents.int64_contents.extend([1] * shape[-1])
     message.outputs.add(name=SCORES.name)
-    with grpc.insecure_channel(proxy.addresses["grpc"]) as channel:
+    with grpc.insecure_channel(proxy["grpc"]) as channel:
         call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
         found = {}
         for user in users:
@@ -105,17 +105,17 @@ def test_every_client_finds_the_users_of_the_others(proxy):
     requests = affinity.draw_requests(load_config("tiny"), range(12), seed=time.monotonic_ns())
 
     async def rank_all(protocol) -> list[CacheResult]:
-        async with AsyncRankerClient(proxy.addresses[protocol], protocol=protocol, model=MODEL) as client:
+        async with AsyncRankerClient(proxy[protocol], protocol=protocol, model=MODEL) as client:
             return [(await ask(client, user)).report.cache for user in requests]
 
     def ask(client, user):
         return client.rank(requests[user].history, requests[user].candidates, user_id=user, report=True)
 
-    with RankerClient(proxy.addresses["grpc"], model=MODEL) as client:
+    with RankerClient(proxy["grpc"], model=MODEL) as client:
         for user, each in requests.items():
             assert client.prefetch(each.history, user_id=user).cache == CacheResult.MISS
         assert {ask(client, user).report.cache for user in requests} == {CacheResult.HIT}
-    with RankerClient(proxy.addresses["http"], protocol="http", model=MODEL) as client:
+    with RankerClient(proxy["http"], protocol="http", model=MODEL) as client:
         assert {ask(client, user).report.cache for user in requests} == {CacheResult.HIT}
     for protocol in ("grpc", "http"):
         assert set(asyncio.run(rank_all(protocol))) == {CacheResult.HIT}
@@ -123,7 +123,7 @@ def test_every_client_finds_the_users_of_the_others(proxy):
 
 def test_who_gives_no_name_is_known_by_the_history(proxy):
     requests = affinity.draw_requests(load_config("tiny"), range(12), seed=time.monotonic_ns())
-    with RankerClient(proxy.addresses["grpc"], model=MODEL) as client:
+    with RankerClient(proxy["grpc"], model=MODEL) as client:
         for expected in (CacheResult.MISS, CacheResult.HIT):
             asked = [client.rank(each.history, each.candidates, report=True) for each in requests.values()]
             assert {each.report.cache for each in asked} == {expected}
@@ -149,7 +149,7 @@ def test_a_server_that_leaves_is_left_before_it_refuses_anybody(members, proxy):
     requests = affinity.draw_requests(load_config("tiny"), range(40), seed=SEED)
     loads = [Load(proxy, protocol, requests, NO_RETRIES) for protocol in ("grpc", "http")]
     try:
-        with affinity.keep_sending(loads, list(requests)):
+        with affinity.keep_visiting(loads, list(requests)):
             stopping = threading.Thread(target=member.stop)
             stopping.start()
             affinity.wait_for_servers(proxy, set(NAMES) - {member.name})
@@ -170,16 +170,16 @@ def test_affinity_finds_more_than_round_robin_and_as_many_as_an_lru_says(members
     rates = {}
     for place, policy in enumerate(("affinity", "affinity, bound 200", "round robin")):
         requests = affinity.draw_requests(config, visitors, seed=1000 * SEED + place)
-        with affinity.make_haproxy(members.members, tmp_path, policy) as proxy:
+        with affinity.run_haproxy(members, tmp_path, policy) as proxy:
             affinity.wait_for_servers(proxy, set(NAMES))
             # One at a time, what is found can be said beforehand.
             in_flight = 1 if policy == "affinity" else affinity.IN_FLIGHT
             row = affinity.measure_hit_rate(members, proxy, "http", visitors, requests, in_flight)
-            assert row["outcomes"] == {"right": VISITS, "wrong": 0}
-            rates[policy] = row["hit_rate"]
+            assert row.outcomes == {"right": VISITS, "wrong": 0}
+            rates[policy] = row.hit_rate
             if policy == "affinity":
                 expected = replay(visitors, affinity.map_users(proxy, sorted(set(visitors))))
-                assert row["hit_rate"] == pytest.approx(expected, abs=1e-9)
+                assert row.hit_rate == pytest.approx(expected, abs=1e-9)
     assert rates["affinity"] > rates["round robin"] + 0.05, rates
     assert rates["affinity"] > rates["affinity, bound 200"] > rates["round robin"] - 0.02, rates
 
