@@ -29,7 +29,7 @@ from kvcast.protocol.schema import KVLayout
 from kvcast.protocol.tensors import DOC_FUSION
 from perf.baselines.softmax import choose_peers
 from perf.cost_model import CostModel
-from tests.e2e.test_bring_your_own import write_files
+from tests.e2e.test_bring_your_own import copy_files
 from tests.support import make_config, make_network
 
 ROOT = Path(__file__).parents[2]
@@ -331,7 +331,7 @@ def test_options_travel_with_the_manifest():
 
 @pytest.fixture
 def guide_folder(tmp_path: Path) -> Path:
-    write_files(tmp_path)
+    copy_files(tmp_path)
     return tmp_path
 
 
