@@ -335,6 +335,13 @@ def guide_folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_a_family_that_imports_what_has_moved_is_told_where_it_is(tmp_path):
+    (tmp_path / "old.py").write_text("from kvcast.network.interface import RankingNetwork\n")
+    for family, words in (("old.py:Old", "kvcast.networks now"), ("kvcast.contract.x:Y", "kvcast.protocol now")):
+        with pytest.raises(ConfigError, match=words):
+            build_network(with_network(CONFIG, family=family, folder=tmp_path))
+
+
 def test_a_file_is_found_beside_its_toml_from_anywhere(guide_folder, monkeypatch, tmp_path_factory):
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     config = load_config(str(guide_folder / "my.toml"))

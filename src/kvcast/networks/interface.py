@@ -23,6 +23,8 @@ from kvcast.protocol.errors import ConfigError
 from kvcast.protocol.schema import KVLayout
 
 MaskKind = Literal["target_blind", "undirected"]
+# Packages that families written for earlier versions import, and what they are called now.
+MOVED = {"kvcast.contract": "kvcast.protocol", "kvcast.network": "kvcast.networks"}
 # The families that come with the project, by the short names that a TOML may give: a module can move, a name stays.
 SHORT_NAMES = {
     "transformer": "kvcast.networks.transformer:Transformer",
@@ -199,6 +201,8 @@ def build_network(config: ModelConfig) -> RankingNetwork:
         family = getattr(_import_module(module_name, config.network.folder), class_name)
     except (ImportError, AttributeError, OSError, SyntaxError) as error:
         hint = "" if module_name.endswith(".py") else " (a file is named by its path: file.py:Class)"
+        if moved := MOVED.get(str(getattr(error, "name", ""))):
+            hint = f" (it is {moved} now; CHANGELOG.md lists what has moved)"
         raise ConfigError(f"network.family: cannot import {name!r}: {error}{hint}") from error
     if not (isinstance(family, type) and issubclass(family, RankingNetwork)):
         raise ConfigError(f"network.family: expected a subclass of RankingNetwork, got {name!r}")
