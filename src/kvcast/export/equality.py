@@ -36,7 +36,7 @@ from kvcast.protocol.tensors import DOC_FUSION, RANKER_FULL, RANKER_RESIDENT, SC
 
 EQUAL = "property 0, graphs = network"
 SEARCHED = 40  # requests that hypothesis draws
-SCALES = (8, 64, 512)
+SCALES = (16, 512)
 # Scaled weights are too large where the network's outputs exceed this: products of a few of them would overflow.
 LARGEST = 1e10
 # Well conditioned: one rounding of every weight moves an output by less than this part of the tolerance.
