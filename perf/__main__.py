@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from kvcast.protocol.config import load_config
 from kvcast.protocol.errors import KvcastError
 from kvcast.protocol.tensors import RANKER_RESIDENT
-from kvcast.server import ServerError, ServerSettings
+from kvcast.server import ServeConfig, ServerError
 from kvcast.server.repository import ensure_exported, read_config_name
 from perf import affinity, cost_model, guard_cost, reuse, soak
 from perf.analyzer import PerfError, find_analyzer
@@ -129,7 +129,7 @@ def run(arguments: argparse.Namespace) -> None:
     }
     print(f"{regime(result)}\n\n{REGIME}\n", flush=True)
     chosen = choose_experiments(arguments)
-    settings = ServerSettings(
+    settings = ServeConfig(
         repository=arguments.repository,
         models=["ranker", "ranker_full"],
         config=read_config_name(arguments.config),

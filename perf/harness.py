@@ -12,7 +12,7 @@ from typing import TypeVar
 from kvcast.protocol.config import ModelConfig
 from kvcast.protocol.manifest import Manifest, read_manifest
 from kvcast.protocol.tensors import USER_ENCODER
-from kvcast.server import ServerSettings, TritonServer
+from kvcast.server import ServeConfig, TritonServer
 from kvcast.server.repository import find_free_ports
 from kvcast.serving.options import CACHE_BUDGET
 from perf.baselines.race import Field
@@ -49,7 +49,7 @@ class Plan:
 class Harness:
     """Starts servers on one exported repository, with caches of any size; knows the plan, and whom to tell."""
 
-    settings: ServerSettings
+    settings: ServeConfig
     config: ModelConfig
     plan: Plan
     field: Field

@@ -44,7 +44,7 @@ def read_model_memory(server: TritonServer) -> dict[str, int]:
 
 def read_uses(server: TritonServer) -> dict[str, dict[str, int]]:
     """Return what each process uses: tritonserver, the guard, and each model's (of several instances, one)."""
-    pids = {"tritonserver": server.pid, "guard": server.guard_pid}
+    pids = {"tritonserver": server.pid, "guard": server.gateway_pid}
     pids |= {stub.model: stub.pid for stub in list_stubs(server.pid).values()}
     return {name: read_use(Path(f"/proc/{pid}")) for name, pid in pids.items()}
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from kvcast.client import NO_RETRIES, RankerClient
-from kvcast.client.transport import Call, GrpcTransport, HttpTransport, Protocol, Transport
+from kvcast.client.transport import Call, Protocol, Transport, open_transport
 from kvcast.protocol.errors import InvalidRequestError, KvcastError, TryAgainError
 from kvcast.protocol.tensors import CANDIDATES, HISTORY, RANKER, RANKER_RESIDENT, SCORE_TOLERANCE, SCORES, USER_ENCODER
 from kvcast.server import TritonServer
@@ -130,7 +130,10 @@ class Callers:
 
     def __init__(self, server: TritonServer, stack: contextlib.ExitStack) -> None:
         self._clients = connect(server, stack, 60, "grpc", "http")
-        self._bare: list[Transport] = [GrpcTransport(server.grpc_address), HttpTransport(server.http_address)]
+        self._bare: list[Transport] = [
+            open_transport("grpc", server.grpc_address),
+            open_transport("http", server.http_address),
+        ]
         for each in self._bare:
             stack.callback(each.close)
         self.outcomes: list[str] = []

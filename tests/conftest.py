@@ -18,7 +18,7 @@ from kvcast.protocol.config import load_config
 from kvcast.protocol.errors import ArtefactError
 from kvcast.protocol.manifest import read_manifest
 from kvcast.protocol.tensors import USER_ENCODER
-from kvcast.server import ServerSettings, TritonServer
+from kvcast.server import ServeConfig, TritonServer
 from tests.support import find_free_ports
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +43,7 @@ def server(tiny_repository: Path) -> Iterator[TritonServer]:
     """A real tritonserver with all models of the `tiny` export."""
     log: list[str] = []
     with TritonServer(make_settings(tiny_repository), log=log.append) as running:
+        running.lines = log  # type: ignore[attr-defined]
         yield running
 
 
@@ -91,9 +92,9 @@ def run_make(target: str) -> str:
     return done.stdout
 
 
-def make_settings(repository: Path) -> ServerSettings:
+def make_settings(repository: Path) -> ServeConfig:
     """Return settings on free ports, with the reference model too."""
     http, grpc, metrics = find_free_ports(3)
-    return ServerSettings(
+    return ServeConfig(
         repository, ["ranker", "ranker_resident", "ranker_full"], http_port=http, grpc_port=grpc, metrics_port=metrics
     )

@@ -14,7 +14,7 @@ from kvcast.client.__main__ import main as rank
 from kvcast.protocol.config import DEFAULT_CONFIG, ModelConfig, load_config
 from kvcast.protocol.errors import KvcastError
 from kvcast.protocol.tensors import RANKER
-from kvcast.server import ServerError, ServerSettings, TritonServer
+from kvcast.server import ServeConfig, ServerError, TritonServer
 from kvcast.server.repository import ensure_exported, read_config_name
 from kvcast.synthetic import ClickLog, Habits, PlantedLog, Shop, Visitor, draw_visitor
 from kvcast.synthetic.visitor import describe_ranking, describe_visitor
@@ -76,7 +76,7 @@ def _draw_visitor(config: ModelConfig, user: int | None) -> Visitor | None:
 def _run(arguments: argparse.Namespace, config: ModelConfig, visitor: Visitor | None) -> int:
     """Serve and rank; return the exit status."""
     signal.signal(signal.SIGTERM, _leave)
-    settings = ServerSettings(
+    settings = ServeConfig(
         repository=arguments.repository,
         config=read_config_name(arguments.config),
         http_port=arguments.http_port,

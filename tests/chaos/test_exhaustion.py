@@ -27,7 +27,7 @@ from kvcast.export.pipeline import WeightsSource, export_release
 from kvcast.protocol.config import ModelConfig, load_config
 from kvcast.protocol.errors import KvcastError, TryAgainError
 from kvcast.protocol.manifest import hash_file
-from kvcast.server import ServerError, ServerSettings, TritonServer
+from kvcast.server import ServeConfig, ServerError, TritonServer
 from kvcast.server.releases import ReleaseStore
 from kvcast.server.stubs import list_stubs
 from tests.conftest import make_settings
@@ -325,7 +325,7 @@ DAMAGES = {
 }
 
 
-def settings_of(repository: Path, name: str) -> ServerSettings:
+def settings_of(repository: Path, name: str) -> ServeConfig:
     model = "ranker_resident" if name.startswith("ranker_resident") else "ranker"
     return dataclasses.replace(make_settings(repository), models=[model])
 

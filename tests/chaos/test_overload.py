@@ -189,7 +189,7 @@ def count_arrivals(server: TritonServer, model: str) -> float:
     """Return how many requests to a model have reached the guard and been answered or refused."""
     with urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=5) as reply:
         text = reply.read().decode()
-    lines = re.findall(rf'^kvcast_guard_(?:answered|refused)_total{{model="{model}".*}} (\S+)$', text, re.MULTILINE)
+    lines = re.findall(rf'^kvcast_gateway_(?:answered|refused)_total{{model="{model}".*}} (\S+)$', text, re.MULTILINE)
     return sum(map(float, lines))
 
 

@@ -22,7 +22,7 @@ from kvcast.protocol.config import load_config
 from kvcast.protocol.errors import ConfigError
 from kvcast.protocol.manifest import hash_file
 from kvcast.protocol.tensors import EXPORTED_MODELS
-from kvcast.server import ServerError, ServerSettings, TritonServer
+from kvcast.server import ServeConfig, ServerError, TritonServer
 from kvcast.server.release import main as release
 from kvcast.server.releases import ReleaseStore
 from kvcast.server.stubs import list_stubs
@@ -285,7 +285,7 @@ def make_inactive(repository: Path) -> Path:
 def test_without_a_server_the_next_start_serves_what_was_activated(repository, capsys):
     assert release(["activate", "2", "--repository", str(repository)]) == 0
     settings = dataclasses.replace(make_settings(repository), models=["ranker"])
-    assert isinstance(settings, ServerSettings)
+    assert isinstance(settings, ServeConfig)
     with TritonServer(settings) as server:
         assert read_state(server)["release"] == 2
     capsys.readouterr()

@@ -139,7 +139,7 @@ def prometheus(server, tmp_path_factory):
         Load(server.grpc_address, expected["ranker"], "ranker", threads=1, pause=0.05),
         Load(server.grpc_address, expected["ranker_resident"], "ranker_resident", threads=1, pause=0.05),
     ):
-        wait_until(lambda: len(running.query("rate(kvcast_guard_answered_total[10s]) > 0")) == 2, 20)
+        wait_until(lambda: len(running.query("rate(kvcast_gateway_answered_total[10s]) > 0")) == 2, 20)
         for model in expected:  # users whom nobody knows, so that there is something to encode
             record_answers(server.grpc_address, draw_requests(seed=5000), model)
         wait_until(lambda: len(running.query("rate(kvcast_encode_seconds_count[10s]) > 0")) == 2, 20)

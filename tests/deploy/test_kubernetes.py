@@ -23,7 +23,7 @@ import pytest
 import yaml
 
 from kvcast.gateway.metrics import ASK_SECONDS
-from kvcast.server import ServerSettings
+from kvcast.server import ServeConfig
 from kvcast.server.__main__ import make_parser
 from kvcast.server.stubs import list_stubs
 from kvcast.server.view import find_models
@@ -256,7 +256,7 @@ def test_the_times_fit_into_each_other(overlay):
     stopping = arguments.leave_seconds + arguments.drain_seconds + STOP_SECONDS
     assert find_pod(overlay)["spec"]["terminationGracePeriodSeconds"] >= pre_stop + stopping
     # `kvcast serve` gives up first, and says why.
-    assert budget(container["startupProbe"]) > ServerSettings.start_timeout_seconds + 30
+    assert budget(container["startupProbe"]) > ServeConfig.start_timeout_seconds + 30
     assert deployment["progressDeadlineSeconds"] > budget(container["startupProbe"]) + deployment["minReadySeconds"]
     # Callers are led away at once; the server has time to mend itself.
     assert budget(container["readinessProbe"]) <= 5

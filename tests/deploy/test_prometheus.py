@@ -14,7 +14,7 @@ import yaml
 
 from kvcast.client import NO_RETRIES
 from kvcast.protocol.tensors import CANDIDATES, HISTORY, SCORE_TOLERANCE
-from kvcast.server import ServerSettings, TritonServer
+from kvcast.server import ServeConfig, TritonServer
 from kvcast.server.stubs import list_stubs
 from tests.chaos.load import Load, draw_requests, expect, record_answers
 from tests.deploy.prometheus_process import SHIPPED, Prometheus, find_metrics, find_names, find_recorded, read_page
@@ -101,7 +101,7 @@ def watched(tiny_repository, tmp_path_factory):
     """A server of this module's own, all of whose rankings are shadowed, and which is hurt at the end."""
     repository = Path(shutil.copytree(tiny_repository, tmp_path_factory.mktemp("watched") / "repository"))
     http, grpc, metrics = find_free_ports(3)
-    settings = ServerSettings(
+    settings = ServeConfig(
         repository,
         ["ranker", "ranker_resident"],
         http_port=http,

@@ -17,7 +17,7 @@ from tritonclient.utils import InferenceServerException
 
 from kvcast.client import NO_RETRIES, RankerClient, RetryPolicy
 from kvcast.protocol.tensors import MODELS
-from kvcast.server import ServerError, ServerSettings, TritonServer, shared_memory
+from kvcast.server import ServeConfig, ServerError, TritonServer, shared_memory
 from kvcast.server.installation import find_installation
 from tests.chaos.load import Load, draw_requests, expect, record_answers
 from tests.conftest import make_settings
@@ -118,7 +118,7 @@ def ask(server: TritonServer, method: str, path: str, headers: dict[str, str]) -
     return response.status
 
 
-def expect_refusal(settings: ServerSettings, *words: str) -> None:
+def expect_refusal(settings: ServeConfig, *words: str) -> None:
     with pytest.raises(ServerError) as caught, TritonServer(settings):
         pytest.fail("it started")
     for word in words:

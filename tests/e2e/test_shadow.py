@@ -54,7 +54,7 @@ def test_a_ranking_is_scored_again_and_the_difference_is_a_metric(shadowed, mode
 def test_every_metric_that_the_operations_guide_names_is_there(shadowed):
     text = read_metrics(shadowed)
     section = (ROOT / "docs" / "operations.md").read_text().partition("## Metrics")[2]
-    names = set(re.findall(r"`(kvcast_(?:guard|ready|process|repairs|restarts|active|refused|shadow)\w*)", section))
+    names = set(re.findall(r"`(kvcast_(?:gateway|ready|process|repairs|restarts|active|refused|shadow)\w*)", section))
     assert len(names) > 10
     for name in names:
         assert re.search(rf"^# TYPE {name} ", text, re.MULTILINE), name

@@ -196,7 +196,7 @@ def test_raw_http_bodies_are_refused(server, body, words):
 
 
 def test_a_request_that_waits_longer_than_its_deadline_is_refused_and_not_computed(server):
-    """The client's deadline reaches the first queue: with a microsecond to wait, what has to wait is UNAVAILABLE."""
+    """The client's deadline reaches the first queue: with a microsecond to wait, what has to wait is refused."""
     client = tritonclient.grpc.InferenceServerClient(server.grpc_address)
     history, candidates = np.ones((1, 96, 2), np.int64), np.ones((1, 64, 4), np.int64)
     inputs = []
@@ -214,5 +214,5 @@ def test_a_request_that_waits_longer_than_its_deadline_is_refused_and_not_comput
         refused = [error for result, error in replies if error is not None]
         assert len(replies) == 40
         assert refused, f"{model}: a queue of forty cannot be empty within a microsecond"
-        assert {error.status() for error in refused} == {"StatusCode.UNAVAILABLE"}
+        assert {error.status() for error in refused} == {"StatusCode.DEADLINE_EXCEEDED"}
     client.close()

@@ -2,15 +2,18 @@
 
 import asyncio
 import contextlib
+import http.server
 import json
 import re
 import socket
+import subprocess
+import sys
 import threading
 import time
+from typing import ClassVar
 
 import numpy as np
 import pytest
-from tritonclient.utils import InferenceServerException
 
 from kvcast.client import (
     AsyncRankerClient,
@@ -22,11 +25,14 @@ from kvcast.client import (
     ServerFaultError,
     TlsOptions,
     TryAgainError,
+    grpc_transport,
+    http_transport,
 )
 from kvcast.client.__main__ import main
 from kvcast.client.clients import Conversation
 from kvcast.client.retry import Answer
-from kvcast.client.transport import Call, HttpTransport, translate
+from kvcast.client.transport import Call, make_error, open_transport
+from kvcast.protocol.errors import ExpiredError
 from kvcast.protocol.manifest import read_manifest
 from kvcast.protocol.routing import hash_user
 from tests.support import find_free_ports
@@ -46,59 +52,68 @@ def test_top_is_sorted_and_keeps_the_callers_order_of_equals():
 
 
 @pytest.mark.parametrize(
-    ("status", "kind"),
+    ("status", "reason", "kind"),
     [
-        ("StatusCode.INVALID_ARGUMENT", InvalidRequestError),
-        ("400", InvalidRequestError),
-        ("StatusCode.UNAVAILABLE", TryAgainError),
-        ("503", TryAgainError),
-        ("StatusCode.DEADLINE_EXCEEDED", DeadlineExceededError),
-        ("499", DeadlineExceededError),
-        ("StatusCode.INTERNAL", ServerFaultError),
-        ("500", ServerFaultError),
-        (None, ServerFaultError),
+        ("INVALID_ARGUMENT", "", InvalidRequestError),
+        (400, "", InvalidRequestError),
+        ("UNAVAILABLE", "", TryAgainError),
+        (503, "", TryAgainError),
+        ("DEADLINE_EXCEEDED", "", DeadlineExceededError),
+        (504, "", DeadlineExceededError),
+        ("INTERNAL", "", ServerFaultError),
+        (500, "", ServerFaultError),
+        (418, "", ServerFaultError),
+        ("RESOURCE_EXHAUSTED", "", InvalidRequestError),
+        ("RESOURCE_EXHAUSTED", "BUSY", BusyError),
+        (503, "BUSY", BusyError),
+        (503, "UNAVAILABLE", TryAgainError),
+        (504, "DEADLINE_EXCEEDED", DeadlineExceededError),
+        ("INVALID_ARGUMENT", "INVALID_ARGUMENT", InvalidRequestError),
+        ("NOT_FOUND", "NOT_FOUND", ServerFaultError),
+        (413, "RESOURCE_EXHAUSTED", InvalidRequestError),
     ],
 )
-def test_a_status_says_whose_move_it_is(status, kind):
-    assert type(translate(InferenceServerException("message", status), "here:1", 2.0)) is kind
+def test_status_and_reason_say_whose_move_it_is(status, reason, kind):
+    assert type(make_error(status, reason, "message", "here:1", 2.0)) is kind
+
+
+def test_who_missed_a_deadline_is_told():
+    own = make_error("DEADLINE_EXCEEDED", "", "Deadline Exceeded", "here:1", 2.0)
+    servers = make_error("DEADLINE_EXCEEDED", "EXPIRED", "not computed", "here:1", 2.0)
+    assert (type(own), str(own)) == (DeadlineExceededError, "here:1: no answer within the deadline of 2 s")
+    assert (type(servers), str(servers)) == (ExpiredError, "here:1: not computed")
 
 
 def test_other_failures_say_whose_move_it_is():
-    assert type(translate(TimeoutError(), "here:1", 2.0)) is DeadlineExceededError
-    assert type(translate(ConnectionRefusedError(111, "refused"), "here:1", 2.0)) is TryAgainError
-    assert type(translate(KeyError("x"), "here:1", 2.0)) is ServerFaultError
-    unknown = InferenceServerException("Request for unknown model: 'x' is not found", "StatusCode.NOT_FOUND")
-    assert "MODELS" in str(translate(unknown, "here:1", 2.0))
+    assert type(http_transport.translate(TimeoutError(), "here:1", 2.0)) is DeadlineExceededError
+    assert type(http_transport.translate(ConnectionRefusedError(111, "refused"), "here:1", 2.0)) is TryAgainError
+    for translate in (http_transport.translate, grpc_transport.translate):
+        assert type(translate(KeyError("x"), "here:1", 2.0)) is ServerFaultError
+    unknown = "Request for unknown model: 'x' is not found"
+    assert "MODELS" in str(make_error("NOT_FOUND", "NOT_FOUND", unknown, "here:1", 2.0))
 
 
 @pytest.mark.parametrize(
-    ("message", "grpc", "http"),
+    ("content", "expected"),
     [
-        ("Stub process 'ranker_resident_0_0' is not healthy.", "INTERNAL", "500"),
-        ("in ensemble 'ranker', Stub process 'user_encoder_0_0' is not healthy.", "INTERNAL", "500"),
-        ("Request for unknown model: 'ranker' has no available versions", "NOT_FOUND", "404"),
-        ("Request for unknown model: 'ranker' version 1 is not at ready state", "UNAVAILABLE", "503"),
-        ("Request for unknown model: 'ranker' version 1 is not at ready state", "NOT_FOUND", "404"),
-        ("Model 'ranker' is not ready", "INTERNAL", "500"),
-        ("Server is stopping, scheduler for model has stopped accepting new inference requests", "UNAVAILABLE", "503"),
-        ("failed to connect to all addresses; last error: refused", "UNAVAILABLE", "503"),
+        (b'{"error": "no", "reason": "BUSY"}', ("no", "BUSY")),
+        (b'{"error": "no"}', ("no", "")),
+        (b"<html>503</html>", ("<html>503</html>", "")),
+        (b'{"error": 5}', ('{"error": 5}', "")),
+        (b"", ("", "")),
     ],
 )
-def test_a_model_that_is_dead_or_being_replaced_is_try_again(message, grpc, http):
-    for status in (f"StatusCode.{grpc}", http):
-        error = translate(InferenceServerException(message, status), "here:1", 2.0)
-        assert type(error) is TryAgainError
-        assert message in str(error)
+def test_an_error_over_http_is_read_whatever_it_is(content, expected):
+    assert http_transport.read_error(content) == expected
 
 
-@pytest.mark.parametrize(
-    "words", ["busy: 5 requests are waiting already", "not computed: the caller's deadline passed"]
-)
-@pytest.mark.parametrize("prefix", ["", "in ensemble 'ranker', "])
-def test_too_much_to_do_is_told_from_away(words, prefix):
-    for status in ("StatusCode.UNAVAILABLE", "503"):
-        assert type(translate(InferenceServerException(prefix + words, status), "here:1", 2.0)) is BusyError
-    assert type(translate(InferenceServerException(prefix + words, "500"), "here:1", 2.0)) is ServerFaultError
+@pytest.mark.parametrize("module", ["kvcast.client.grpc_transport", "tritonclient.grpc"])
+def test_a_caller_of_http_imports_no_grpc(module):
+    code = (
+        "import sys; from kvcast.client import RankerClient\n"
+        f"with RankerClient(protocol='http'): assert {module!r} not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
@@ -162,25 +177,50 @@ def test_tls_options_are_checked_at_once(tmp_path):
             TlsOptions(**one)
     with pytest.raises(ValueError, match="tls: expected protocol grpc, got http"):
         RankerClient(protocol="http", tls=TlsOptions())
-    assert TlsOptions().to_arguments() == {"ssl": True}
-    assert TlsOptions(file, file, str(file)).to_arguments() == {
-        "ssl": True,
-        "root_certificates": str(file),
-        "certificate_chain": str(file),
-        "private_key": str(file),
-    }
 
 
-def test_deadlines_of_http_need_no_new_connection(silent_address):
-    with contextlib.closing(HttpTransport(silent_address)) as transport:
-        client = transport._get_client()
-        assert transport._get_client() is client
-        for deadline in (0.2, 0.1):
-            started = time.monotonic()
-            with pytest.raises(DeadlineExceededError, match=f"{deadline} s"):
-                transport.infer(Conversation.ask_manifest("ranker"), deadline)
-            assert deadline <= time.monotonic() - started < deadline + 0.5
-        assert transport._get_client() is not client, "a late answer would be the next caller's"
+class Server(http.server.BaseHTTPRequestHandler):
+    """Answers each POST with 503; one that says `slow`, byte by byte."""
+
+    protocol_version = "HTTP/1.1"
+    connections: ClassVar[set[int]] = set()
+
+    def do_POST(self) -> None:
+        self.connections.add(self.client_address[1])
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(503)
+        self.send_header("Content-Length", "30")
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            for _ in range(30):
+                self.wfile.write(b"x")
+                time.sleep(0.1 if b"slow" in body else 0)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def http_address():
+    Server.connections.clear()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_the_deadline_of_http_is_that_of_the_whole_answer(http_address):
+    """A connection whose answer was late is not used again: the rest would be the next caller's."""
+    with contextlib.closing(open_transport("http", http_address)) as transport:
+        for _ in range(2):
+            with pytest.raises(TryAgainError, match="xxx"):
+                transport.infer(Conversation.ask_manifest("ranker"), 5)
+        assert len(Server.connections) == 1, "a connection is used again"
+        with pytest.raises(DeadlineExceededError, match=r"0\.3 s"):
+            transport.infer(Call("ranker", {}, ["slow"]), 0.3)
+        with pytest.raises(TryAgainError, match="xxx"):
+            transport.infer(Conversation.ask_manifest("ranker"), 5)
+        assert len(Server.connections) == 2
 
 
 @pytest.fixture
@@ -213,18 +253,6 @@ def test_scores_that_cannot_be_used_are_the_servers_fault(scores):
     call = Call("ranker", {"candidates": np.ones((1, 3, 4), np.int64)}, ["scores"])
     with pytest.raises(ServerFaultError, match="scores: expected 3 finite numbers"):
         Conversation.conclude(call, Answer({"scores": scores}, 1, 0.1))
-
-
-def test_threads_of_one_http_client_have_connections_of_their_own():
-    with RankerClient(f"127.0.0.1:{find_free_ports(1)[0]}", protocol="http") as client:
-        transport = client._transport
-        clients = []
-        threads = [threading.Thread(target=lambda: clients.append(transport._get_client())) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert len({id(each) for each in clients}) == 4
 
 
 def test_the_command_without_a_server(tmp_path, capsys):

@@ -12,7 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcast.protocol.config import CONFIGS, MIN_VOCABULARY, list_configs, load_config, parse_config
-from kvcast.protocol.errors import ArtefactError, ConfigError, ErrorKind, InvalidRequestError, KvcastError
+from kvcast.protocol.errors import (
+    ERRORS,
+    ArtefactError,
+    ConfigError,
+    ErrorKind,
+    InvalidRequestError,
+    KvcastError,
+    read_tagged,
+    tag_message,
+)
 from kvcast.protocol.locate import locate
 from kvcast.protocol.manifest import CONTRACT_VERSION, Dims, Manifest, Parity, parse_manifest, read_manifest
 from kvcast.protocol.request import RankRequest
@@ -300,9 +309,20 @@ def test_error_kinds_are_spelled_as_triton_spells_them():
     grpc = pytest.importorskip("grpc")
     for kind in ErrorKind:
         assert hasattr(grpc.StatusCode, kind.grpc_status)
-    assert {kind.http_status for kind in ErrorKind} == {400, 500, 503}
+    assert {kind.http_status for kind in ErrorKind} == {400, 500, 503, 504}
     for each in all_subclasses(KvcastError):
         assert isinstance(each.kind, ErrorKind)
+    for reason, error in ERRORS.items():
+        assert reason == error.kind.reason == error.kind.name
+
+
+@pytest.mark.parametrize("prefix", ["", "in ensemble 'ranker', "])
+def test_a_models_error_is_read_as_it_was_written(prefix):
+    for kind in ERRORS.values():
+        read = read_tagged(prefix + tag_message(kind("x: [BUSY] y")))
+        assert (type(read), str(read)) == (kind, "x: [BUSY] y")
+    for text in ("BUSY", "[BUSY]", "x: [BUSY] y", "[NOTHING] x", " [BUSY] x", "[request id: [BUSY] x] y"):
+        assert read_tagged(prefix + text) is None
 
 
 def all_subclasses(kind: type) -> set[Any]:

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcast.gateway import gate as gate_module
+from kvcast.gateway.admission import HELD_BYTES, Admission
+from kvcast.gateway.config import State
 from kvcast.gateway.gate import NOTICED_WITHIN_SECONDS, SENT_AT_MOST, Gate, GateLimits, ModelDiedError, UnansweredError
-from kvcast.gateway.passage import HELD_BYTES, Passage
-from kvcast.gateway.state import State
-from kvcast.protocol.errors import DeadlineExceededError, KvcastError, TryAgainError
+from kvcast.protocol.errors import BusyError, DeadlineExceededError, InvalidRequestError, KvcastError, TryAgainError
 
 FOREVER = float("inf")
 MODEL = "ranker"
@@ -142,7 +142,7 @@ def test_an_error_of_tritons_is_an_answer_and_a_refusal_is_none():
         seconds: list[float] = []
         clock = iter(range(100))
         gate = Gate(GateLimits(in_flight=1, waiting=2), lambda: float(next(clock)), seconds.append)
-        for error, answers in ((ValueError, 1), (TryAgainError, 1), (ConnectionResetError, 1), (None, 2)):
+        for error, answers in ((InvalidRequestError, 1), (TryAgainError, 2), (None, 3)):
 
             async def send(left: float, error=error) -> str:
                 if error is not None:
@@ -152,6 +152,10 @@ def test_an_error_of_tritons_is_an_answer_and_a_refusal_is_none():
             with contextlib.nullcontext() if error is None else pytest.raises(error):
                 await gate.ask(MODEL, FOREVER, send)
             assert gate.counts.answered == len(seconds) == answers
+        gate.is_draining = True
+        with pytest.raises(TryAgainError, match="stopping"):
+            await gate.ask(MODEL, FOREVER, send)
+        assert gate.counts.answered == len(seconds) == 3
         assert all(each > 0 for each in seconds)
 
     run(scenario)
@@ -207,7 +211,7 @@ def test_what_cannot_be_made_in_time_is_refused_at_once(in_flight):
         await take_seconds(gate, triton, clock, 1.0)
         tasks = [start(gate, triton, str(index)) for index in range(in_flight + 5)]
         await settle()
-        with pytest.raises(DeadlineExceededError, match="busy: expected to take"):
+        with pytest.raises(BusyError, match="busy: expected to take"):
             await gate.ask(MODEL, in_flight + 5.0, triton.make_send("late"))
         in_time = start(gate, triton, "in time", 1.3 * (in_flight + 6))
         await settle()
@@ -514,41 +518,41 @@ def test_a_model_that_stays_broken_is_not_waited_for_without_end(monkeypatch):
 
 def test_the_bytes_that_are_held_are_bounded_and_given_back():
     async def run() -> None:
-        passage, triton = Passage(GateLimits()), Triton()
-        passage.follow(State(is_ready=True, release=1))
-        large = asyncio.create_task(passage.ask(MODEL, HELD_BYTES - 10, FOREVER, triton.make_send("large")))
+        admission, triton = Admission(GateLimits()), Triton()
+        admission.follow(State(is_ready=True, release_number=1))
+        large = asyncio.create_task(admission.ask(MODEL, HELD_BYTES - 10, FOREVER, triton.make_send("large")))
         await settle()
         with pytest.raises(TryAgainError, match="busy: 511 MiB of requests"):
-            await passage.ask(MODEL, 11, FOREVER, triton.make_send("refused"))
+            await admission.ask(MODEL, 11, FOREVER, triton.make_send("refused"))
         large.cancel()
         await settle()
-        assert passage.held_bytes == 0
-        gone = asyncio.create_task(passage.ask(MODEL, HELD_BYTES, FOREVER, make_stubborn_send(triton, "gone")))
+        assert admission.held_bytes == 0
+        gone = asyncio.create_task(admission.ask(MODEL, HELD_BYTES, FOREVER, make_stubborn_send(triton, "gone")))
         await settle()
         gone.cancel()
         await settle()
-        assert passage.held_bytes == HELD_BYTES, "Triton has it, and so has the guard"
+        assert admission.held_bytes == HELD_BYTES, "Triton has it, and so has the guard"
         triton.answer("gone")
         await settle()
-        assert passage.held_bytes == 0
+        assert admission.held_bytes == 0
         with pytest.raises(TryAgainError, match="starting"):
-            await Passage(GateLimits()).ask(MODEL, 1, FOREVER, triton.make_send("early"))
+            await Admission(GateLimits()).ask(MODEL, 1, FOREVER, triton.make_send("early"))
 
     asyncio.run(run())
 
 
 def test_a_death_elsewhere_changes_nothing():
     async def scenario() -> None:
-        passage, triton = Passage(GateLimits()), Triton()
-        passage.follow(State(is_ready=True, release=1))
+        admission, triton = Admission(GateLimits()), Triton()
+        admission.follow(State(is_ready=True, release_number=1))
         names = ("ranker", "ranker_resident", "user_encoder")
-        tasks = [asyncio.create_task(passage.ask(name, 100, FOREVER, triton.make_send(name))) for name in names]
+        tasks = [asyncio.create_task(admission.ask(name, 100, FOREVER, triton.make_send(name))) for name in names]
         await settle()
-        passage.follow(State(release=1, broken=("doc_fusion",), deaths={"doc_fusion": 1}))
+        admission.follow(State(release_number=1, broken=("doc_fusion",), deaths={"doc_fusion": 1}))
         await settle()
         assert triton.answers["ranker"].cancelled(), "doc_fusion is a step of it"
         assert triton.inside == 2
-        passage.follow(State(is_ready=True, release=1, deaths={"doc_fusion": 1}))
+        admission.follow(State(is_ready=True, release_number=1, deaths={"doc_fusion": 1}))
         await settle()
         assert triton.sent == [*names, "ranker"]
         for name in names:

@@ -8,7 +8,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from kvcast.protocol.tensors import MAX_BATCH_SIZE, MODELS, RANKER_RESIDENT, USER_ENCODER, ModelSpec, TensorSpec
-from kvcast.serving.options import CACHE_PARAMETERS, QUEUE_PARAMETERS, SESSION_PARAMETERS
+from kvcast.serving.options import CACHE_PARAMETERS, SESSION_PARAMETERS
 
 ROOT = Path(__file__).parents[2]
 MODEL_NAMES = {model.name: model for model in MODELS}
@@ -44,7 +44,7 @@ def test_config_says_what_the_contract_says(spec: ModelSpec):
     assert not config.HasField("response_cache"), "it stores errors"
     assert [group.kind for group in config.instance_group] == [model_config_pb2.ModelInstanceGroup.KIND_CPU]
     caches = CACHE_PARAMETERS if spec in (USER_ENCODER, RANKER_RESIDENT) else ()
-    assert set(config.parameters) == {*SESSION_PARAMETERS, *QUEUE_PARAMETERS, *caches}
+    assert set(config.parameters) == {*SESSION_PARAMETERS, *caches}
 
 
 def test_the_ensemble_feeds_every_input_of_its_steps():

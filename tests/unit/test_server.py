@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from kvcast.protocol.manifest import read_manifest
-from kvcast.server import ServerError, ServerSettings, TritonServer, shared_memory
+from kvcast.server import ServeConfig, ServerError, TritonServer, shared_memory
 from kvcast.server.__main__ import make_parser
 from kvcast.server.installation import find_installation
 from kvcast.server.log import Log
@@ -271,18 +271,19 @@ def test_a_parameter_is_found_however_it_is_written(tiny_repository, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"log_requests": 1.5}, "--log-requests: expected a share of 0 to 1, got 1.5"),
-        ({"shadow": -0.1}, "--shadow: expected a share of 0 to 1, got -0.1"),
-        ({"leave_seconds": -1}, "--leave-seconds: expected 0 or more"),
-        ({"drain_seconds": float("nan")}, "--drain-seconds: expected 0 or more"),
-        ({"in_flight": 0}, "--in-flight: expected 1 or more"),
-        ({"waiting": -1}, "--waiting: expected 0 or more"),
-        ({"leave_seconds": 3, "is_guarded": False}, "--leave-seconds: the guard does that: expected no --unguarded"),
-        ({"log_requests": 1, "is_guarded": False}, "--log-requests: the guard does that: expected no --unguarded"),
+        ({"log_requests": 1.5}, "--log-requests: expected `float` <= 1.0, got 1.5"),
+        ({"shadow": -0.1}, "--shadow: expected `float` >= 0.0, got -0.1"),
+        ({"leave_seconds": -1}, "--leave-seconds: expected `float` >= 0.0, got -1"),
+        ({"drain_seconds": float("nan")}, "--drain-seconds: expected `float` >= 0.0, got nan"),
+        ({"in_flight": 0}, "--in-flight: expected `int` >= 1, got 0"),
+        ({"waiting": -1}, "--waiting: expected `int` >= 0, got -1"),
+        ({"http_port": "x"}, "--http-port: expected `int`, got 'x'"),
+        ({"leave_seconds": 3, "is_guarded": False}, "--leave-seconds: the gateway does that: expected no --unguarded"),
+        ({"log_requests": 1, "is_guarded": False}, "--log-requests: the gateway does that: expected no --unguarded"),
     ],
 )
 def test_numbers_out_of_range_are_refused_before_anything_starts(tmp_path, changes, words):
-    settings = dataclasses.replace(ServerSettings(tmp_path), **changes)
+    settings = dataclasses.replace(ServeConfig(tmp_path), **changes)
     with pytest.raises(ServerError, match=re.escape(words)):
         TritonServer(settings).start()
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2
 
-from kvcast.gateway.shadow import WAITING_AT_MOST, Shadow, make_request
+from kvcast.gateway.shadow import WAITING_AT_MOST, Shadow
 from kvcast.protocol.tensors import CANDIDATES, HISTORY, RANKER_FULL, SCORES
+from tests.chaos.fuzzing import make_infer_request
 
 SCORED = np.array([[0.5, -1.0, 2.0]], np.float32)
 HISTORY_IDS, CANDIDATE_IDS = np.ones((1, 4, 2), np.int64), np.full((1, 3, 2), 7, np.int64)
@@ -24,12 +25,9 @@ def make_reply(scores: np.ndarray = SCORED) -> bytes:
 
 
 def make_ranking(model: str = "ranker", candidates: np.ndarray = CANDIDATE_IDS) -> Any:
-    inputs = {HISTORY.name: HISTORY_IDS, CANDIDATES.name: candidates}
-    header = {
-        "inputs": [{"name": name, "datatype": "INT64", "shape": list(ids.shape)} for name, ids in inputs.items()],
-        "outputs": [{"name": "scores"}],
-    }
-    return make_request(model, header, [ids.tobytes() for ids in inputs.values()])
+    request = make_infer_request(model, {HISTORY.name: ("INT64", HISTORY_IDS), CANDIDATES.name: ("INT64", candidates)})
+    request.outputs.add(name=SCORES.name)
+    return request
 
 
 class Triton:
@@ -41,7 +39,7 @@ class Triton:
         self.release = "one"
         self.switches_to = ""
 
-    async def send(self, message: bytes, seconds: float) -> bytes:
+    async def send(self, message: bytes) -> bytes:
         self.asked.append(service_pb2.ModelInferRequest.FromString(message))
         await asyncio.sleep(0)
         reply = self.replies[min(len(self.asked), len(self.replies)) - 1]
@@ -71,7 +69,7 @@ def test_the_share_is_what_is_chosen():
     assert not any(triton.make_shadow().chooses(name) for name in ("ranker_full", "user_encoder", "doc_fusion", "x"))
 
 
-def test_a_ranking_is_scored_again_by_the_traditional_scheme():
+def test_a_ranking_is_scored_again_by_full_recomputation():
     triton = Triton(SCORED + 1e-6)
 
     async def scenario() -> None:
@@ -87,19 +85,6 @@ def test_a_ranking_is_scored_again_by_the_traditional_scheme():
     assert [tensor.name for tensor in asked.inputs] == [HISTORY.name, CANDIDATES.name]
     assert list(asked.raw_input_contents) == [HISTORY_IDS.tobytes(), CANDIDATE_IDS.tobytes()]
     assert [output.name for output in asked.outputs] == [SCORES.name]
-
-
-def test_without_the_reply_the_same_model_is_asked_too():
-    triton = Triton(SCORED, SCORED + 0.25)
-
-    async def scenario() -> None:
-        shadow = triton.make_shadow()
-        shadow.score_again(make_ranking("ranker_resident"), "one")
-        await shadow.finish()
-        assert shadow.largest_difference == pytest.approx(0.25)
-
-    run(scenario)
-    assert [asked.model_name for asked in triton.asked] == ["ranker_resident", RANKER_FULL.name]
 
 
 @pytest.mark.parametrize(

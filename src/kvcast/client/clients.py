@@ -17,16 +17,14 @@ import numpy.typing as npt
 from kvcast.client.ranking import Ranking
 from kvcast.client.retry import Answer, Deadline, Pause, Retries, RetryPolicy, Send, Steps
 from kvcast.client.transport import (
-    AsyncGrpcTransport,
-    AsyncHttpTransport,
     AsyncTransport,
     Call,
-    GrpcTransport,
-    HttpTransport,
     Protocol,
     Tensors,
     TlsOptions,
     Transport,
+    open_async_transport,
+    open_transport,
 )
 from kvcast.protocol.errors import InvalidRequestError, KvcastError, ServerFaultError, TryAgainError
 from kvcast.protocol.manifest import Manifest, parse_manifest
@@ -243,9 +241,7 @@ class RankerClient(_Settings):
     """Ranks candidates on one server; safe to use from several threads, and a context manager."""
 
     def _open(self) -> None:
-        self._transport: Transport = (
-            GrpcTransport(self._address, self._tls) if self._protocol == "grpc" else HttpTransport(self._address)
-        )
+        self._transport: Transport = open_transport(self._protocol, self._address, self._tls)
 
     def __enter__(self) -> Self:
         """Return the client."""
@@ -347,11 +343,7 @@ class AsyncRankerClient(_Settings):
     """
 
     def _open(self) -> None:
-        self._transport: AsyncTransport = (
-            AsyncGrpcTransport(self._address, self._tls)
-            if self._protocol == "grpc"
-            else AsyncHttpTransport(self._address)
-        )
+        self._transport: AsyncTransport = open_async_transport(self._protocol, self._address, self._tls)
 
     async def __aenter__(self) -> Self:
         """Return the client."""

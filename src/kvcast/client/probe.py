@@ -20,7 +20,14 @@ from kvcast.client.clients import DEFAULT_ADDRESSES, RankerClient
 from kvcast.client.ranking import Ranking
 from kvcast.client.retry import NO_RETRIES, Deadline
 from kvcast.client.transport import Protocol, TlsOptions
-from kvcast.protocol.errors import BusyError, DeadlineExceededError, KvcastError, ServerFaultError, TryAgainError
+from kvcast.protocol.errors import (
+    BusyError,
+    DeadlineExceededError,
+    ExpiredError,
+    KvcastError,
+    ServerFaultError,
+    TryAgainError,
+)
 from kvcast.protocol.manifest import Manifest
 from kvcast.protocol.schema import Field
 from kvcast.protocol.tensors import RANKER, SCORE_TOLERANCE
@@ -61,7 +68,7 @@ for Kubernetes, in the container of the server:
 
 Starting the command takes about a second more than the deadline: timeoutSeconds is longer by that. The canary waits in
 the server's queue like any request, and silence for the whole deadline is no sign of life: let the deadline of a
-liveness probe be longer than it takes to work off a full queue (max_waiting_requests in config.pbtxt).
+liveness probe be longer than it takes to work off a full queue (`kvcast serve --waiting`).
 """
 
 
@@ -124,10 +131,10 @@ class Probe:
     def _judge(self, error: KvcastError) -> Finding:
         # The line names the server already; and what was left of the deadline at the end says nothing.
         why = str(error).removeprefix(f"{self.address}: ")
+        if isinstance(error, BusyError | ExpiredError):
+            return Finding(Health.BUSY, why)
         if isinstance(error, DeadlineExceededError):
             return Finding(Health.NOT_READY, f"no answer within {self.deadline:g} s")
-        if isinstance(error, BusyError):
-            return Finding(Health.BUSY, why)
         return Finding(Health.NOT_READY if isinstance(error, TryAgainError) else Health.BROKEN, why)
 
     def run_until_ready(self, seconds: float, *, live: bool = False) -> Finding:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from kvcast.client.transport import Call, Tensors
-from kvcast.protocol.errors import DeadlineExceededError, TryAgainError
+from kvcast.protocol.errors import DeadlineExceededError, ExpiredError, TryAgainError
 
 Clock = Callable[[], float]
 Result = TypeVar("Result")
@@ -188,23 +188,27 @@ class Retries:
             attempts += 1
             try:
                 outputs = yield Send(call, deadline.left)
-            except DeadlineExceededError as error:
-                raise self._miss(deadline, attempts) from error
             except TryAgainError as error:
-                pause = self._choose_pause(attempts, deadline)
-                if once or pause is None:
-                    if attempts == 1:
-                        raise
-                    raise type(error)(f"{error} ({attempts} attempts)") from error
+                pause = self._choose_pause(error, attempts, deadline, once=once)
+                if pause is None:
+                    raise self._conclude(error, attempts, deadline) from error.__cause__
             else:
                 return Answer(outputs, attempts, deadline.passed - first_sent)
             yield Pause(pause)
 
-    def _choose_pause(self, attempts: int, deadline: Deadline) -> float | None:
+    def _choose_pause(self, error: TryAgainError, attempts: int, deadline: Deadline, *, once: bool) -> float | None:
         """Return the seconds to wait before sending again, None if it must not be sent again."""
+        if once or isinstance(error, DeadlineExceededError):
+            return None
         pause = self._draw() * self.policy.limit_pause(attempts)
         left = min(deadline.left, self.policy.seconds - deadline.passed)
         return pause if pause < left and self._budget.withdraw() else None
+
+    def _conclude(self, error: TryAgainError, attempts: int, deadline: Deadline) -> TryAgainError:
+        """Return the error that ends a call: the last attempt's, which says how many there were."""
+        if isinstance(error, DeadlineExceededError):
+            return error if isinstance(error, ExpiredError) else self._miss(deadline, attempts)
+        return error if attempts == 1 else type(error)(f"{error} ({attempts} attempts)")
 
     def _miss(self, deadline: Deadline, attempts: int) -> DeadlineExceededError:
         sent = f" ({attempts} attempts)" if attempts > 1 else ""

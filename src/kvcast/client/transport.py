@@ -1,31 +1,19 @@
-"""One inference over tritonclient, in its four forms: gRPC or HTTP, sync or asyncio.
+"""What all transports share: one inference as a `Call`, and errors by status code and reason.
 
-All four take and return the same thing and raise the same errors, whatever their library's own habits. A transport
-knows tensors by name; it does not know what is ranked.
+A transport knows tensors by name and raises `KvcastError`s, whatever its library's own habits. Those of gRPC and HTTP
+are imported when they are used: `open_transport`, `open_async_transport`.
 """
 
 import abc
-import asyncio
-import http.client
-import threading
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
-import aiohttp
-import gevent  # type: ignore[import-untyped]
-import numpy as np
 import numpy.typing as npt
-import tritonclient.grpc
-import tritonclient.grpc.aio
-import tritonclient.http
-import tritonclient.http.aio
-from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from kvcast.protocol.errors import (
+    ERRORS,
     BusyError,
     DeadlineExceededError,
     InvalidRequestError,
@@ -33,50 +21,29 @@ from kvcast.protocol.errors import (
     ServerFaultError,
     TryAgainError,
 )
-from kvcast.protocol.routing import ROUTING_HEADER
 
 Protocol = Literal["grpc", "http"]
 Tensors = dict[str, npt.NDArray[Any]]
 
-# Connections of one asyncio HTTP client: as many requests as may be in flight at once.
-HTTP_CONNECTIONS = 64
-
-# The part of the caller's deadline that a request may not spend in the server's queue: the refusal has to be back
-# before the caller stops listening, who else hears nothing at all from a busy server.
+# The part of the caller's deadline that a request may not spend in the server's queue: a refusal has to arrive before
+# the caller stops listening.
 REFUSAL_SHARE = 0.1
-
-# gRPC's own pause before connecting again grows to two minutes; a server that was restarted is back in seconds.
-# These replace tritonclient's arguments, so they repeat its sizes: -1 is any.
-CHANNEL_ARGUMENTS = [
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-]
-
-# How each protocol spells what went wrong. Everything that is not listed is the server's fault.
-ERRORS_BY_STATUS: dict[str, type[KvcastError]] = {
-    **{f"StatusCode.{error.kind.grpc_status}": error for error in (InvalidRequestError, TryAgainError)},
-    **{str(error.kind.http_status): error for error in (InvalidRequestError, TryAgainError)},
-    "StatusCode.RESOURCE_EXHAUSTED": InvalidRequestError,  # a message larger than the server takes
-    "StatusCode.CANCELLED": TryAgainError,
-    "StatusCode.DEADLINE_EXCEEDED": DeadlineExceededError,
-    "413": InvalidRequestError,
-    "429": BusyError,
-    "499": DeadlineExceededError,
+MICROSECONDS = 1e6
+# What a status means that comes without a reason, as from a proxy, from gRPC itself, or from Triton without a gateway.
+# Everything that is not listed is the server's fault.
+ERRORS_BY_STATUS: dict[str | int, type[KvcastError]] = {
+    "INVALID_ARGUMENT": InvalidRequestError,
+    "RESOURCE_EXHAUSTED": InvalidRequestError,  # gRPC's own, of a message that is too large
+    "UNAVAILABLE": TryAgainError,
+    "CANCELLED": TryAgainError,
+    "DEADLINE_EXCEEDED": DeadlineExceededError,
+    400: InvalidRequestError,
+    413: InvalidRequestError,
+    429: BusyError,
+    502: TryAgainError,
+    503: TryAgainError,
+    504: DeadlineExceededError,
 }
-
-# What passes, although Triton 2.51 gives it the status of what does not (INTERNAL, NOT_FOUND): words of its messages,
-# and what they mean. A model that it was never told of "is not found".
-PASSING_WORDS = {
-    "is not healthy": "the model's process has died",  # Stub process 'ranker_resident_0_0' is not healthy.
-    "has no available versions": "it is being replaced, or was unloaded",  # …unknown model: 'ranker' has no available…
-    "is not at ready state": "it is being replaced",  # …unknown model: 'ranker' version 1 is not at ready state
-    "is not ready": "it is being replaced",
-    "Server is stopping": "it is about to end",
-}
-# What a model says that has too much to do (`kvcast.serving.backlog`); an ensemble puts its own name before it.
-BUSY_WORDS = ("busy: ", "not computed: ")
 
 
 @dataclass(frozen=True)
@@ -102,15 +69,6 @@ class TlsOptions:
         for name, path in vars(self).items():
             if path is not None and not Path(path).is_file():
                 raise ValueError(f"tls: expected {name} to be a file, got {str(path)!r}")
-
-    def to_arguments(self) -> dict[str, Any]:
-        """Return the arguments of tritonclient's gRPC clients."""
-        files = {
-            "root_certificates": self.ca_file,
-            "certificate_chain": self.certificate_file,
-            "private_key": self.key_file,
-        }
-        return {"ssl": True, **{name: str(path) for name, path in files.items() if path is not None}}
 
 
 @dataclass(frozen=True)
@@ -159,195 +117,70 @@ class AsyncTransport(abc.ABC):
         """Close the connections."""
 
 
-class GrpcTransport(Transport):
-    """gRPC: one channel, which multiplexes all threads."""
+def open_transport(protocol: Protocol, address: str, tls: TlsOptions | None = None) -> Transport:
+    """Return the sync transport of a protocol; nothing is sent yet."""
+    if protocol == "grpc":
+        from kvcast.client.grpc_transport import GrpcTransport  # noqa: PLC0415 a caller of HTTP needs no gRPC
 
-    def __init__(self, address: str, tls: TlsOptions | None = None) -> None:
-        self._address = address
-        self._client = tritonclient.grpc.InferenceServerClient(address, **_make_channel(tls))
+        return GrpcTransport(address, tls)
+    from kvcast.client.http_transport import HttpTransport  # noqa: PLC0415 nor the other way round
 
-    def infer(self, call: Call, deadline: float) -> Tensors:
-        """Run one inference."""
-        arguments = _make_arguments(tritonclient.grpc, call, deadline)
-        try:
-            reply = self._client.infer(call.model, **arguments, client_timeout=deadline)
-        except Exception as error:
-            raise translate(error, self._address, deadline) from error
-        return _read_outputs(reply, call.outputs)
-
-    def close(self) -> None:
-        """Close the channel."""
-        self._client.close()
+    return HttpTransport(address)
 
 
-class HttpTransport(Transport):
-    """HTTP: tritonclient's client is not thread-safe, so each thread has one of its own."""
+def open_async_transport(protocol: Protocol, address: str, tls: TlsOptions | None = None) -> AsyncTransport:
+    """Return the asyncio transport of a protocol; nothing is sent yet."""
+    if protocol == "grpc":
+        from kvcast.client.grpc_transport import AsyncGrpcTransport  # noqa: PLC0415 a caller of HTTP needs no gRPC
 
-    def __init__(self, address: str) -> None:
-        self._address = address
-        self._local = threading.local()
-        # Weakly: a client goes, and its connection with it, when its thread ends.
-        self._clients: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._lock = threading.Lock()
+        return AsyncGrpcTransport(address, tls)
+    from kvcast.client.http_transport import AsyncHttpTransport  # noqa: PLC0415 nor the other way round
 
-    def infer(self, call: Call, deadline: float) -> Tensors:
-        """Run one inference."""
-        arguments = _make_arguments(tritonclient.http, call, deadline)
-        client = self._get_client()
-        try:
-            # tritonclient fixes a timeout when it connects, and for each read of a socket. This one is the whole
-            # exchange's, and another one each time, on the same connection.
-            with gevent.Timeout(deadline, TimeoutError()):
-                reply = client.infer(call.model, **arguments)
-        except Exception as error:
-            if not isinstance(error, InferenceServerException):
-                self._drop_client()  # an answer may still be on its way in: nobody else's
-            raise translate(error, self._address, deadline) from error
-        return _read_outputs(reply, call.outputs)
-
-    def close(self) -> None:
-        """Close the connections of all threads."""
-        with self._lock:
-            clients = list(self._clients)
-            self._clients.clear()
-        for client in clients:
-            client.close()
-        self._local = threading.local()
-
-    def _get_client(self) -> Any:
-        """Return this thread's client."""
-        client: Any = getattr(self._local, "client", None)
-        if client is None:
-            client = tritonclient.http.InferenceServerClient(
-                self._address, connection_timeout=None, network_timeout=None
-            )
-            with self._lock:
-                self._clients.add(client)
-            self._local.client = client
-        return client
-
-    def _drop_client(self) -> None:
-        """Close this thread's connection; its next call makes another."""
-        client: Any = self._local.__dict__.pop("client", None)
-        if client is not None:
-            with self._lock:
-                self._clients.discard(client)
-            client.close()
+    return AsyncHttpTransport(address)
 
 
-class AsyncGrpcTransport(AsyncTransport):
-    """gRPC for asyncio."""
+def make_error(status: str | int, reason: str, message: str, address: str, deadline: float) -> KvcastError:
+    """Return the error that an answer is.
 
-    def __init__(self, address: str, tls: TlsOptions | None = None) -> None:
-        self._address = address
-        self._client = tritonclient.grpc.aio.InferenceServerClient(address, **_make_channel(tls))
-
-    async def infer(self, call: Call, deadline: float) -> Tensors:
-        """Run one inference."""
-        arguments = _make_arguments(tritonclient.grpc, call, deadline)
-        try:
-            reply = await self._client.infer(call.model, **arguments, client_timeout=deadline)
-        except Exception as error:
-            raise translate(error, self._address, deadline) from error
-        return _read_outputs(reply, call.outputs)
-
-    async def close(self) -> None:
-        """Close the channel."""
-        await self._client.close()
-
-
-class AsyncHttpTransport(AsyncTransport):
-    """HTTP for asyncio."""
-
-    def __init__(self, address: str) -> None:
-        self._address = address
-        self._client = tritonclient.http.aio.InferenceServerClient(
-            address, conn_limit=HTTP_CONNECTIONS, conn_timeout=24 * 3600
-        )
-
-    async def infer(self, call: Call, deadline: float) -> Tensors:
-        """Run one inference."""
-        arguments = _make_arguments(tritonclient.http, call, deadline)
-        try:
-            async with asyncio.timeout(deadline):
-                reply = await self._client.infer(call.model, **arguments)
-        except Exception as error:
-            raise translate(error, self._address, deadline) from error
-        return _read_outputs(reply, call.outputs)
-
-    async def close(self) -> None:
-        """Close the connections."""
-        await self._client.close()
-
-
-def translate(error: Exception, address: str, deadline: float) -> KvcastError:
-    """Return the error of our own that says whose move it is."""
-    if isinstance(error, KvcastError):
-        return error
-    if isinstance(error, InferenceServerException):
-        return _translate_status(str(error.status()), str(error.message()), address, deadline)
-    if isinstance(error, TimeoutError):
-        return _miss_deadline(address, deadline)
-    if isinstance(error, (OSError, aiohttp.ClientConnectionError, http.client.HTTPException)):
-        return _miss_server(address, str(error))
-    return ServerFaultError(f"{address}: unusable answer ({type(error).__name__}: {error})")
-
-
-def _translate_status(status: str, message: str, address: str, deadline: float) -> KvcastError:
-    kind = ERRORS_BY_STATUS.get(status, ServerFaultError)
+    Args:
+        status: name of the gRPC status, or HTTP's number.
+        reason: the server's machine-readable one; empty where there is none.
+        message: the server's.
+        address: of the server.
+        deadline: seconds that were asked for.
+    """
+    kind = ERRORS.get(reason) or ERRORS_BY_STATUS.get(status, ServerFaultError)
     if kind is InvalidRequestError:
         return kind(message)
-    if kind is DeadlineExceededError:
-        return _miss_deadline(address, deadline)
-    if kind is TryAgainError:
-        return _translate_absence(message, address)
-    for words, meaning in PASSING_WORDS.items():
-        if words in message:
-            return TryAgainError(f"{address}: {message}: {meaning}")
+    if kind is DeadlineExceededError and not reason:
+        return miss_deadline(address, deadline)
+    if kind is TryAgainError and not reason and "failed to connect" in message:  # gRPC's words
+        return miss_server(address, message)
     hint = ": is it among the server's MODELS?" if "unknown model" in message else ""
     return kind(f"{address}: {message}{hint}")
 
 
-def _translate_absence(message: str, address: str) -> TryAgainError:
-    """Return what to make of a server that is busy or away."""
-    if any(words in message for words in BUSY_WORDS):
-        return BusyError(f"{address}: {message}")
-    # gRPC's words.
-    return _miss_server(address, message) if "failed to connect" in message else TryAgainError(f"{address}: {message}")
-
-
-def _miss_server(address: str, reason: str) -> TryAgainError:
+def miss_server(address: str, reason: str) -> TryAgainError:
+    """Return the error of a connection that could not be made."""
     return TryAgainError(f"{address}: no connection ({reason}): is the server up, and is this its port?")
 
 
-def _miss_deadline(address: str, deadline: float) -> DeadlineExceededError:
+def miss_deadline(address: str, deadline: float) -> DeadlineExceededError:
+    """Return the error of an answer that did not come."""
     return DeadlineExceededError(f"{address}: no answer within the deadline of {deadline:g} s")
 
 
-def _make_channel(tls: TlsOptions | None) -> dict[str, Any]:
-    """Return the arguments that both gRPC clients are made with."""
-    return {"channel_args": CHANNEL_ARGUMENTS, **(tls.to_arguments() if tls else {})}
+def limit_queueing(deadline: float) -> int:
+    """Return the microseconds that a request may spend in the server's queue."""
+    return max(1, int((1 - REFUSAL_SHARE) * deadline * MICROSECONDS))
 
 
-def _make_arguments(library: ModuleType, call: Call, deadline: float) -> dict[str, Any]:
-    """Return the arguments of `infer` that all four clients share."""
-    waiting = (1 - REFUSAL_SHARE) * deadline
-    tensors = []
-    for name, array in call.inputs.items():
-        tensor = library.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
-        tensor.set_data_from_numpy(np.ascontiguousarray(array))
-        tensors.append(tensor)
-    return {
-        "inputs": tensors,
-        "outputs": [library.InferRequestedOutput(name) for name in call.outputs],
-        "parameters": dict(call.parameters) or None,
-        "headers": {ROUTING_HEADER: call.routing_key} if call.routing_key is not None else None,
-        "timeout": max(1, int(waiting * 1e6)),  # microseconds in the server's queue
-    }
+def read_outputs(reply: Any, outputs: Sequence[str]) -> Tensors:
+    """Return the outputs of tritonclient's `InferResult` by name.
 
-
-def _read_outputs(reply: Any, outputs: Sequence[str]) -> Tensors:
-    """Return the outputs by name; Triton can answer OK without them (a cached error, a numpy 2 stub)."""
+    Raises:
+        ServerFaultError: one is missing: Triton can answer OK without it (a cached error, a numpy 2 stub).
+    """
     arrays = {name: reply.as_numpy(name) for name in outputs}
     missing = [name for name, array in arrays.items() if array is None]
     if missing:

@@ -1,6 +1,7 @@
-"""What stands before Triton: checks what comes, lets in what can be answered in time, and says what is true of health.
+"""The gateway before Triton: checks, admission control, retries when a model process dies, true health, drain.
 
-One process for HTTP, gRPC and metrics. `http_proxy` and `grpc_proxy` speak the protocols, `inference_body` checks a
-body, `gate` decides who may go in, `passage` is what both share, `shadow` has a share of the answers checked. It knows
-KServe's protocol; it does not know how a server is started or what a model computes.
+One process for HTTP, gRPC and metrics. `http_server` and `grpc_server` speak the protocols, `http_inference` turns a
+body into gRPC's message, `inference` is the one way of a request, `admission` and `gate` decide what is let in,
+`triton` and `errors` are Triton's side, `shadow` and `request_log` take their share. `config` is shared with the
+launcher.
 """

@@ -1,125 +1,106 @@
-"""`python -m kvcast.gateway`: stand before one tritonserver, on three addresses; `kvcast serve` starts it."""
+"""`python -m kvcast.gateway`: one gateway process before one tritonserver, on three addresses.
+
+`kvcast serve` starts it and hands it a socket, from which it reads its `GatewayConfig`, and then a `State` whenever
+that changes. The socket's end means that the launcher has ended.
+"""
 
 import argparse
 import asyncio
 import contextlib
 import functools
-import math
-import os
+import logging
 import signal
+import socket
 import ssl
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 
 import aiohttp
 import grpc
 from aiohttp import web
 
+from kvcast.gateway.admission import Admission
+from kvcast.gateway.config import LOOPBACK, Event, GatewayConfig, ServeConfig, State, decode_line, encode_line
 from kvcast.gateway.gate import GateLimits
-from kvcast.gateway.grpc_proxy import GrpcProxy, open_server
-from kvcast.gateway.http_proxy import CONNECT_SECONDS, KEEP_ALIVE_SECONDS, READY_PATH, GuardServer, HttpProxy
+from kvcast.gateway.grpc_server import GrpcServer, open_server
+from kvcast.gateway.http_server import CONNECT_SECONDS, KEEP_ALIVE_SECONDS, GatewayServer, HttpServer
+from kvcast.gateway.inference import InferencePath
 from kvcast.gateway.metrics import MetricsPage
-from kvcast.gateway.passage import Passage
 from kvcast.gateway.request_log import RequestLog
 from kvcast.gateway.shadow import Shadow
-from kvcast.gateway.state import State
-from kvcast.gateway.wording import say
+from kvcast.gateway.triton import Triton
 
-HEADER_VARIABLE = "KVCAST_GUARD_HEADER"
-# How often the launcher's word is read.
 LOOK_SECONDS = 0.02
-PARENT_CHECK_SECONDS = 1
-# A body that is still coming when the guard is told to stop.
+# For a body that is still coming when the gateway is told to stop.
 LAST_BODY_SECONDS = 5
 
-
-def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m kvcast.gateway",
-        description="Stand before one tritonserver: check HTTP bodies, bound the queue, hold requests back while a "
-        "model process is replaced, tell the truth about health, drain on SIGTERM. `kvcast serve` starts it.",
-    )
-    for name, what in (("http", "HTTP"), ("grpc", "gRPC"), ("metrics", "Prometheus")):
-        parser.add_argument(f"--{name}", type=read_address, required=True, metavar="HOST:PORT", help=f"{what} is here")
-        parser.add_argument(f"--upstream-{name}", type=read_address, required=True, metavar="HOST:PORT")
-    parser.add_argument("--state", type=Path, required=True, metavar="FILE", help="what the launcher says, JSON")
-    parser.add_argument("--leave-seconds", type=float, default=0.0, metavar="SECONDS")
-    parser.add_argument("--drain-seconds", type=float, default=30.0, metavar="SECONDS")
-    parser.add_argument("--in-flight", type=int, default=16, metavar="N", help="requests to a model that Triton holds")
-    parser.add_argument("--waiting", type=int, default=256, metavar="N", help="requests to a model that may wait")
-    parser.add_argument("--shadow", type=float, default=0.0, metavar="SHARE", help="rankings scored by ranker_full too")
-    parser.add_argument("--log-requests", type=float, default=0.0, metavar="SHARE", help="requests logged as JSON")
-    parser.add_argument("--tls-certificate", type=Path, metavar="FILE.pem")
-    parser.add_argument("--tls-key", type=Path, metavar="FILE.pem")
-    parser.add_argument("--tls-client-ca", type=Path, metavar="FILE.pem", help="callers must have a certificate of it")
-    return parser
+log = logging.getLogger("kvcast.gateway")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run until told to stop; return the exit status."""
-    arguments = make_parser().parse_args(argv)
+    parser = argparse.ArgumentParser(prog="python -m kvcast.gateway", description=__doc__)
+    parser.add_argument("control", type=int, metavar="FD", help="the launcher's socket, inherited")
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(format="kvcast gateway: %(message)s", stream=sys.stderr)
     try:
-        asyncio.run(serve(arguments))
-    except (OSError, ValueError) as error:
-        say(f"{error}")
+        asyncio.run(serve(socket.socket(fileno=arguments.control)))
+    except OSError as error:
+        log.error("%s", error)  # noqa: TRY400 one sentence
         return 1
     return 0
 
 
-async def serve(arguments: argparse.Namespace) -> None:
-    """Listen until told to stop, then answer who is there (SIGTERM), or refuse them (SIGINT: nobody could answer).
+async def serve(control: socket.socket) -> None:
+    """Listen until told to stop, then answer what is there (SIGTERM), or refuse it (SIGINT: no answer could come).
 
     Raises:
         OSError: an address cannot be bound, or a TLS file cannot be read.
-        ValueError: the header's variable is not name=value.
     """
     stop, hurry = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number, events in ((signal.SIGTERM, (stop,)), (signal.SIGINT, (stop, hurry))):
         loop.add_signal_handler(number, set_all, events)
+    reader, writer = await asyncio.open_connection(sock=control)
+    config = decode_line(await reader.readline(), GatewayConfig)
+    settings = config.serve
+    triton_http, triton_grpc, triton_metrics = (
+        f"{LOOPBACK}:{port}" for port in (config.triton_http_port, config.triton_grpc_port, config.triton_metrics_port)
+    )
     async with contextlib.AsyncExitStack() as stack:
         session = await stack.enter_async_context(open_session())
-        passage = Passage(GateLimits(arguments.in_flight, arguments.waiting))
-        passage.log = RequestLog(arguments.log_requests, functools.partial(print, flush=True))
-        grpc_proxy = GrpcProxy(join_address(arguments.upstream_grpc), passage)
-        stack.push_async_callback(grpc_proxy.close)
-        passage.shadow = Shadow(arguments.shadow, grpc_proxy.send_infer, lambda: passage.state.fingerprint)
-        http_proxy = HttpProxy(
-            join_address(arguments.upstream_http),
-            passage,
-            session,
-            read_header(os.environ.get(HEADER_VARIABLE)),
-        )
+        triton = Triton(triton_grpc)
+        stack.push_async_callback(triton.close)
+        admission = Admission(GateLimits(settings.in_flight, settings.waiting))
+        shadow = Shadow(settings.shadow, triton.infer, lambda: admission.state.release_id)
+        request_log = RequestLog(settings.log_requests, functools.partial(print, flush=True))
+        path = InferencePath(triton, admission, shadow, request_log)
+        http_server = HttpServer(triton_http, admission, path, session)
         metrics = MetricsPage(
-            passage,
-            session,
-            f"http://{join_address(arguments.upstream_metrics)}/metrics",
-            f"http://{join_address(arguments.upstream_http)}{READY_PATH}",
+            admission, shadow, session, f"http://{triton_metrics}/metrics", f"http://{triton_http}/v2/health/ready"
         )
-        grpc_server = await open_server(grpc_proxy, join_address(arguments.grpc), read_credentials(arguments))
-        runner = web.ServerRunner(GuardServer(http_proxy.answer, handler_cancellation=True), shutdown_timeout=1)
-        metrics_runner = web.ServerRunner(GuardServer(metrics.answer), shutdown_timeout=1)
+        grpc_server = await open_server(
+            GrpcServer(triton, admission, path), join_address(settings.host, settings.grpc_port), read_tls(settings)
+        )
+        runner = web.ServerRunner(GatewayServer(http_server.answer, handler_cancellation=True), shutdown_timeout=1)
+        metrics_runner = web.ServerRunner(GatewayServer(metrics.answer), shutdown_timeout=1)
         stack.push_async_callback(metrics_runner.cleanup)
         stack.push_async_callback(runner.cleanup)
         stack.push_async_callback(grpc_server.stop, grace=0.5)
-        await listen(runner, arguments.http, read_ssl(arguments))
-        await listen(metrics_runner, arguments.metrics, None)
-        following = asyncio.create_task(follow(arguments.state, passage))
-        print(f"kvcast guard: listening on {join_address(arguments.http)}, {join_address(arguments.grpc)}", flush=True)
-        parent = os.getppid()
-        await wait_for(stop, parent, math.inf)
-        passage.is_leaving = True
-        if not stop.is_set():
-            say("the process that started this one has ended")
-            hurry.set()
-        await wait_for(hurry, parent, arguments.leave_seconds)
-        passage.drain()
-        http_proxy.is_stopping = True
-        http_proxy.bodies.hurry(LAST_BODY_SECONDS)
-        await wait_until_idle(passage, http_proxy, 0 if hurry.is_set() else arguments.drain_seconds)
+        await listen(runner, settings.host, settings.http_port, read_ssl(settings))
+        await listen(metrics_runner, settings.host, settings.metrics_port, None)
+        writer.write(encode_line(Event.LISTENING))
+        following = asyncio.create_task(follow(reader, writer, admission, (stop, hurry)))
+        await stop.wait()
+        admission.is_leaving = True
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(hurry.wait(), settings.leave_seconds)
+        admission.drain()
+        http_server.is_stopping = True
+        http_server.bodies.hurry(LAST_BODY_SECONDS)
+        await wait_until_idle(admission, http_server, 0 if hurry.is_set() else settings.drain_seconds)
         following.cancel()
+        writer.close()
 
 
 def set_all(events: Iterable[asyncio.Event]) -> None:
@@ -137,103 +118,64 @@ def open_session() -> aiohttp.ClientSession:
     )
 
 
-async def listen(runner: web.ServerRunner, address: tuple[str, int], context: ssl.SSLContext | None) -> None:
+async def listen(runner: web.ServerRunner, host: str, port: int, context: ssl.SSLContext | None) -> None:
     """Listen with HTTP.
 
     Raises:
         OSError: the address cannot be bound.
     """
     await runner.setup()
-    await web.TCPSite(runner, *address, backlog=1024, ssl_context=context).start()
+    await web.TCPSite(runner, host, port, backlog=1024, ssl_context=context).start()
 
 
-async def follow(path: Path, passage: Passage) -> None:
-    """Read what the launcher says, whenever it says something new."""
-    seen: tuple[int, int] | None = None
-    while True:
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # what cannot be read now is read next
-            status = path.stat()
-            if seen != (status.st_mtime_ns, status.st_ino):
-                was_ready = passage.state.is_ready
-                passage.follow(State.read(path))
-                if passage.state.is_ready and not was_ready:
-                    print("kvcast guard: ready", flush=True)
-                seen = (status.st_mtime_ns, status.st_ino)
-        await asyncio.sleep(LOOK_SECONDS)
+async def follow(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, admission: Admission, at_end: Iterable[asyncio.Event]
+) -> None:
+    """Take in what the launcher says, until it has ended."""
+    with contextlib.suppress(ConnectionError):
+        while line := await reader.readline():
+            was_ready = admission.state.is_ready
+            admission.follow(decode_line(line, State))
+            if admission.state.is_ready and not was_ready:
+                writer.write(encode_line(Event.READY))
+    log.error("the process that started this one has ended")
+    set_all(at_end)
 
 
-async def wait_until_idle(passage: Passage, http_proxy: HttpProxy, seconds: float) -> None:
-    """Wait until everybody who was let in has an answer; refuse those who have none by then."""
+async def wait_until_idle(admission: Admission, http_server: HttpServer, seconds: float) -> None:
+    """Wait until every request that was let in has its answer; refuse those that have none by then."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
-            while not passage.is_idle or http_proxy.bodies.deadlines:
+            while not admission.is_idle or http_server.bodies.deadlines:
                 await asyncio.sleep(LOOK_SECONDS)
-    passage.give_up()
+    admission.give_up()
     await asyncio.sleep(LOOK_SECONDS)  # for the answers to leave
 
 
-async def wait_for(event: asyncio.Event, parent: int, seconds: float) -> None:
-    """Wait for an event, for so many seconds, or until the process that started this one has ended."""
-    deadline = asyncio.get_running_loop().time() + seconds
-    while os.getppid() == parent and not event.is_set():
-        left = deadline - asyncio.get_running_loop().time()
-        if left <= 0:
-            return
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(event.wait(), min(left, PARENT_CHECK_SECONDS))
-
-
-def read_credentials(arguments: argparse.Namespace) -> grpc.ServerCredentials | None:
+def read_tls(settings: ServeConfig) -> grpc.ServerCredentials | None:
     """Return what gRPC needs for TLS, None without TLS."""
-    if arguments.tls_certificate is None:
+    if settings.tls_certificate is None or settings.tls_key is None:
         return None
-    pair = (arguments.tls_key.read_bytes(), arguments.tls_certificate.read_bytes())
-    ca = arguments.tls_client_ca
+    pair = (settings.tls_key.read_bytes(), settings.tls_certificate.read_bytes())
+    ca = settings.tls_client_ca
     return grpc.ssl_server_credentials([pair], ca.read_bytes() if ca else None, require_client_auth=ca is not None)
 
 
-def read_ssl(arguments: argparse.Namespace) -> ssl.SSLContext | None:
+def read_ssl(settings: ServeConfig) -> ssl.SSLContext | None:
     """Return what HTTP needs for TLS, None without TLS."""
-    if arguments.tls_certificate is None:
+    if settings.tls_certificate is None:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(arguments.tls_certificate, arguments.tls_key)
-    if arguments.tls_client_ca:
-        context.load_verify_locations(arguments.tls_client_ca)
+    context.load_cert_chain(settings.tls_certificate, settings.tls_key)
+    if settings.tls_client_ca:
+        context.load_verify_locations(settings.tls_client_ca)
         context.verify_mode = ssl.CERT_REQUIRED
     return context
 
 
-def read_address(text: str) -> tuple[str, int]:
-    """Return host and port.
-
-    Raises:
-        argparse.ArgumentTypeError: it is not HOST:PORT.
-    """
-    host, _, port = text.rpartition(":")
-    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise argparse.ArgumentTypeError(f"expected HOST:PORT, got {text!r}")
-    return host.removeprefix("[").removesuffix("]"), int(port)
-
-
-def join_address(address: tuple[str, int]) -> str:
+def join_address(host: str, port: int) -> str:
     """Return `host:port`, an IPv6 host in brackets."""
-    host, port = address
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def read_header(text: str | None) -> tuple[str, str] | None:
-    """Return name and value of the header that the upstream asks for.
-
-    Raises:
-        ValueError: it is not name=value.
-    """
-    if not text:
-        return None
-    name, separator, value = text.partition("=")
-    if not separator or not name:
-        raise ValueError(f"{HEADER_VARIABLE}: expected name=value")
-    return name, value
 
 
 if __name__ == "__main__":

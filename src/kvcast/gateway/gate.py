@@ -1,9 +1,9 @@
-"""Who may go to Triton now, who waits, who is refused: one gate before all models, for both protocols.
+"""Admission control of one model, for both protocols: a request is sent to Triton, waits, or is refused.
 
-The queue that callers see is here, before the first model: bounded, first come first served, and honest about
-deadlines. Behind it Triton holds few requests, so that user KV between the steps of an ensemble cannot pile up. While
-a model's process is dead the gate keeps requests back, and sends those again that were with it: rankings change
-nothing, so sending one twice is safe. It knows requests as things to be awaited; it knows no protocol.
+The only bounded queue is here, before the first model: first come first served, with refusals as soon as a deadline
+cannot be met. Behind it Triton holds few requests, so that user KV between the steps of an ensemble cannot pile up.
+While a model's process is dead, requests wait, and those that were with it are sent again: a ranking changes nothing,
+so sending one twice is safe. A request is something to be awaited here, of no particular protocol.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from kvcast.protocol.errors import DeadlineExceededError, KvcastError, TryAgainError
+from kvcast.protocol.errors import BusyError, DeadlineExceededError, ExpiredError, TryAgainError
 
 Reply = TypeVar("Reply")
 
@@ -65,6 +65,11 @@ class _Place:
     """One request that was let through; `sending`: what Triton has of it."""
 
     sending: asyncio.Future[Any] | None = None
+
+    def has_answered_with(self, error: Exception) -> bool:
+        """Whether an error is Triton's answer, and no refusal."""
+        sending = self.sending
+        return sending is not None and sending.done() and not sending.cancelled() and sending.exception() is error
 
 
 class Gate:
@@ -144,10 +149,9 @@ class Gate:
         place = _Place()
         try:
             reply = await self._send(model, deadline, send, place)
-        except (KvcastError, ConnectionError):
-            raise
-        except Exception:
-            self._count_answer(begun)  # an error of Triton's, in the words of its protocol, is an answer too
+        except Exception as error:
+            if place.has_answered_with(error):
+                self._count_answer(begun)
             raise
         finally:
             self._leave_place(place)
@@ -169,7 +173,7 @@ class Gate:
             self._start()
             return
         if len(self._waiting) >= self.limits.waiting:
-            raise self.count_refusal("full", TryAgainError(f"busy: {len(self._waiting)} requests are waiting already"))
+            raise self.count_refusal("full", BusyError(f"busy: {len(self._waiting)} requests are waiting already"))
         self._check_time(deadline, self.in_flight + len(self._waiting))
         turn = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
@@ -229,13 +233,15 @@ class Gate:
         """Refuse what cannot be answered in time after the others; one alone goes in, since the estimate may be old."""
         expected = MARGIN * self._seconds_an_answer * (ahead + 1)
         left = deadline - self._clock()
+        if left <= 0:
+            raise self._miss()
         if ahead and expected > left:
             message = f"busy: expected to take {expected:.2f} s, and the caller's deadline is in {max(left, 0):.2f} s"
-            raise self.count_refusal("deadline", DeadlineExceededError(message))
+            raise self.count_refusal("deadline", BusyError(message))
 
     def _miss(self) -> TryAgainError:
         message = "not computed: the caller's deadline passed while the request waited"
-        return self.count_refusal("deadline", DeadlineExceededError(message))
+        return self.count_refusal("deadline", ExpiredError(message))
 
     def count_refusal(self, why: str, error: TryAgainError) -> TryAgainError:
         """Count a refusal, and return the error that says it."""

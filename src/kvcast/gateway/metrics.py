@@ -1,4 +1,4 @@
-"""The guard's own metrics, and Triton's, at one address for Prometheus."""
+"""The gateway's own metrics, and Triton's, at one address for Prometheus."""
 
 import asyncio
 import shutil
@@ -10,7 +10,8 @@ from prometheus_client import CollectorRegistry, ProcessCollector, disable_creat
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from kvcast.gateway.passage import Passage
+from kvcast.gateway.admission import Admission
+from kvcast.gateway.shadow import Shadow
 from kvcast.protocol.tensors import EXPORTED_MODELS
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -18,12 +19,11 @@ ASK_SECONDS = 5
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 where Triton keeps what goes between processes
 
 
-class GuardMetrics(Collector):
+class GatewayMetrics(Collector):
     """Reads the gates, the shadow and the state when Prometheus asks."""
 
-    def __init__(self, passage: Passage) -> None:
-        """Take note of what to read."""
-        self._passage = passage
+    def __init__(self, admission: Admission, shadow: Shadow) -> None:
+        self._admission, self._shadow = admission, shadow
         self.triton_is_ready = False
 
     def collect(self) -> Iterable[Metric]:
@@ -31,13 +31,15 @@ class GuardMetrics(Collector):
         yield from self._collect_gates()
         yield from self._collect_shadow()
         yield from collect_shared_memory()
-        state = self._passage.state
+        state = self._admission.state
         yield GaugeMetricFamily(
             "kvcast_ready",
             "1 if the server is ready, as a probe would be told",
-            value=float(self.triton_is_ready and not self._passage.explain_unready()),
+            value=float(self.triton_is_ready and not self._admission.explain_unready()),
         )
-        yield GaugeMetricFamily("kvcast_active_release", "Number of the release that is served", value=state.release)
+        yield GaugeMetricFamily(
+            "kvcast_active_release", "Number of the release that is served", value=state.release_number
+        )
         yield GaugeMetricFamily(
             "kvcast_refused_release", "Number of a release that failed its checks, else 0", value=state.refused_release
         )
@@ -52,13 +54,15 @@ class GuardMetrics(Collector):
         yield deaths
 
     def _collect_gates(self) -> Iterable[Metric]:
-        answered = CounterMetricFamily("kvcast_guard_answered", "Requests that Triton answered", labels=["model"])
-        refused = CounterMetricFamily("kvcast_guard_refused", "Requests not let in, by reason", labels=["model", "why"])
-        again = CounterMetricFamily("kvcast_guard_sent_again", "Requests sent again after a death", labels=["model"])
-        inside = GaugeMetricFamily("kvcast_guard_in_flight", "Requests that Triton has", labels=["model"])
-        waiting = GaugeMetricFamily("kvcast_guard_waiting", "Requests that wait for Triton", labels=["model"])
-        limit = GaugeMetricFamily("kvcast_guard_waiting_limit", "Requests that may wait for Triton", labels=["model"])
-        for model, gate in self._passage.gates.items():
+        answered = CounterMetricFamily("kvcast_gateway_answered", "Requests that Triton answered", labels=["model"])
+        refused = CounterMetricFamily(
+            "kvcast_gateway_refused", "Requests not let in, by reason", labels=["model", "why"]
+        )
+        again = CounterMetricFamily("kvcast_gateway_sent_again", "Requests sent again after a death", labels=["model"])
+        inside = GaugeMetricFamily("kvcast_gateway_in_flight", "Requests that Triton has", labels=["model"])
+        waiting = GaugeMetricFamily("kvcast_gateway_waiting", "Requests that wait for Triton", labels=["model"])
+        limit = GaugeMetricFamily("kvcast_gateway_waiting_limit", "Requests that may wait for Triton", labels=["model"])
+        for model, gate in self._admission.gates.items():
             limit.add_metric([model], gate.limits.waiting)
             answered.add_metric([model], gate.counts.answered)
             again.add_metric([model], gate.counts.sent_again)
@@ -69,9 +73,7 @@ class GuardMetrics(Collector):
         return answered, refused, again, inside, waiting, limit
 
     def _collect_shadow(self) -> Iterable[Metric]:
-        shadow = self._passage.shadow
-        if shadow is None:
-            return ()
+        shadow = self._shadow
         outcomes = CounterMetricFamily(
             "kvcast_shadow_requests", "Rankings scored again, by outcome", labels=["outcome"]
         )
@@ -79,7 +81,7 @@ class GuardMetrics(Collector):
             outcomes.add_metric([outcome], getattr(shadow, outcome))
         largest = GaugeMetricFamily(
             "kvcast_shadow_largest_difference",
-            "Largest difference of a score from the traditional scheme's since the start; alert above 1e-5",
+            "Largest difference of a score from that of full recomputation since the start; alert above 1e-5",
             value=shadow.largest_difference,
         )
         return outcomes, largest
@@ -98,21 +100,24 @@ def collect_shared_memory() -> Iterable[Metric]:
 class MetricsPage:
     """Answers Prometheus."""
 
-    def __init__(self, passage: Passage, session: aiohttp.ClientSession, upstream: str, health: str) -> None:
-        """Take note of Triton's addresses.
+    def __init__(
+        self, admission: Admission, shadow: Shadow, session: aiohttp.ClientSession, upstream: str, health: str
+    ) -> None:
+        """Register the gateway's metrics.
 
         Args:
-            passage: whose metrics are the guard's.
+            admission: what it admits.
+            shadow: what it scores again.
             session: with which Triton is asked.
             upstream: of its metrics, `http://host:port/metrics`.
             health: of its readiness.
         """
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a series of its own for when a histogram began
         self._registry = CollectorRegistry()
-        self._guard_metrics = GuardMetrics(passage)
-        self._registry.register(self._guard_metrics)
-        self._registry.register(passage.seconds)
-        ProcessCollector(registry=self._registry)  # of the guard: among others, when it started
+        self._own = GatewayMetrics(admission, shadow)
+        self._registry.register(self._own)
+        self._registry.register(admission.seconds)
+        ProcessCollector(registry=self._registry)  # of the gateway: among others, when it started
         self._session, self._upstream, self._health = session, upstream, health
 
     async def answer(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -120,7 +125,7 @@ class MetricsPage:
         if request.path != "/metrics":
             return web.Response(status=404, text="there is /metrics here\n")
         page, health = await asyncio.gather(self._read(self._upstream), self._read(self._health))
-        self._guard_metrics.triton_is_ready = health is not None
+        self._own.triton_is_ready = health is not None
         body = (page or b"") + generate_latest(self._registry)
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
 

@@ -1,8 +1,8 @@
-"""A share of the requests as JSON, a line each: what was asked, how it was answered, how long each part took.
+"""A share of the requests as JSON, a line each: what was asked, how it was answered, how long it took.
 
-No user data: sizes and times, never ids, histories, scores or routing keys. How a ranking was made only its models
-know, so those that are logged are asked for their reports, which are taken out of the reply again. A full pipe must not
-hold up callers: lines that nobody reads are dropped, and the next line says how many.
+No user data: sizes and times, never ids, histories, scores or routing keys. How a ranking was made its models say, in
+lines of their own with the same `request_id` (`serving/request_log.py`). A full pipe must not delay callers: lines that
+nobody reads are dropped, and the next line says how many.
 """
 
 import asyncio
@@ -13,36 +13,20 @@ import queue
 import random
 import re
 import secrets
-import struct
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import grpc.aio
-
-from kvcast.protocol.errors import ErrorKind, KvcastError, ServerFaultError
-from kvcast.protocol.report import Report
-from kvcast.protocol.tensors import (
-    CANDIDATES,
-    ENCODE_REPORT,
-    FUSE_REPORT,
-    HISTORY,
-    RANKER,
-    RANKER_RESIDENT,
-    REPORT_PARAMETER,
-    SCORES,
-)
+from kvcast.gateway.errors import spell
+from kvcast.protocol.errors import KvcastError
+from kvcast.protocol.tensors import CANDIDATES, HISTORY
 
 # Inputs whose second axis is a size worth telling, and how it is called.
 SIZES = {HISTORY.name: "events", CANDIDATES.name: "candidates"}
-REPORTS = (ENCODE_REPORT.name, FUSE_REPORT.name)
-# The models that say how they made a ranking.
-REPORTING = (RANKER.name, RANKER_RESIDENT.name)
 WAITING_LINES = 1000
 MAX_ID = 128
-CODES = {kind.http_status: kind.grpc_status for kind in ErrorKind} | {404: "NOT_FOUND", 413: "RESOURCE_EXHAUSTED"}
 TRACE_PARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
@@ -55,7 +39,6 @@ class Entry:
     sent: float = 0.0
     attempts: int = 0
     code: str = "OK"
-    reports: dict[str, str] = field(default_factory=dict)
 
     def describe(self, request_id: str, size: int, trace_parent: str, shapes: Mapping[str, Sequence[int]]) -> None:
         """Note what is asked.
@@ -94,14 +77,6 @@ class Entry:
             "seconds": round(now - self.started, 6),
             "gate_seconds": round((self.sent or now) - self.started, 6),
         }
-        if self.reports:
-            with contextlib.suppress(ServerFaultError):
-                report = Report.merge(*(self.reports[name] for name in REPORTS if name in self.reports))
-                line |= {
-                    "cache": str(report.cache),
-                    "encode_seconds": round(report.encode_seconds, 6),
-                    "fuse_seconds": round(report.fuse_seconds, 6),
-                }
         return json.dumps(line | ({"dropped_lines": dropped} if dropped else {}))
 
 
@@ -139,8 +114,7 @@ class RequestLog:
         try:
             yield entry
         except BaseException as error:
-            if entry.code == "OK":  # else who refused it has said how
-                entry.code = name_code(error)
+            entry.code = name_code(error)
             raise
         finally:
             self._put(entry, get_release())
@@ -157,41 +131,8 @@ class RequestLog:
             self._write(self._lines.get())
 
 
-def has_reports(model: str, parameters: Mapping[str, Any]) -> bool:
-    """Whether the reply to a request will have reports, asked for by whomever."""
-    return model in REPORTING and REPORT_PARAMETER in parameters
-
-
-def needs_reports(model: str, outputs: Collection[str], parameters: Collection[str]) -> bool:
-    """Whether a request's reports have to be asked for because of the log: its caller has not asked for them.
-
-    Args:
-        model: which it is for.
-        outputs: that are asked for; empty for all.
-        parameters: of the request, by name.
-    """
-    if model not in REPORTING or REPORT_PARAMETER in parameters:
-        return False
-    return not outputs or (SCORES.name in outputs and not set(REPORTS).intersection(outputs))
-
-
-def read_string(data: bytes | memoryview) -> str:
-    """Return the first string of a BYTES tensor as it travels: each is preceded by its length."""
-    (length,) = struct.unpack_from("<I", data)
-    return bytes(data[4 : 4 + length]).decode()
-
-
 def name_code(error: BaseException) -> str:
     """Return gRPC's name for what went wrong."""
     if isinstance(error, KvcastError):
-        return error.kind.grpc_status
-    if isinstance(error, grpc.aio.AioRpcError):
-        return str(error.code().name)
-    if isinstance(error, (asyncio.CancelledError, ConnectionError)):
-        return "CANCELLED"  # the caller has gone
-    return name_status(getattr(error, "status", 500))
-
-
-def name_status(status: int) -> str:
-    """Return gRPC's name for an HTTP status, of an answer that is no ranking."""
-    return "OK" if status < 400 else CODES.get(status, f"HTTP_{status}")
+        return spell(error)[0]
+    return "CANCELLED" if isinstance(error, asyncio.CancelledError | ConnectionError) else "INTERNAL"

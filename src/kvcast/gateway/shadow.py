@@ -1,14 +1,13 @@
 """A share of the rankings is scored again by `ranker_full`, off the caller's path, and the difference measured.
 
-This watches what no proof at export can see: the machine, the libraries and the caches that really serve. It knows
-KServe messages; it does not know when a release is switched, and is told which one is served.
+This watches what no proof at export can see: the machine, the libraries and the caches that really serve.
 """
 
 import asyncio
 import contextlib
 import math
 import random
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from kvcast.protocol.tensors import (
 )
 
 SHADOWED = (RANKER.name, RANKER_RESIDENT.name)
-# The traditional scheme is slow: a request that finds this many before it is not shadowed.
+# Full recomputation is slow: a request that finds this many before it is not shadowed.
 WAITING_AT_MOST = 4
 SCORED_WITHIN_SECONDS = 120.0
 # Models are switched to another release one after the other, and that is said when all have been: a difference counts
@@ -39,16 +38,16 @@ class Shadow:
     def __init__(
         self,
         share: float,
-        send: Callable[[bytes, float], Awaitable[bytes]],
+        send: Callable[[bytes], Awaitable[bytes]],
         get_release: Callable[[], str],
         draw: Callable[[], float] = random.random,
         settled_seconds: float = SETTLED_SECONDS,
     ) -> None:
-        """Take note of how many to choose.
+        """Start with nothing chosen.
 
         Args:
             share: the share of rankings that are scored again, 0 to 1.
-            send: sends a ModelInferRequest's bytes to Triton within so many seconds.
+            send: sends a ModelInferRequest's bytes to Triton and returns the reply's.
             get_release: returns what is served now; a comparison across a switch would mean nothing.
             draw: a random number, from 0 to below 1.
             settled_seconds: how long after a difference the release must not have been switched.
@@ -70,13 +69,13 @@ class Shadow:
         self.skipped += 1
         return False
 
-    def score_again(self, request: Any, release: str, reply: bytes | None = None) -> None:
+    def score_again(self, request: Any, release: str, reply: bytes) -> None:
         """Score a ranking that was chosen again, later.
 
         Args:
             request: a ModelInferRequest that has just been answered.
             release: what was served when it was sent.
-            reply: the bytes of its ModelInferResponse; None to have the same model asked again for it.
+            reply: the bytes of its ModelInferResponse.
         """
         if not asks_for_scores(request):
             return
@@ -89,7 +88,7 @@ class Shadow:
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _score_again(self, request: Any, release: str, reply: bytes | None) -> None:
+    async def _score_again(self, request: Any, release: str, reply: bytes) -> None:
         difference: float | None = None
         # Whatever goes wrong, callers have their answer; the count shows it.
         with contextlib.suppress(Exception):
@@ -105,14 +104,15 @@ class Shadow:
             self.scored += 1
             self.largest_difference = max(self.largest_difference, difference)
 
-    async def _measure(self, request: Any, reply: bytes | None) -> float:
+    async def _measure(self, request: Any, reply: bytes) -> float:
         """Return the largest difference of a score; infinity if one is no number.
 
         Raises:
             Exception: one of the two has no such scores, or does not answer.
         """
-        fast = read_scores(reply or await self._send(request.SerializeToString(), SCORED_WITHIN_SECONDS))
-        slow = read_scores(await self._send(make_full_request(request), SCORED_WITHIN_SECONDS))
+        fast = read_scores(reply)
+        async with asyncio.timeout(SCORED_WITHIN_SECONDS):
+            slow = read_scores(await self._send(make_full_request(request)))
         if slow.shape != fast.shape:
             raise ValueError(f"scores {slow.shape} and {fast.shape}")
         difference = float(np.abs(slow - fast).max())
@@ -133,17 +133,6 @@ def make_full_request(request: Any) -> bytes:
     full.raw_input_contents.extend(request.raw_input_contents)
     full.outputs.add(name=SCORES.name)
     return bytes(full.SerializeToString())
-
-
-def make_request(model: str, header: Mapping[str, Any], tensors: Iterable[bytes | memoryview]) -> Any:
-    """Return the ModelInferRequest of a checked HTTP body: its header, and the bytes of each input."""
-    message: Any = service_pb2.ModelInferRequest(model_name=model)
-    for each in header["inputs"]:
-        message.inputs.add(name=each["name"], datatype=each["datatype"], shape=each["shape"])
-    message.raw_input_contents.extend(bytes(tensor) for tensor in tensors)
-    for each in header.get("outputs", []):
-        message.outputs.add(name=each["name"])
-    return message
 
 
 def read_scores(reply: bytes) -> npt.NDArray[np.float32]:

@@ -43,13 +43,15 @@ MANIFEST = TensorSpec("manifest", "STRING", ("1",))
 ENCODE_REPORT = TensorSpec("encode_report", "STRING", ("1",))
 FUSE_REPORT = TensorSpec("fuse_report", "STRING", ("1",))
 
-# Request parameters, true or absent. A parameter of ours that is not listed is refused: it is a typing error.
+# Request parameters, true or absent. One with our prefix that is not listed is refused: it is a typing error.
 PARAMETER_PREFIX = "kvcast_"
 # Say how the reply was made, in the report tensors. An output that nobody asks for would change default replies.
 REPORT_PARAMETER = "kvcast_report"
 # To `ranker_resident` with N = 0: encode the history and keep its user KV; score nothing.
 PREFETCH_PARAMETER = "kvcast_prefetch"
-PARAMETERS = (REPORT_PARAMETER, PREFETCH_PARAMETER)
+# From the gateway alone: the id of a request that is logged. Each model that runs it writes a line of its own.
+LOG_PARAMETER = "kvcast_log"
+FLAGS = (REPORT_PARAMETER, PREFETCH_PARAMETER)
 
 USER_ENCODER = ModelSpec("user_encoder", (HISTORY,), (USER_KEYS, USER_VALUES, KV_ID, MANIFEST, ENCODE_REPORT))
 DOC_FUSION = ModelSpec("doc_fusion", (USER_KEYS, USER_VALUES, KV_ID, CANDIDATES), (SCORES, FUSE_REPORT))

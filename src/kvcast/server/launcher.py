@@ -1,6 +1,6 @@
-"""One tritonserver with its guard: started, watched until it is ready, kept whole, stopped with all that it started.
+"""One tritonserver with its gateway: started, watched until it is ready, kept whole, stopped with all that it started.
 
-Callers reach the guard (`kvcast.gateway`); Triton itself listens on ports of this machine alone that nobody is told.
+Callers reach the gateway (`kvcast.gateway`); Triton itself listens on ports of this machine alone that nobody is told.
 Binds to 127.0.0.1 unless told otherwise. Model control is explicit, and the APIs that change a server (repository,
 shared memory, logging, trace) ask for a key that is made anew at each start and lies in a file only its owner
 reads. Triton takes the key on its command line alone, so other users of the same machine can see it there.
@@ -10,16 +10,16 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from kvcast.protocol.errors import ArtefactError
+from kvcast.gateway.config import LOOPBACK, GatewayConfig, ServeConfig, State
+from kvcast.protocol.errors import ArtefactError, ConfigError
 from kvcast.protocol.tensors import RANKER_FULL
 from kvcast.server import shared_memory
 from kvcast.server.admin import Admin
-from kvcast.server.guard_process import GuardProcess
+from kvcast.server.gateway_process import GatewayProcess
 from kvcast.server.installation import ServerError
 from kvcast.server.releases import ReleaseStore
 from kvcast.server.repository import check_port, check_repository, count_shared_memory, expand_models, find_free_ports
@@ -27,56 +27,15 @@ from kvcast.server.supervisor import Supervisor
 from kvcast.server.triton_process import TritonProcess
 from kvcast.server.view import View, find_models
 
-LOOPBACK = "127.0.0.1"
 ADMIN_HEADER = "kvcast-admin-key"
 INFERENCE_HEADER = "kvcast-inference-key"
 RESTRICTED_APIS = "model-repository,shared-memory,logging,trace"
-# When the guard has gone nobody is with Triton any more, but for requests whose model process died: it never lets go
-# of those, and would wait for them.
+# When the gateway has ended Triton has no requests, but for those whose model process died: it never lets go of them,
+# and would wait for them.
 EXIT_TIMEOUT_SECONDS = 2
 KILL_AFTER_SECONDS = EXIT_TIMEOUT_SECONDS + 2
 # Opening a model checks its files' hashes and runs it once: minutes for gigabytes on a slow disk.
 STUB_TIMEOUT_SECONDS = 600
-
-
-@dataclass(frozen=True)
-class ServerSettings:
-    """What to serve and where.
-
-    config: the name that the export must have, None for any. is_guarded: False leaves Triton's own ports open, without
-    checks, gates, shadow or TLS. drain_seconds: how long requests may take that are there when the server is told to
-    stop. shadow: the share of rankings that `ranker_full` scores again. log_requests: the share of requests that are
-    logged as JSON. in_flight, waiting: requests to a model that Triton holds, and that wait for it. parameters: values
-    instead of those in the `config.pbtxt` of each model that has such a parameter. leave_seconds: how long a server
-    that is told to stop says so by its readiness alone, and still answers whoever comes, so that proxies look elsewhere
-    before anybody is refused. tls_*: files in PEM; with a client CA, callers must have a certificate of it.
-    """
-
-    repository: Path
-    models: list[str] = field(default_factory=lambda: ["ranker"])
-    config: str | None = None
-    host: str = LOOPBACK
-    http_port: int = 8000
-    grpc_port: int = 8001
-    metrics_port: int = 8002
-    start_timeout_seconds: float = 900
-    extra_flags: list[str] = field(default_factory=list)
-    is_guarded: bool = True
-    drain_seconds: float = 30
-    shadow: float = 0.0
-    log_requests: float = 0.0
-    in_flight: int = 16
-    waiting: int = 256
-    parameters: dict[str, str] = field(default_factory=dict)
-    leave_seconds: float = 0.0
-    tls_certificate: Path | None = None
-    tls_key: Path | None = None
-    tls_client_ca: Path | None = None
-
-    @property
-    def loaded_models(self) -> list[str]:
-        """The models that Triton loads: those asked for, and what the shadow needs."""
-        return list(dict.fromkeys([*self.models, *([RANKER_FULL.name] if self.shadow else [])]))
 
 
 class TritonServer:
@@ -85,7 +44,7 @@ class TritonServer:
     States: created → `start` → ready → `stop` → stopped. `stop` may be called in any of them, also twice.
     """
 
-    def __init__(self, settings: ServerSettings, log: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(self, settings: ServeConfig, log: Callable[[str], None] = lambda _: None) -> None:
         """Take note of what to serve.
 
         Args:
@@ -94,7 +53,7 @@ class TritonServer:
         """
         self.settings = settings
         self.supervisor: Supervisor | None = None
-        self._guard: GuardProcess | None = None
+        self._gateway: GatewayProcess | None = None
         self._log = log
         self._triton: TritonProcess | None = None
         self._workspace: Path | None = None
@@ -120,6 +79,11 @@ class TritonServer:
         self.stop()
 
     @property
+    def loaded_models(self) -> list[str]:
+        """The models that Triton loads: those asked for, and what the shadow needs."""
+        return list(dict.fromkeys([*self.settings.models, *([RANKER_FULL.name] if self.settings.shadow else [])]))
+
+    @property
     def http_address(self) -> str:
         """Host and port of the HTTP endpoint."""
         return f"{self.settings.host}:{self.settings.http_port}"
@@ -131,7 +95,7 @@ class TritonServer:
 
     @property
     def direct_grpc_address(self) -> str:
-        """Host and port of Triton's own gRPC endpoint, which goes around the guard."""
+        """Host and port of Triton's own gRPC endpoint, which goes around the gateway."""
         return f"{self._bind_host}:{self._ports[1]}"
 
     @property
@@ -157,9 +121,9 @@ class TritonServer:
         return self._triton.pid if self._triton is not None else 0
 
     @property
-    def guard_pid(self) -> int:
-        """The process id of the guard; 0 without one."""
-        return self._guard.pid if self._guard is not None else 0
+    def gateway_pid(self) -> int:
+        """The process id of the gateway; 0 without one."""
+        return self._gateway.pid if self._gateway is not None else 0
 
     def list_shared_memory(self) -> list[Path]:
         """Return the server's regions."""
@@ -171,9 +135,11 @@ class TritonServer:
         Raises:
             ServerError: something is missing, or the server stopped or did not become ready in time.
         """
-        settings, models = self.settings, self.settings.loaded_models
-        check_numbers(settings)
-        check_tls(settings)
+        settings, models = self.settings, self.loaded_models
+        try:
+            settings.check()
+        except ConfigError as error:
+            raise ServerError(str(error)) from None
         manifest = check_repository(settings.repository, models, settings.config)
         for port, purpose, variable in (
             (settings.http_port, "HTTP", "HTTP_PORT"),
@@ -193,27 +159,27 @@ class TritonServer:
         admin = Admin(self._bind_host, self._ports[0], self.admin_headers | dict([self._inference_header]))
         self._triton = TritonProcess(self._make_flags(region_bytes), models, self._instance, admin, self._log)
         view = self._make_view(store, release)
-        self.supervisor = Supervisor(self._triton, admin, view, store, self._state_file, self._log)
+        self.supervisor = Supervisor(self._triton, admin, view, store, self._tell, self._log)
         if settings.is_guarded:  # at once, so that callers hear that the server is starting
-            self._guard = GuardProcess(settings, self._ports, self._state_file, self._inference_header, self._log)
-            self._guard.start()
+            self._gateway = GatewayProcess(GatewayConfig(settings, *self._ports), self._log)
+            self._gateway.start()
         self._triton.start(self._workspace, settings.start_timeout_seconds)
         try:
             self.supervisor.start(release)
         except ArtefactError as error:
             raise ServerError(str(error)) from error
-        if self._guard is not None:
-            self._guard.wait_until_ready()
+        if self._gateway is not None:
+            self._gateway.wait_until_ready()
 
     def stop(self) -> None:
         """Answer who is there, then end everything; remove the workspace and the shared memory.
 
         It takes `leave_seconds` and `drain_seconds` at most, and some 6 s more; 20 s if everything hangs.
         """
-        if self._guard is not None:
+        if self._gateway is not None:
             # It answers or refuses all whom it has let in; what dies meanwhile is still replaced.
-            self._guard.stop(answers=self.supervisor is None or not self.supervisor.has_failed)
-            self._guard = None
+            self._gateway.stop(answers=self.supervisor is None or not self.supervisor.has_failed)
+            self._gateway = None
         if self.supervisor is not None:
             self.supervisor.stop()
         if self._triton is not None:
@@ -235,9 +201,9 @@ class TritonServer:
             raise ServerError("the server is not running: start it first")
         self.supervisor.wait()
 
-    @property
-    def _state_file(self) -> Path:
-        return self.admin_key_file.with_name("state.json")
+    def _tell(self, state: State) -> None:
+        if self._gateway is not None:
+            self._gateway.tell(state)
 
     @property
     def _view_folder(self) -> Path:
@@ -248,7 +214,7 @@ class TritonServer:
         return INFERENCE_HEADER, self._inference_key
 
     def _make_view(self, store: ReleaseStore, release: int) -> View:
-        models = find_models(self.settings.loaded_models)
+        models = find_models(self.loaded_models)
         view = View(self.settings.repository, self._view_folder, models, self.settings.parameters)
         for model in models:
             if model.steps:
@@ -269,7 +235,7 @@ class TritonServer:
         return [
             f"--model-repository={self._view_folder}",
             "--model-control-mode=explicit",
-            *(f"--load-model={name}" for name in settings.loaded_models),
+            *(f"--load-model={name}" for name in self.loaded_models),
             # Every config.pbtxt is complete; without this, each model.py would be imported twice.
             "--disable-auto-complete-config",
             "--exit-on-error=true",
@@ -288,49 +254,3 @@ class TritonServer:
             f"--backend-config=python,stub-timeout-seconds={STUB_TIMEOUT_SECONDS}",
             *settings.extra_flags,
         ]
-
-
-def check_numbers(settings: ServerSettings) -> None:
-    """Check what the guard is told, here, where a person reads it.
-
-    Raises:
-        ServerError: a number is out of its range, or is for a guard that there is not.
-    """
-    shares = {"--shadow": settings.shadow, "--log-requests": settings.log_requests}
-    for flag, share in shares.items():
-        if not 0 <= share <= 1:
-            raise ServerError(f"{flag}: expected a share of 0 to 1, got {share:g}")
-    least = {"--leave-seconds": settings.leave_seconds, "--drain-seconds": settings.drain_seconds}
-    least |= {"--waiting": settings.waiting, "--in-flight": settings.in_flight - 1}
-    for flag, number in least.items():
-        if not 0 <= number < float("inf"):
-            raise ServerError(f"{flag}: expected {1 if flag == '--in-flight' else 0} or more")
-    unused = [flag for flag in ("--log-requests", "--leave-seconds") if (shares | least)[flag]]
-    if unused and not settings.is_guarded:
-        raise ServerError(f"{unused[0]}: the guard does that: expected no --unguarded")
-
-
-def check_tls(settings: ServerSettings) -> None:
-    """Check that TLS is asked for as a whole, lest somebody believes to have it.
-
-    Raises:
-        ServerError: a file is missing, or nobody would use it.
-    """
-    files = {
-        "--tls-certificate": settings.tls_certificate,
-        "--tls-key": settings.tls_key,
-        "--tls-client-ca": settings.tls_client_ca,
-    }
-    given = {flag: path for flag, path in files.items() if path is not None}
-    if not given:
-        return
-    if not settings.is_guarded:
-        raise ServerError(
-            "TLS: the guard speaks it: expected no --unguarded (Triton's own --grpc-use-ssl comes after --)"
-        )
-    for flag in ("--tls-certificate", "--tls-key"):
-        if flag not in given:
-            raise ServerError(f"TLS: expected {flag} with {', '.join(given)}")
-    for flag, path in given.items():
-        if not path.is_file():
-            raise ServerError(f"TLS: {flag} {path}: there is no such file")

@@ -121,7 +121,7 @@ def wait_for(server: str, number: int, deadline: float) -> None:
     """
     while time.monotonic() < deadline:
         state = read_state(server) or {}
-        if state.get("release") == number:
+        if state.get("release_number") == number:
             return
         if state.get("refused_release") == number:
             raise ServerError(f"{server} refuses release {number}: {state.get('refused_reason')}")

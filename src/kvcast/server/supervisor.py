@@ -13,9 +13,8 @@ import threading
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import Future, wait
-from pathlib import Path
 
-from kvcast.gateway.state import State
+from kvcast.gateway.config import State
 from kvcast.protocol.errors import ArtefactError
 from kvcast.protocol.golden import read_golden
 from kvcast.protocol.manifest import RELEASES_FILE, read_manifest
@@ -64,7 +63,7 @@ class Supervisor:
         admin: Admin,
         view: View,
         store: ReleaseStore,
-        state_file: Path,
+        publish: Callable[[State], None],
         log: Callable[[str], None],
     ) -> None:
         """Take note of what to watch.
@@ -74,13 +73,13 @@ class Supervisor:
             admin: asks it.
             view: the repository that it sees.
             store: the releases.
-            state_file: where the guard reads.
+            publish: tells the gateway.
             log: receives a line for people.
         """
         self._triton, self._admin, self._view, self._store = triton, admin, view, store
         self._ensembles = [model for model in view.models if model.steps]
         self._parts = [model.name for model in view.models if not model.steps]
-        self._state_file, self._log = state_file, log
+        self._publish, self._log = publish, log
         self.state = State()
         self._watched: dict[int, Stub] = {}
         self._retired: dict[int, float] = {}
@@ -103,8 +102,8 @@ class Supervisor:
         """
         self._watched = list_stubs(self._triton.pid)
         self._check_ensembles(release)
-        fingerprint = self._read_fingerprint(release)
-        self._tell(is_ready=True, reason="", release=release, fingerprint=fingerprint)
+        release_id = self._read_release_id(release)
+        self._tell(is_ready=True, reason="", release_number=release, release_id=release_id)
         self._thread.start()
 
     def stop(self) -> None:
@@ -210,7 +209,7 @@ class Supervisor:
         try:
             self._triton.restart(RESTARTED_WITHIN_SECONDS)
             self._watched, self._retired, self._held = list_stubs(self._triton.pid), {}, {}
-            self._check_ensembles(self.state.release)
+            self._check_ensembles(self.state.release_number)
         except (ServerError, ArtefactError) as error:
             self._log(f"kvcast: {error}")
             self._tell(reason=str(error))
@@ -264,7 +263,7 @@ class Supervisor:
                 self._view.renew(model)
                 self._load(model, until)
             if not {*self.state.broken} - {*models}:  # else that is asked when the others have been replaced too
-                self._check_ensembles(self.state.release, until)
+                self._check_ensembles(self.state.release_number, until)
         except HangsError:
             # tritonserver can hang after a process died, and then no repair helps.
             seconds = time.monotonic() - started
@@ -324,13 +323,13 @@ class Supervisor:
             return
         self._record_seen = seen
         record = self._store.read()
-        if record.active in (None, self.state.release):
+        if record.active in (None, self.state.release_number):
             if self.state.refused_release:
                 self._tell(refused_release=0, refused_reason="")
             return
         number = record.active or 0
         started = time.monotonic()
-        self._log(f"kvcast: switching from release {self.state.release} to {number}")
+        self._log(f"kvcast: switching from release {self.state.release_number} to {number}")
         try:
             self._store.check(record.find(str(number)))
             self._switch(number)
@@ -339,12 +338,12 @@ class Supervisor:
             self._record_seen = None
             return
         except (ServerError, ArtefactError) as error:
-            self._log(f"kvcast: release {number} is refused, {self.state.release} stays: {error}")
+            self._log(f"kvcast: release {number} is refused, {self.state.release_number} stays: {error}")
             self._tell(refused_release=number, refused_reason=str(error))
             return
         self._log(f"kvcast: release {number} is served, after {time.monotonic() - started:.1f} s")
-        fingerprint = self._read_fingerprint(number)
-        self._tell(release=number, fingerprint=fingerprint, refused_release=0, refused_reason="")
+        release_id = self._read_release_id(number)
+        self._tell(release_number=number, release_id=release_id, refused_release=0, refused_reason="")
 
     def _switch(self, number: int) -> None:
         """Load a release beside the one that is served, try it, move the traffic, let the old one go.
@@ -352,7 +351,7 @@ class Supervisor:
         Raises:
             ServerError, ArtefactError: it cannot be loaded, or computes something else; the old one is served then.
         """
-        old = self.state.release
+        old = self.state.release_number
         try:
             for model in self._parts:
                 self._expose(model, (old, number))
@@ -396,9 +395,9 @@ class Supervisor:
         self._view.link(model, {number: self._store.find_folder(model, number) for number in numbers})
         self._load(model)
 
-    def _read_fingerprint(self, number: int) -> str:
+    def _read_release_id(self, number: int) -> str:
         return read_manifest(self._store.find_folder(self._parts[0], number)).release
 
     def _tell(self, **changes: object) -> None:
         self.state = dataclasses.replace(self.state, **changes)  # type: ignore[arg-type]
-        self.state.write(self._state_file)
+        self._publish(self.state)

@@ -1,6 +1,6 @@
-"""Requests that wait for a model, and who of them is next: quick ones first, none passed over for long, none too late.
+"""The queue of one model and its scheduling: quick requests first, none passed over for long, none too late.
 
-It knows jobs, deadlines and errors; it does not know threads or Triton.
+Jobs, deadlines and errors only; no threads and no Triton.
 """
 
 import time
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from kvcast.protocol.errors import DeadlineExceededError, KvcastError, ServerFaultError, TryAgainError
+from kvcast.protocol.errors import ExpiredError, KvcastError, ServerFaultError
 from kvcast.serving.model import Request, ServedModel, Tensors
 
 Job = TypeVar("Job")
@@ -44,18 +44,15 @@ class _Waiting(Generic[Job, Ticket]):
 class Backlog(Generic[Job, Ticket]):
     """The waiting requests of one model, each known by its ticket. For one thread."""
 
-    def __init__(
-        self, model: ServedModel[Job], log_error: Log, limit: int = 0, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        """Make an empty backlog.
+    def __init__(self, model: ServedModel[Job], log_error: Log, clock: Callable[[], float] = time.monotonic) -> None:
+        """Make an empty backlog. It is not bounded: the gateway limits what Triton holds.
 
         Args:
-            model: who answers.
+            model: runs the requests.
             log_error: receives what callers must not see.
-            limit: how many may wait; 0 for no limit.
             clock: seconds from any start.
         """
-        self._model, self._log_error, self._limit, self._clock = model, log_error, limit, clock
+        self._model, self._log_error, self._clock = model, log_error, clock
         self._waiting: list[_Waiting[Job, Ticket]] = []  # oldest first
         self.waits: list[float] = []
         """Seconds that requests waited before their run, since this was last emptied."""
@@ -71,7 +68,7 @@ class Backlog(Generic[Job, Ticket]):
         seconds: float = float("inf"),
         is_cancelled: Callable[[], bool] = never,
     ) -> Reply | None:
-        """Take a request in; return its error if it is wrong, or too many wait.
+        """Queue a request; return its error if it is wrong.
 
         Args:
             ticket: comes back with the reply.
@@ -79,8 +76,6 @@ class Backlog(Generic[Job, Ticket]):
             seconds: how long it may wait.
             is_cancelled: whether its caller has gone.
         """
-        if self._limit and len(self._waiting) >= self._limit:
-            return TryAgainError(f"busy: {len(self._waiting)} requests are waiting already")
         try:
             job = self._model.check(read())
         except Exception as error:  # noqa: BLE001 whatever it is, only this request fails
@@ -105,7 +100,7 @@ class Backlog(Generic[Job, Ticket]):
         for each in late + gone:
             yield (
                 each.ticket,
-                DeadlineExceededError("not computed: the caller's deadline passed while the request waited"),
+                ExpiredError("not computed: the caller's deadline passed while the request waited"),
             )
         group = [each for each in group if each not in gone]
         self.waits += [now - each.arrived for each in group]

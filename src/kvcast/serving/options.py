@@ -8,7 +8,6 @@ from kvcast.serving.artefact import SessionOptions
 
 BYTES_PER_MEGABYTE = 1_000_000
 SESSION_PARAMETERS = ("execution_provider", "intra_op_threads")
-QUEUE_PARAMETERS = ("max_waiting_requests",)
 CACHE_BUDGET = "user_kv_cache_megabytes"
 CACHE_PARAMETERS = (CACHE_BUDGET, "user_kv_cache_seconds")
 
@@ -26,11 +25,10 @@ CACHE_OFF = CacheOptions()
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Everything that can be set. waiting_limit: requests that may wait, before others are refused; 0 for no limit."""
+    """Everything that can be set."""
 
     session: SessionOptions
     cache: CacheOptions
-    waiting_limit: int = 0
 
 
 def read_options(config: dict[str, Any]) -> ModelOptions:
@@ -40,7 +38,7 @@ def read_options(config: dict[str, Any]) -> ModelOptions:
         ServerFaultError: a value cannot be used, or a parameter is not known.
     """
     parameters = {name: entry["string_value"] for name, entry in config.get("parameters", {}).items()}
-    known = SESSION_PARAMETERS + QUEUE_PARAMETERS + CACHE_PARAMETERS
+    known = SESSION_PARAMETERS + CACHE_PARAMETERS
     # Triton's own are in capitals.
     unknown = [name for name in parameters if name not in known and not name.isupper()]
     if unknown:
@@ -52,8 +50,7 @@ def read_options(config: dict[str, Any]) -> ModelOptions:
         instances=max(1, sum(int(group.get("count", 1)) for group in groups)),
     )
     megabytes, seconds = (_read_number(parameters, name) for name in CACHE_PARAMETERS)
-    waiting_limit = int(_read_number(parameters, "max_waiting_requests"))
-    return ModelOptions(session, CacheOptions(int(megabytes * BYTES_PER_MEGABYTE), seconds), waiting_limit)
+    return ModelOptions(session, CacheOptions(int(megabytes * BYTES_PER_MEGABYTE), seconds))
 
 
 def _read_number(parameters: dict[str, str], name: str) -> float:

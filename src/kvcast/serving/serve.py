@@ -19,13 +19,22 @@ from typing import Any
 
 import numpy as np
 
-from kvcast.protocol.errors import ErrorKind, InvalidRequestError, KvcastError, TryAgainError
+from kvcast.protocol.errors import BusyError, InvalidRequestError, KvcastError, tag_message
 from kvcast.protocol.golden import read_golden
-from kvcast.protocol.tensors import CANDIDATES, HISTORY, PARAMETER_PREFIX, PARAMETERS, SCORES
+from kvcast.protocol.tensors import (
+    CANDIDATES,
+    FLAGS,
+    HISTORY,
+    LOG_PARAMETER,
+    PARAMETER_PREFIX,
+    REPORT_PARAMETER,
+    SCORES,
+)
 from kvcast.serving.backlog import Backlog, Log, Reply, answer, hide_unexpected
 from kvcast.serving.metrics import Metrics, Stopwatch
 from kvcast.serving.model import Request, ServedModel
 from kvcast.serving.options import read_options
+from kvcast.serving.request_log import take_reports
 
 # The first run allocates, the second lets ONNX Runtime plan by what the first needed, the third is the usual one.
 WARM_UP_REQUESTS = 3
@@ -38,18 +47,17 @@ ROOM_TO_GROW = 2
 class Service:
     """A loaded model with its metrics and its thread: Triton's own thread only hands requests in."""
 
-    def __init__(self, pb_utils: Any, model: ServedModel[Any], metrics: Metrics, waiting_limit: int = 0) -> None:
+    def __init__(self, pb_utils: Any, model: ServedModel[Any], metrics: Metrics) -> None:
         """Start the thread.
 
         Args:
             pb_utils: Triton's module.
             model: who answers.
             metrics: written to by the new thread alone.
-            waiting_limit: how many requests may wait; 0 for no limit.
         """
         self._triton, self.model, self._metrics = pb_utils, model, metrics
         self._log_error: Log = pb_utils.Logger.log_error
-        self._backlog: Backlog[Any, Any] = Backlog(model, self._log_error, waiting_limit)
+        self._backlog: Backlog[Any, Any] = Backlog(model, self._log_error)
         self._arrivals: queue.SimpleQueue[Any] = queue.SimpleQueue()  # None: no more will come
         # What fits into a region as it is at the start; it grows with larger ones, and never shrinks.
         manifest = model.artefact.manifest
@@ -95,6 +103,8 @@ class Service:
 
     def _reply(self, request: Any, reply: Reply) -> None:
         """Send one reply; count it first, so that whoever has it finds it counted."""
+        if not isinstance(reply, KvcastError):
+            reply = take_reports(self.model.spec.name, read_parameters(request), reply)
         response, error = self._make_response(reply)
         stopwatch, cache = self.model.stopwatch, self.model.cache
         stopwatch.wait.extend(self._backlog.waits)
@@ -118,19 +128,19 @@ class Service:
                 return triton.InferenceResponse(output_tensors=tensors), None
             except Exception as error:  # noqa: BLE001 whatever it is, only this request fails
                 reply = hide_unexpected(error, self._log_error)
-        return triton.InferenceResponse(error=make_triton_error(triton, str(reply), reply.kind)), reply
+        return triton.InferenceResponse(error=make_triton_error(triton, reply)), reply
 
     def _check_room(self, size: int) -> None:
         """Check that a reply fits into shared memory: one that does not can never be answered, not even with an error.
 
         Raises:
-            TryAgainError: it is larger than any before, and there is no room to grow.
+            BusyError: it is larger than any before, and there is no room to grow.
         """
         if size <= self._largest_reply:
             return
         room = shutil.disk_usage(SHARED_MEMORY).free
         if room < ROOM_TO_GROW * size:
-            raise TryAgainError(
+            raise BusyError(
                 f"busy: the server's shared memory is full: expected {ROOM_TO_GROW * size / 1e6:.0f} MB free for a "
                 f"reply of {size / 1e6:.0f} MB, got {room / 1e6:.0f} MB"
             )
@@ -160,7 +170,7 @@ def start_model(pb_utils: Any, args: dict[str, str], kind: type[ServedModel[Any]
         f"{manifest.model}: {manifest.config}, release {manifest.release[:12]}, {artefact.provider}, "
         f"{artefact.threads} threads" + describe_cache(model)
     )
-    return Service(pb_utils, model, metrics, options.waiting_limit)
+    return Service(pb_utils, model, metrics)
 
 
 def warm_up(model: ServedModel[Any], log_error: Log) -> None:
@@ -218,17 +228,25 @@ def read_request(pb_utils: Any, model: ServedModel[Any], request: Any) -> Reques
     tensors = {
         spec.name: pb_utils.get_input_tensor_by_name(request, spec.name).as_numpy() for spec in model.spec.inputs
     }
-    text = request.parameters()
-    parameters: dict[str, Any] = json.loads(text) if text else {}
-    unknown = [name for name in parameters if name.startswith(PARAMETER_PREFIX) and name not in PARAMETERS]
+    parameters = read_parameters(request)
+    known = (*FLAGS, LOG_PARAMETER)
+    unknown = [name for name in parameters if name.startswith(PARAMETER_PREFIX) and name not in known]
     if unknown:
-        raise InvalidRequestError(f"parameter {unknown[0]}: expected one of {', '.join(PARAMETERS)}")
+        raise InvalidRequestError(f"parameter {unknown[0]}: expected one of {', '.join(FLAGS)}")
     read = Request(tensors, request.requested_output_names(), parameters)
-    for name in PARAMETERS:  # those too that this model has no use for: the caller means something by them
+    for name in FLAGS:  # also those that this model does not use
         read.asks_for(name)
+    if LOG_PARAMETER in parameters:
+        read = read._replace(parameters=parameters | {REPORT_PARAMETER: True})
     return read
 
 
-def make_triton_error(pb_utils: Any, message: str, kind: ErrorKind) -> Any:
-    """Return the `TritonError` that spells an error of this kind."""
-    return pb_utils.TritonError(message, getattr(pb_utils.TritonError, kind.triton_code))
+def read_parameters(request: Any) -> dict[str, Any]:
+    """Return the parameters of one of Triton's requests."""
+    text = request.parameters()
+    return json.loads(text) if text else {}
+
+
+def make_triton_error(pb_utils: Any, error: KvcastError) -> Any:
+    """Return the `TritonError` that spells an error."""
+    return pb_utils.TritonError(tag_message(error), getattr(pb_utils.TritonError, error.kind.triton_code))

@@ -1,11 +1,8 @@
-"""The body of an inference request over HTTP, checked before Triton sees it: pure functions, no sockets.
+"""Inference bodies of HTTP, KServe v2 with its binary extension, to and from the messages of gRPC: pure functions.
 
-tritonserver 2.51 ends on some malformed bodies. So a body is parsed strictly here, held against itself (does the data
-fill the shape?), and written anew from what was checked. Every tensor leaves as raw bytes: Triton's JSON parser then
-sees nothing but a small header that was made here.
-
-This module knows the KServe v2 protocol with its binary extension; it does not know which models there are, nor which
-tensors they take. That stays Triton's and the models' to check.
+tritonserver 2.51 ends on some malformed bodies, so none reaches it: a body is parsed strictly, checked against itself
+(does the data fill the shape?), and becomes a ModelInferRequest. Which models and tensors there are is not known here;
+that is left to Triton and the models.
 """
 
 import json
@@ -13,12 +10,15 @@ import math
 import re
 import struct
 from array import array
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NoReturn
 
-from kvcast.protocol.errors import InvalidRequestError
+import msgspec
+from tritonclient.grpc import service_pb2
+
+from kvcast.protocol.errors import InvalidRequestError, ServerFaultError
 
 MAX_TENSOR_BYTES = 256 << 20
 MAX_TEXT = 1024
@@ -29,9 +29,13 @@ MAX_PARAMETERS = 64
 MAX_STRINGS = 1 << 16
 # Parsing holds up every other request, for half a second at worst. Larger tensors belong in the binary extension.
 MAX_JSON_BYTES = 2 << 20
+# Of one output: the same, in the other direction.
+MAX_JSON_TENSOR_BYTES = 4 << 20
 STRING_LENGTH_BYTES = 4
 BINARY_DATA_SIZE = "binary_data_size"
 BINARY_DATA_OUTPUT = "binary_data_output"
+BINARY_DATA = "binary_data"
+PARAMETER_KINDS = {bool: "bool", int: "int64", float: "double", str: "string"}
 # Triton's own limit, which it calls UNIMPLEMENTED.
 MAX_SEQUENCE_ID = 128
 
@@ -64,7 +68,6 @@ INTEGER_CODES = {
 }
 FLOAT_CODES = {"FP32": "f", "FP64": "d"}
 
-Buffer = bytes | memoryview
 Object = dict[str, Any]
 
 
@@ -88,27 +91,21 @@ INPUT_PARAMETERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     BINARY_DATA_SIZE: ("a whole number of bytes", _is_count),
 }
 OUTPUT_PARAMETERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
-    "binary_data": ("true or false", lambda value: isinstance(value, bool)),
+    BINARY_DATA: ("true or false", lambda value: isinstance(value, bool)),
     "classification": ("a whole number", lambda value: _is_count(value) and value < 1 << 31),
 }
 
 
 @dataclass(frozen=True)
-class InferenceBody:
-    """A checked request: its JSON header, and the raw bytes of each input, in the header's order."""
+class ReplyFormat:
+    """Which outputs a caller wants as binary data: those named, and by default all others or none."""
 
-    header: Object
-    tensors: tuple[Buffer, ...]
+    is_binary: bool
+    by_name: Mapping[str, bool]
 
-    def encode(self) -> tuple[bytes, int]:
-        """Return the body, and the length of its JSON header."""
-        header = dump_header(self.header)
-        return b"".join([header, *self.tensors]), len(header)
-
-
-def dump_header(header: Object) -> bytes:
-    """Return a header's JSON."""
-    return json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
+    def wants_binary(self, name: str) -> bool:
+        """Whether an output is to be sent as binary data."""
+        return self.by_name.get(name, self.is_binary)
 
 
 def read_header_length(text: str | None, body_length: int) -> int | None:
@@ -127,34 +124,97 @@ def read_header_length(text: str | None, body_length: int) -> int | None:
     return int(text)
 
 
-def check_body(body: bytes, header_length: int | None = None) -> InferenceBody:
-    """Check the body of an inference request.
+def read_request(body: bytes, header_length: int | None, model: str, version: str = "") -> tuple[Any, ReplyFormat]:
+    """Read the body of an inference request.
 
     Args:
         body: as it came, decompressed.
         header_length: bytes of JSON at its start; None if it is JSON altogether.
+        model: whose name is in the path.
+        version: of the model, empty for any.
 
     Returns:
-        The same request, written in one way: each input's data as bytes, keys that the protocol does not know left out.
+        The same request as a ModelInferRequest, and how the reply is to be written. Keys that the protocol does not
+        know are left out.
 
     Raises:
         InvalidRequestError: it is not what the protocol says, or does not agree with itself.
     """
     length = len(body) if header_length is None else header_length
     table = parse_json_object(body[:length], "body")
-    header: Object = {}
+    message: Any = service_pb2.ModelInferRequest(model_name=model, model_version=version)
     if table.get("id") is not None:
-        header["id"] = _check_text("id", table["id"], may_be_empty=True)
+        message.id = _check_text("id", table["id"], may_be_empty=True)
     parameters = _check_parameters("parameters", table.get("parameters") or {}, REQUEST_PARAMETERS)
-    if header_length is None:
-        # Triton answers in the way that it is asked: JSON that leaves here as bytes still wants JSON back.
-        parameters.setdefault(BINARY_DATA_OUTPUT, False)
-    if parameters:
-        header["parameters"] = parameters
-    header["inputs"], tensors = _check_inputs(table, memoryview(body)[length:])
-    if table.get("outputs") is not None:
-        header["outputs"] = _check_outputs(table["outputs"])
-    return InferenceBody(header, tensors)
+    _write_parameters(message.parameters, parameters)
+    _read_inputs(table, memoryview(body)[length:], message)
+    by_name = _read_outputs(table["outputs"], message) if table.get("outputs") is not None else {}
+    # Triton reads this parameter only where no outputs are named.
+    is_binary = bool(parameters.get(BINARY_DATA_OUTPUT)) and not message.outputs
+    return message, ReplyFormat(is_binary, by_name)
+
+
+def write_reply(reply: bytes, form: ReplyFormat) -> tuple[bytes, int | None]:
+    """Write a ModelInferResponse as a body; return it, and the length of its JSON if binary data follows.
+
+    Raises:
+        InvalidRequestError: an output cannot be written as JSON.
+    """
+    message: Any = service_pb2.ModelInferResponse.FromString(reply)
+    table: Object = {"id": message.id} if message.id else {}
+    table |= {"model_name": message.model_name, "model_version": message.model_version}
+    if message.parameters:
+        table["parameters"] = {name: _read_parameter(each) for name, each in sorted(message.parameters.items())}
+    outputs, pieces = [], []
+    for output, data in zip(message.outputs, message.raw_output_contents, strict=True):
+        entry: Object = {"name": output.name, "datatype": output.datatype, "shape": list(output.shape)}
+        if form.wants_binary(output.name):
+            entry["parameters"] = {BINARY_DATA_SIZE: len(data)}
+            pieces.append(data)
+        else:
+            entry["data"] = _unpack(output.name, output.datatype, data)
+        outputs.append(entry)
+    header = msgspec.json.encode({**table, "outputs": outputs})
+    return (b"".join([header, *pieces]), len(header)) if pieces else (header, None)
+
+
+def _write_parameters(target: Any, parameters: Object) -> None:
+    for name, value in parameters.items():
+        if name == BINARY_DATA_OUTPUT:
+            continue
+        kind = "uint64" if name == "priority" else PARAMETER_KINDS[type(value)]
+        setattr(target[name], f"{kind}_param", value)
+
+
+def _read_parameter(parameter: Any) -> Any:
+    return getattr(parameter, parameter.WhichOneof("parameter_choice") or "string_param")
+
+
+def _unpack(name: str, datatype: str, data: bytes) -> list[Any]:
+    """Return the elements of an output for JSON."""
+    if len(data) > MAX_JSON_TENSOR_BYTES:
+        raise InvalidRequestError(
+            f"{name}: expected at most {MAX_JSON_TENSOR_BYTES} bytes as JSON, got {len(data)}: ask for binary data"
+        )
+    if datatype == "BYTES":
+        return [text.decode(errors="replace") for text in _iterate_strings(name, data)]
+    if datatype == "BOOL":
+        return [bool(each) for each in data]
+    code = (INTEGER_CODES | FLOAT_CODES).get(datatype)
+    if code is None:
+        raise InvalidRequestError(f"{name}: {datatype} is not a type of JSON: ask for binary data")
+    return array(code, data).tolist()
+
+
+def _iterate_strings(name: str, data: bytes) -> Iterator[bytes]:
+    """Return the strings of a BYTES tensor: each is preceded by its length."""
+    place = 0
+    while place < len(data):
+        end = place + STRING_LENGTH_BYTES + int.from_bytes(data[place : place + STRING_LENGTH_BYTES], "little")
+        if place + STRING_LENGTH_BYTES > len(data) or end > len(data):
+            raise ServerFaultError(f"{name}: expected strings, each after its length, got other bytes")
+        yield data[place + STRING_LENGTH_BYTES : end]
+        place = end
 
 
 def parse_json_object(text: bytes, where: str) -> Object:
@@ -194,43 +254,40 @@ def _refuse_constant(name: str) -> NoReturn:
     raise InvalidRequestError(f"body: expected JSON, got {name}, which JSON does not have")
 
 
-def _check_inputs(table: Object, binary: memoryview) -> tuple[list[Object], tuple[Buffer, ...]]:
-    """Return the inputs' headers, and the bytes of each."""
+def _read_inputs(table: Object, binary: memoryview, message: Any) -> None:
+    """Add the inputs and the bytes of each to a message."""
     entries = _check_entries("inputs", table.get("inputs"))
     if not entries:
         raise InvalidRequestError("inputs: expected at least one, got none")
-    headers, tensors, used = [], [], 0
+    used = 0
     for index, entry in enumerate(entries):
         where = f"inputs[{index}]"
-        header: Object = {"name": entry["name"], "shape": entry.get("shape"), "datatype": entry.get("datatype")}
         parameters = _check_parameters(f"{where}.parameters", entry.get("parameters") or {}, INPUT_PARAMETERS)
-        count = _check_shape(where, header["shape"], header["datatype"])
-        data: Buffer
+        shape, datatype = entry.get("shape"), entry.get("datatype")
+        count = _check_shape(where, shape, datatype)
         if BINARY_DATA_SIZE in parameters:
             size = parameters[BINARY_DATA_SIZE]
-            data = _take_binary(where, entry, binary[used:], size)
+            data = bytes(_take_binary(where, entry, binary[used:], size))
             used += size
-            _check_binary(where, data, header["datatype"], count)
+            _check_binary(where, data, str(datatype), count)
         else:
-            data = _pack(where, entry.get("data"), header["datatype"], count)
-        header["parameters"] = {**parameters, BINARY_DATA_SIZE: len(data)}
-        headers.append(header)
-        tensors.append(data)
+            data = _pack(where, entry.get("data"), str(datatype), count)
+        message.inputs.add(name=entry["name"], datatype=datatype, shape=shape)
+        message.raw_input_contents.append(data)
     if used != len(binary):
         raise InvalidRequestError(f"inputs: expected {used} bytes of binary data after the JSON, got {len(binary)}")
-    return headers, tuple(tensors)
 
 
-def _check_outputs(value: Any) -> list[Object]:
-    outputs = []
+def _read_outputs(value: Any, message: Any) -> dict[str, bool]:
+    """Add the outputs to a message; return which of them are wanted as binary data, or not, by name."""
+    by_name = {}
     for index, entry in enumerate(_check_entries("outputs", value)):
-        output: Object = {"name": entry["name"]}
-        if entry.get("parameters") is not None:
-            output["parameters"] = _check_parameters(
-                f"outputs[{index}].parameters", entry["parameters"], OUTPUT_PARAMETERS
-            )
-        outputs.append(output)
-    return outputs
+        where = f"outputs[{index}].parameters"
+        parameters = _check_parameters(where, entry.get("parameters") or {}, OUTPUT_PARAMETERS)
+        if BINARY_DATA in parameters:
+            by_name[entry["name"]] = parameters.pop(BINARY_DATA)
+        _write_parameters(message.outputs.add(name=entry["name"]).parameters, parameters)
+    return by_name
 
 
 def _check_entries(where: str, value: Any) -> list[Object]:
@@ -318,7 +375,7 @@ def _take_binary(where: str, entry: Object, rest: memoryview, size: int) -> memo
     return rest[:size]
 
 
-def _check_binary(where: str, data: memoryview, datatype: str, count: int) -> None:
+def _check_binary(where: str, data: bytes, datatype: str, count: int) -> None:
     if datatype == "BYTES":
         _check_strings(where, data, count)
     elif len(data) != count * ELEMENT_BYTES[datatype]:
@@ -327,7 +384,7 @@ def _check_binary(where: str, data: memoryview, datatype: str, count: int) -> No
         )
 
 
-def _check_strings(where: str, data: memoryview, count: int) -> None:
+def _check_strings(where: str, data: bytes, count: int) -> None:
     """Check that there are `count` strings, each after its length."""
     if count > MAX_STRINGS:
         raise InvalidRequestError(f"{where}: expected at most {MAX_STRINGS} strings, got {count}")

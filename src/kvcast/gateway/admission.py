@@ -1,42 +1,36 @@
-"""What the guard's two protocols share: the launcher's word on what is broken, gates for the models, shadow, log."""
+"""Admission control for the whole server: a gate for each model, a bound on bytes, and the launcher's state."""
 
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from prometheus_client import Histogram
 
+from kvcast.gateway.config import State
 from kvcast.gateway.gate import Gate, GateLimits
-from kvcast.gateway.request_log import RequestLog
-from kvcast.gateway.shadow import Shadow
-from kvcast.gateway.state import State
-from kvcast.protocol.errors import TryAgainError
+from kvcast.protocol.errors import BusyError, TryAgainError
 from kvcast.protocol.tensors import MODELS
 
 Reply = TypeVar("Reply")
 
-# Longer deadlines are none: as microseconds they would not fit where Triton reads them.
-LONGEST_SECONDS = 1e9
 # Of requests of the usual kilobytes, thousands; of the largest that are taken, eight.
 HELD_BYTES = 512 << 20
 # Fine where rankings lie, so that a 99th percentile of tens of milliseconds means something.
 BUCKETS = (0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.16, 0.25, 0.4, 0.6, 1, 2, 4, 8, 16, 30)
 
 
-class Passage:
+class Admission:
     """Gates by model, and the state that the launcher last wrote."""
 
     def __init__(self, limits: GateLimits) -> None:
         """Open a gate before each model."""
         self.seconds = Histogram(
-            "kvcast_guard_request_seconds",
+            "kvcast_gateway_request_seconds",
             "From a request's arrival to its answer, of those that Triton answered",
             ["model"],
             registry=None,
             buckets=BUCKETS,
         )
         self.gates = {model.name: Gate(limits, observe=self.seconds.labels(model.name).observe) for model in MODELS}
-        self.shadow: Shadow | None = None
-        self.log = RequestLog(0.0, print)
         self.held_bytes = 0
         self.is_leaving = False  # still answers, but says that it is not ready
         self.state = State()
@@ -85,13 +79,14 @@ class Passage:
             send: as for `Gate.ask`.
 
         Raises:
-            TryAgainError: there is no server yet, or too much is held already; or as `Gate.ask`.
+            TryAgainError: there is no server yet.
+            BusyError: too much is held already; or as `Gate.ask`.
         """
-        if not self.state.release:
+        if not self.state.release_number:
             raise TryAgainError("the server is starting: try again")
         gate = self.gates.get(model)
         if self.held_bytes + size > HELD_BYTES:
-            error = TryAgainError(f"busy: {self.held_bytes >> 20} MiB of requests are waiting already")
+            error = BusyError(f"busy: {self.held_bytes >> 20} MiB of requests are waiting already")
             raise gate.count_refusal("full", error) if gate is not None else error
         held = _Held(self, size)
 
@@ -106,15 +101,15 @@ class Passage:
 class _Held:
     """The bytes of a request, counted once as long as its caller waits or Triton has it, whichever is longer."""
 
-    def __init__(self, passage: Passage, size: int) -> None:
-        self._passage, self._size, self._holders = passage, size, 0
+    def __init__(self, admission: Admission, size: int) -> None:
+        self._admission, self._size, self._holders = admission, size, 0
 
     def __enter__(self) -> None:
         if not self._holders:
-            self._passage.held_bytes += self._size
+            self._admission.held_bytes += self._size
         self._holders += 1
 
     def __exit__(self, *_: object) -> None:
         self._holders -= 1
         if not self._holders:
-            self._passage.held_bytes -= self._size
+            self._admission.held_bytes -= self._size

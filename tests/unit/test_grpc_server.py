@@ -8,10 +8,14 @@ import grpc.aio
 import pytest
 from tritonclient.grpc import service_pb2
 
+from kvcast.gateway.admission import Admission
+from kvcast.gateway.config import State
 from kvcast.gateway.gate import GateLimits
-from kvcast.gateway.grpc_proxy import SERVICE, GrpcProxy, open_server
-from kvcast.gateway.passage import Passage
-from kvcast.gateway.state import State
+from kvcast.gateway.grpc_server import GrpcServer, open_server
+from kvcast.gateway.inference import InferencePath
+from kvcast.gateway.request_log import RequestLog
+from kvcast.gateway.shadow import Shadow
+from kvcast.gateway.triton import SERVICE, Triton
 from kvcast.server.repository import find_free_ports
 
 MODEL = "ranker"
@@ -43,14 +47,16 @@ class Upstream(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
 @pytest.mark.parametrize("how", ["its deadline passes", "it is cancelled"])
 def test_triton_hears_nothing_of_a_caller_who_gives_up(how):
     async def scenario() -> None:
-        upstream, passage = Upstream(), Passage(GateLimits(in_flight=1))
-        passage.follow(State(is_ready=True, release=1))
+        upstream, admission = Upstream(), Admission(GateLimits(in_flight=1))
+        admission.follow(State(is_ready=True, release_number=1))
         server = grpc.aio.server()
         server.add_generic_rpc_handlers((upstream,))
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
-        proxy = GrpcProxy(f"127.0.0.1:{port}", passage)
-        front = await open_server(proxy, address := f"127.0.0.1:{find_free_ports(1)[0]}", None)
+        triton = Triton(f"127.0.0.1:{port}")
+        path = InferencePath(triton, admission, Shadow(0.0, triton.infer, str), RequestLog(0.0, print))
+        handler = GrpcServer(triton, admission, path)
+        front = await open_server(handler, address := f"127.0.0.1:{find_free_ports(1)[0]}", None)
         async with grpc.aio.insecure_channel(address) as channel:
             message = service_pb2.ModelInferRequest(model_name=MODEL).SerializeToString()
             by_deadline = how == "its deadline passes"
@@ -61,14 +67,14 @@ def test_triton_hears_nothing_of_a_caller_who_gives_up(how):
             with pytest.raises((grpc.aio.AioRpcError, asyncio.CancelledError)):
                 await call
             await asyncio.sleep(0.3)
-            gate = passage.gates[MODEL]
+            gate = admission.gates[MODEL]
             assert (upstream.ends, upstream.seconds_left, gate.in_flight) == ([], [None], 1)
             upstream.may_answer.set()
             while not gate.is_idle:
                 await asyncio.sleep(0.01)
             assert upstream.ends == ["answered"]
         await front.stop(None)
-        await proxy.close()
+        await triton.close()
         await server.stop(None)
 
     async def run() -> None:

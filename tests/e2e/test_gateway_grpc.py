@@ -1,11 +1,13 @@
-"""The guard's gRPC side: what is passed on, what is refused and how, deadlines, callers who leave, health, metrics."""
+"""The gateway's gRPC side: what is passed on, what is refused and how, deadlines, cancellation, health, metrics."""
 
 import concurrent.futures
 import contextlib
 import dataclasses
+import json
 import signal
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,7 +22,7 @@ from kvcast.protocol.config import load_config
 from kvcast.server import TritonServer
 from kvcast.synthetic import ClickLog
 from tests.chaos.fuzzing import NOT_OFFERED, OFFERED, SERVICE, call, make_infer_request
-from tests.guard_process import READY, run_guard
+from tests.gateway_process import READY, run_gateway
 from tests.support import TOLERANCE
 
 REQUEST = ClickLog(load_config("tiny").schema, seed=5).draw_request(30, 6)
@@ -55,7 +57,7 @@ def read_metrics(address: str) -> dict[str, Any]:
 
 
 def count_inside(address: str) -> float:
-    return sum(sample.value for sample in read_metrics(address)["kvcast_guard_in_flight"].samples)
+    return sum(sample.value for sample in read_metrics(address)["kvcast_gateway_in_flight"].samples)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -165,7 +167,7 @@ def test_a_model_that_is_not_there_is_not_found(channel):
     assert ask(channel, make_ranking("nobody"))[0] in ("NOT_FOUND", "INVALID_ARGUMENT")
 
 
-def test_scores_are_those_of_the_traditional_scheme(channel):
+def test_scores_are_those_of_the_full_recomputation(channel):
     scores = []
     for model in ("ranker", "ranker_resident", "ranker_full"):
         reply = service_pb2.ModelInferResponse.FromString(
@@ -191,20 +193,22 @@ def test_the_metrics_page_has_tritons_families_and_the_guards(server, channel):
     assert ask(channel, make_ranking())[0] == "OK"
     families = read_metrics(server.metrics_address)
     assert {"nv_inference_request_success", "kvcast_user_kv_hits", "kvcast_fuse_seconds"} <= set(families)
-    assert {"kvcast_guard_answered", "kvcast_guard_refused", "kvcast_ready", "kvcast_process_deaths"} <= set(families)
+    assert {"kvcast_gateway_answered", "kvcast_gateway_refused", "kvcast_ready", "kvcast_process_deaths"} <= set(
+        families
+    )
     answered = {
         sample.labels["model"]: sample.value
-        for sample in families["kvcast_guard_answered"].samples
+        for sample in families["kvcast_gateway_answered"].samples
         if sample.name.endswith("_total")
     }
     assert answered["ranker"] > 0
     seconds = {
         sample.name: sample.value
-        for sample in families["kvcast_guard_request_seconds"].samples
+        for sample in families["kvcast_gateway_request_seconds"].samples
         if sample.labels["model"] == "ranker"
     }
-    assert seconds["kvcast_guard_request_seconds_count"] == answered["ranker"]
-    assert 0 < seconds["kvcast_guard_request_seconds_sum"] < SOON * answered["ranker"]
+    assert seconds["kvcast_gateway_request_seconds_count"] == answered["ranker"]
+    assert 0 < seconds["kvcast_gateway_request_seconds_sum"] < SOON * answered["ranker"]
     size, free = (families[f"kvcast_shared_memory_{what}_bytes"].samples[0].value for what in ("size", "free"))
     assert 0 < free < size
     assert {sample.labels["model"] for sample in families["kvcast_process_deaths"].samples} >= {"doc_fusion"}
@@ -260,14 +264,14 @@ class Upstream(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
 
 
 @contextlib.contextmanager
-def guard_upstream(*arguments: str, answer: Answer | None = None) -> Iterator[tuple[Any, Upstream, grpc.Channel]]:
-    """Give a guard, the upstream behind it, and a channel to the guard."""
+def run_before(answer: Answer | None = None, **changes: Any) -> Iterator[tuple[Any, Upstream, grpc.Channel]]:
+    """Give a gateway, the upstream behind it, and a channel to the gateway."""
     with (
         Upstream(answer) as upstream,
-        run_guard(*arguments, grpc=upstream.address) as guard,
-        grpc.insecure_channel(guard.grpc) as channel,
+        run_gateway(grpc=upstream.address, **changes) as gateway,
+        grpc.insecure_channel(gateway.grpc) as channel,
     ):
-        yield guard, upstream, channel
+        yield gateway, upstream, channel
 
 
 def hold(name: str, body: bytes, context: Any) -> bytes:
@@ -279,13 +283,15 @@ def hold(name: str, body: bytes, context: Any) -> bytes:
 
 
 def test_metadata_and_deadlines_are_passed_on():
-    with guard_upstream() as (_, upstream, channel):
-        metadata = [("traceparent", "00-a-b-01"), ("tracestate", "x=y"), ("own-bin", b"\0\1")]
+    with run_before() as (_, upstream, channel):
+        trace = [("traceparent", "00-a-b-01"), ("tracestate", "x=y")]
+        metadata = [*trace, ("own-bin", b"\0\1")]
         message = make_ranking().SerializeToString()
         for method in ("ModelInfer", "ModelStatistics"):
             channel.unary_unary(SERVICE + method)(message[:0] if method != "ModelInfer" else message, metadata=metadata)
             got, _, seconds = upstream.seen[method]
-            assert {name: got[name] for name, _ in metadata} == dict(metadata)
+            passed_on = dict(trace if method == "ModelInfer" else metadata)
+            assert {name: got[name] for name, _ in metadata if name in got} == passed_on
             assert seconds is None or seconds > 1e9
         assert service_pb2.ModelInferRequest.FromString(upstream.seen["ModelInfer"][1]) == make_ranking()
 
@@ -300,44 +306,44 @@ def test_metadata_and_deadlines_are_passed_on():
 
 
 def test_a_caller_whose_deadline_passes_leaves_the_question_and_its_place_with_triton():
-    with guard_upstream(answer=hold) as (guard, upstream, channel):
+    with run_before(hold) as (gateway, upstream, channel):
         asked = time.monotonic()
         with pytest.raises(grpc.RpcError) as caught:
             call(channel, "ModelInfer", make_ranking().SerializeToString(), timeout=0.5)
         details: Any = caught.value
         assert details.code().name in ("DEADLINE_EXCEEDED", "UNAVAILABLE"), "whichever of the two notices first"
         assert time.monotonic() - asked < 2
-        assert (upstream.gone.is_set(), count_inside(guard.metrics)) == (False, 1)
+        assert (upstream.gone.is_set(), count_inside(gateway.metrics)) == (False, 1)
         assert upstream.gone.wait(SOON)
-        wait_until(lambda: count_inside(guard.metrics) == 0)
+        wait_until(lambda: count_inside(gateway.metrics) == 0)
 
 
 def test_a_deadline_that_only_the_request_names_is_kept_too():
-    with guard_upstream(answer=hold) as (guard, _, channel):
+    with run_before(hold) as (gateway, _, channel):
         request = make_ranking()
         request.parameters["timeout"].int64_param = 300_000
         asked = time.monotonic()
         assert ask(channel, request)[0] in ("DEADLINE_EXCEEDED", "UNAVAILABLE")
         assert time.monotonic() - asked < 2
-        wait_until(lambda: count_inside(guard.metrics) == 0)
+        wait_until(lambda: count_inside(gateway.metrics) == 0)
 
 
 def test_callers_who_leave_free_the_gate_when_triton_is_done():
-    with guard_upstream("--in-flight", "2", "--waiting", "2", answer=hold) as (guard, upstream, channel):
+    with run_before(hold, in_flight=2, waiting=2) as (gateway, upstream, channel):
         message = make_ranking().SerializeToString()
         calls = [channel.unary_unary(SERVICE + "ModelInfer").future(message) for _ in range(4)]
-        wait_until(lambda: count_inside(guard.metrics) == 2)
-        waiting = "kvcast_guard_waiting"
-        wait_until(lambda: sum(sample.value for sample in read_metrics(guard.metrics)[waiting].samples) == 2)
+        wait_until(lambda: count_inside(gateway.metrics) == 2)
+        waiting = "kvcast_gateway_waiting"
+        wait_until(lambda: sum(sample.value for sample in read_metrics(gateway.metrics)[waiting].samples) == 2)
         status, text = ask(channel, make_ranking())
-        assert (status, text) == ("UNAVAILABLE", "busy: 2 requests are waiting already")
+        assert (status, text) == ("RESOURCE_EXHAUSTED", "busy: 2 requests are waiting already")
         for each in calls:
             each.cancel()
-        wait_until(lambda: sum(sample.value for sample in read_metrics(guard.metrics)[waiting].samples) == 0)
-        assert (upstream.gone.is_set(), count_inside(guard.metrics)) == (False, 2)
+        wait_until(lambda: sum(sample.value for sample in read_metrics(gateway.metrics)[waiting].samples) == 0)
+        assert (upstream.gone.is_set(), count_inside(gateway.metrics)) == (False, 2)
         assert upstream.gone.wait(SOON)
-        wait_until(lambda: count_inside(guard.metrics) == 0)
-        assert sum(sample.value for sample in read_metrics(guard.metrics)[waiting].samples) == 0
+        wait_until(lambda: count_inside(gateway.metrics) == 0)
+        assert sum(sample.value for sample in read_metrics(gateway.metrics)[waiting].samples) == 0
 
 
 def test_health_is_what_the_launcher_says():
@@ -353,51 +359,119 @@ def test_health_is_what_the_launcher_says():
             return bool(service_pb2.ModelReadyResponse.FromString(call(channel, "ModelReady", body)).ready)
         return bool(service_pb2.ServerReadyResponse.FromString(call(channel, "ServerReady", b"")).ready)
 
-    with guard_upstream(answer=lambda name, body, context: replies[name]) as (guard, _, channel):
+    with run_before(lambda name, body, context: replies[name]) as (gateway, _, channel):
         assert is_ready()
-        guard.tell(dataclasses.replace(READY, is_ready=False, broken=("user_encoder",)))
+        gateway.tell(dataclasses.replace(READY, is_ready=False, broken=("user_encoder",)))
         assert not is_ready()
         assert [model for model in ("user_encoder", "ranker", "ranker_resident") if is_ready(model)] == [
             "ranker_resident"
         ]
         assert service_pb2.ServerLiveResponse.FromString(call(channel, "ServerLive", b"")).live
-        guard.tell(READY)
+        gateway.tell(READY)
         assert is_ready()
         assert is_ready("ranker")
-        guard.tell(dataclasses.replace(READY, is_draining=True))
+        gateway.tell(dataclasses.replace(READY, is_draining=True))
         assert not is_ready()
         assert ask(channel, make_ranking())[0] == "UNAVAILABLE"
 
 
 def test_a_server_that_is_starting_or_away_is_unavailable():
-    with run_guard(state=None) as guard, grpc.insecure_channel(guard.grpc) as channel:
+    with run_gateway(state=None) as gateway, grpc.insecure_channel(gateway.grpc) as channel:
         assert ask(channel, make_ranking()) == ("UNAVAILABLE", "the server is starting: try again")
-        guard.tell(READY)
+        gateway.tell(READY)
         away = ("UNAVAILABLE", "the server is starting or stopping: try again")
         assert ask(channel, b"", "ServerReady") == away
         assert ask(channel, make_ranking("nobody")) == away
 
 
-@pytest.mark.parametrize(
-    ("code", "said", "status", "text"),
-    [
-        ("INTERNAL", 'Traceback: File "/srv/a/model.py", line 3', "INTERNAL", "reference|under"),
-        ("INVALID_ARGUMENT", "cannot open /srv/models/ranker", "INVALID_ARGUMENT", "under"),
-        ("INVALID_ARGUMENT", "expected shape [1, 2]", "INVALID_ARGUMENT", r"expected shape \[1, 2\]"),
-        ("INTERNAL", "Failed to increase the shared memory pool size for key 'x'", "UNAVAILABLE", "busy: .* full"),
-        ("UNAVAILABLE", "Exceeds maximum queue size", "UNAVAILABLE", "Exceeds"),
-    ],
-)
-def test_what_becomes_of_the_servers_errors(code, said, status, text):
+ERRORS = {
+    "a traceback": ("INTERNAL", 'Traceback: File "/srv/a/model.py", line 3', "INTERNAL", "INTERNAL", 500, "reference"),
+    "a path": (
+        "INVALID_ARGUMENT",
+        "cannot open /srv/models/ranker",
+        "INVALID_ARGUMENT",
+        "INVALID_ARGUMENT",
+        400,
+        "under",
+    ),
+    "a wrong request": (
+        "INVALID_ARGUMENT",
+        "expected [1, 2]",
+        "INVALID_ARGUMENT",
+        "INVALID_ARGUMENT",
+        400,
+        "expected [1, 2]",
+    ),
+    "no model": ("NOT_FOUND", "unknown model 'x'", "NOT_FOUND", "NOT_FOUND", 404, "unknown model 'x'"),
+    "a sequence": ("UNIMPLEMENTED", "no sequences", "UNIMPLEMENTED", "UNIMPLEMENTED", 501, "no sequences"),
+    "no shared memory": (
+        "INTERNAL",
+        "the shared memory pool size for key 'x'",
+        "RESOURCE_EXHAUSTED",
+        "BUSY",
+        503,
+        "full",
+    ),
+    "a full queue": ("UNAVAILABLE", "Exceeds maximum queue size", "RESOURCE_EXHAUSTED", "BUSY", 503, "Exceeds"),
+    "a model that is loaded": (
+        "NOT_FOUND",
+        "'x' has no available versions",
+        "UNAVAILABLE",
+        "UNAVAILABLE",
+        503,
+        "replaced",
+    ),
+    "a busy model": ("UNAVAILABLE", "[BUSY] no room", "RESOURCE_EXHAUSTED", "BUSY", 503, "no room"),
+    "a busy step": (
+        "UNAVAILABLE",
+        "in ensemble 'ranker', [BUSY] no room",
+        "RESOURCE_EXHAUSTED",
+        "BUSY",
+        503,
+        "no room",
+    ),
+    "a late request": (
+        "UNAVAILABLE",
+        "[EXPIRED] late",
+        "DEADLINE_EXCEEDED",
+        "EXPIRED",
+        504,
+        "late",
+    ),
+    "a word of a caller": (
+        "INVALID_ARGUMENT",
+        "x: [BUSY] y",
+        "INVALID_ARGUMENT",
+        "INVALID_ARGUMENT",
+        400,
+        "x: [BUSY] y",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_an_error_of_tritons_has_a_code_and_a_reason_over_both_protocols(name):
+    code, said, status, reason, http_status, text = ERRORS[name]
+
     def answer(name: str, body: bytes, context: Any) -> bytes:
         context.abort(grpc.StatusCode[code], said)
         return b""
 
-    with guard_upstream(answer=answer) as (_, _, channel), pytest.raises(grpc.RpcError, match=text) as caught:
-        call(channel, "ModelInfer", make_ranking().SerializeToString())
-    details: Any = caught.value
-    assert details.code().name == status
-    assert "/srv" not in details.details()
+    with run_before(answer) as (gateway, _, channel):
+        with pytest.raises(grpc.RpcError) as caught:
+            call(channel, "ModelInfer", make_ranking().SerializeToString())
+        details: Any = caught.value
+        assert (details.code().name, dict(details.trailing_metadata())["kvcast-reason"]) == (status, reason)
+        inputs = [{"name": "history", "datatype": "INT64", "shape": [1], "data": [1]}]
+        body = json.dumps({"inputs": inputs}).encode()
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(f"http://{gateway.http}/v2/models/ranker/infer", body, timeout=SOON)
+        table = json.load(refused.value)
+        assert (refused.value.code, table["reason"]) == (http_status, reason)
+        assert refused.value.headers["Retry-After"] == ("1" if reason == "BUSY" else None)
+    for message in (details.details(), table["error"]):
+        assert text in message
+        assert "/srv" not in message
 
 
 def test_a_request_whose_process_died_is_sent_again_when_that_is_mended():
@@ -409,17 +483,17 @@ def test_a_request_whose_process_died_is_sent_again_when_that_is_mended():
             context.abort(grpc.StatusCode.INTERNAL, "Stub process 'doc_fusion_0_0' is not healthy.")
         return b""
 
-    with guard_upstream(answer=answer) as (guard, _, channel):
+    with run_before(answer) as (gateway, _, channel):
         asked = channel.unary_unary(SERVICE + "ModelInfer").future(make_ranking().SerializeToString())
         wait_until(lambda: len(times) == 1)
-        guard.tell(dataclasses.replace(READY, is_ready=False, broken=("doc_fusion",), deaths={"doc_fusion": 1}))
+        gateway.tell(dataclasses.replace(READY, is_ready=False, broken=("doc_fusion",), deaths={"doc_fusion": 1}))
         time.sleep(0.2)
         assert len(times) == 1, "it waits"
-        guard.tell(dataclasses.replace(READY, deaths={"doc_fusion": 1}))
+        gateway.tell(dataclasses.replace(READY, deaths={"doc_fusion": 1}))
         assert asked.result(SOON) == b""
         (again,) = (
             sample.value
-            for sample in read_metrics(guard.metrics)["kvcast_guard_sent_again"].samples
+            for sample in read_metrics(gateway.metrics)["kvcast_gateway_sent_again"].samples
             if sample.name.endswith("_total") and sample.labels["model"] == "ranker"
         )
         assert again == 1
@@ -430,26 +504,26 @@ def test_the_end_waits_for_answers_and_refuses_the_new():
         time.sleep(1)
         return b""
 
-    with guard_upstream(answer=answer) as (guard, upstream, channel):
+    with run_before(answer) as (gateway, upstream, channel):
         asked = channel.unary_unary(SERVICE + "ModelInfer").future(make_ranking().SerializeToString())
         wait_until(lambda: "ModelInfer" in upstream.seen)
-        guard.process.send_signal(signal.SIGTERM)
+        gateway.process.send_signal(signal.SIGTERM)
         time.sleep(0.2)
         status, text = ask(channel, make_ranking())
         assert (status, "stopping" in text) == ("UNAVAILABLE", True)
         assert asked.result(SOON) == b""
-        assert guard.process.wait(SOON) == 0
+        assert gateway.process.wait(SOON) == 0
 
 
 def test_the_end_does_not_wait_for_ever():
-    with guard_upstream("--drain-seconds", "0.3", answer=hold) as (guard, upstream, channel):
+    with run_before(hold, drain_seconds=0.3) as (gateway, upstream, channel):
         asked = channel.unary_unary(SERVICE + "ModelInfer").future(make_ranking().SerializeToString())
         wait_until(lambda: "ModelInfer" in upstream.seen)
         told = time.monotonic()
-        guard.process.send_signal(signal.SIGTERM)
+        gateway.process.send_signal(signal.SIGTERM)
         with pytest.raises(grpc.RpcError, match="send it again") as caught:
             asked.result(SOON)
         details: Any = caught.value
         assert details.code() == grpc.StatusCode.UNAVAILABLE
-        assert guard.process.wait(SOON) == 0
+        assert gateway.process.wait(SOON) == 0
         assert time.monotonic() - told < 2

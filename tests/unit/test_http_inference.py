@@ -1,4 +1,4 @@
-"""The check of HTTP bodies: what passes comes out the same, and is refused or the same when something changes it."""
+"""Bodies of HTTP to messages of gRPC and back: the same tensors, and a refusal where a body disagrees with itself."""
 
 import json
 import struct
@@ -8,9 +8,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tritonclient.grpc import service_pb2
 
-from kvcast.gateway.inference_body import ELEMENT_BYTES, InferenceBody, check_body, read_header_length
-from kvcast.protocol.errors import InvalidRequestError
+from kvcast.gateway.http_inference import (
+    ELEMENT_BYTES,
+    MAX_JSON_TENSOR_BYTES,
+    ReplyFormat,
+    read_header_length,
+    read_request,
+    write_reply,
+)
+from kvcast.protocol.errors import InvalidRequestError, ServerFaultError
 
 NUMPY = {
     "BOOL": np.bool_,
@@ -58,19 +66,19 @@ def finite(value: Any) -> bool:
 
 @given(bodies())
 @settings(deadline=None)
-def test_a_checked_body_keeps_every_tensor_and_checks_the_same_again(body):
+def test_a_message_has_every_tensor_of_its_body(body):
     data, length, arrays = body
-    checked = check_body(data, length)
-    assert [bytes(tensor) for tensor in checked.tensors] == [array.tobytes() for array in arrays]
-    assert [entry["shape"] for entry in checked.header["inputs"]] == [list(array.shape) for array in arrays]
+    message, form = read_request(data, length, "ranker", "3")
+    assert (message.model_name, message.model_version) == ("ranker", "3")
+    assert list(message.raw_input_contents) == [array.tobytes() for array in arrays]
+    assert [list(tensor.shape) for tensor in message.inputs] == [list(array.shape) for array in arrays]
     table = json.loads(data[:length])
-    assert {key: checked.header.get(key) for key in ("id", "outputs")} == {
-        key: table.get(key) for key in ("id", "outputs")
-    }
-    assert checked.header.get("parameters", {}) == table.get("parameters", {})
-    assert "unheard_of" not in checked.header
-    again = check_body(*checked.encode())
-    assert again == checked
+    assert message.id == table.get("id", "")
+    assert [output.name for output in message.outputs] == [each["name"] for each in table.get("outputs", [])]
+    wanted = {name: getattr(each, each.WhichOneof("parameter_choice")) for name, each in message.parameters.items()}
+    assert wanted == table.get("parameters", {})
+    for output in table.get("outputs", []):
+        assert form.wants_binary(output["name"]) == output["parameters"]["binary_data"]
 
 
 @given(bodies(), st.data())
@@ -109,22 +117,20 @@ def test_any_json_in_any_place_is_refused_or_agrees_with_itself(value):
 def expect_agreement(data: bytes, header_length: int | None) -> None:
     """Expect our error and no other, or a body whose tensors are as large as their shapes say."""
     try:
-        checked = check_body(data, header_length)
+        message, _ = read_request(data, header_length, "ranker")
     except InvalidRequestError as error:
-        message = str(error)
+        text = str(error)
     else:
-        message = ""
-        check_agreement(checked)
-    assert message.isascii() or message.isprintable()
-    assert len(message) < 2000
+        text = ""
+        check_agreement(message)
+    assert text.isascii() or text.isprintable()
+    assert len(text) < 2000
 
 
-def check_agreement(checked: InferenceBody) -> None:
-    for entry, tensor in zip(checked.header["inputs"], checked.tensors, strict=True):
-        if entry["datatype"] != "BYTES":
-            assert len(tensor) == int(np.prod(entry["shape"], dtype=np.int64)) * ELEMENT_BYTES[entry["datatype"]]
-        assert entry["parameters"]["binary_data_size"] == len(tensor)
-    assert check_body(*checked.encode()) == checked
+def check_agreement(message: Any) -> None:
+    for tensor, data in zip(message.inputs, message.raw_input_contents, strict=True):
+        if tensor.datatype != "BYTES":
+            assert len(data) == int(np.prod(tensor.shape, dtype=np.int64)) * ELEMENT_BYTES[tensor.datatype]
 
 
 def write(**changes: Any) -> bytes:
@@ -187,41 +193,38 @@ WRONG = {
 def test_wrong_body(name):
     data, words = WRONG[name]
     with pytest.raises(InvalidRequestError) as caught:
-        check_body(data)
+        read_request(data, None, "ranker")
     assert words in str(caught.value)
 
 
 def test_bytes_after_the_header_have_to_be_all_used():
     header = write(data=None, parameters={"binary_data_size": 16})
-    assert check_body(header + bytes(16), len(header)).tensors == (bytes(16),)
+    assert read_inputs(header + bytes(16), len(header)) == [bytes(16)]
     for tail in (bytes(15), bytes(17)):
         with pytest.raises(InvalidRequestError, match=str(len(tail))):
-            check_body(header + tail, len(header))
+            read_request(header + tail, len(header), "ranker")
 
 
 @pytest.mark.parametrize("tail", [b"\1\0\0\0a\xff\xff\xff\xff", b"\1\0\0\0a\0\0\0", bytes(12), b"\xff\xff\xff\xffaaaa"])
 def test_strings_have_to_fill_their_bytes(tail):
     header = write(data=None, datatype="BYTES", parameters={"binary_data_size": len(tail)})
     with pytest.raises(InvalidRequestError, match="expected 2 strings"):
-        check_body(header + tail, len(header))
+        read_request(header + tail, len(header), "ranker")
+
+
+def read_inputs(data: bytes, header_length: int | None = None) -> list[bytes]:
+    message, _ = read_request(data, header_length, "ranker")
+    return list(message.raw_input_contents)
 
 
 def test_strings_leave_as_bytes_with_their_lengths():
-    checked = check_body(write(datatype="BYTES", data=["é", ""]))
-    assert checked.tensors == (struct.pack("<I", 2) + "é".encode() + struct.pack("<I", 0),)
-    assert check_body(*checked.encode()) == checked
+    expected = struct.pack("<I", 2) + "é".encode() + struct.pack("<I", 0)
+    assert read_inputs(write(datatype="BYTES", data=["é", ""])) == [expected]
 
 
 def test_a_tensor_without_elements_is_valid():
-    body = write(shape=[1, 0, 4], data=[])
-    assert check_body(body, len(body)) == InferenceBody(
-        {
-            "inputs": [
-                {"name": "history", "shape": [1, 0, 4], "datatype": "INT64", "parameters": {"binary_data_size": 0}}
-            ]
-        },
-        (b"",),
-    )
+    message, _ = read_request(write(shape=[1, 0, 4], data=[]), None, "ranker")
+    assert (list(message.inputs[0].shape), list(message.raw_input_contents)) == ([1, 0, 4], [b""])
 
 
 @pytest.mark.parametrize("text", ["", "-1", "+1", "1 ", "0x1", "1e1", "11", "9" * 30, "²", "1_0"])
@@ -232,7 +235,66 @@ def test_a_header_length_is_a_whole_number_within_the_body(text):
     assert read_header_length(None, 10) is None
 
 
-def test_json_alone_wants_json_back_unless_it_says_otherwise():
-    assert check_body(write()).header["parameters"] == {"binary_data_output": False}
-    table = {**json.loads(write()), "parameters": {"binary_data_output": True}}
-    assert check_body(json.dumps(table).encode()).header["parameters"] == {"binary_data_output": True}
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, False),
+        ({"parameters": {"binary_data_output": True}}, True),
+        ({"parameters": {"binary_data_output": True}, "outputs": [{"name": "scores"}]}, False),
+        ({"outputs": [{"name": "scores", "parameters": {"binary_data": True}}]}, True),
+    ],
+)
+def test_which_outputs_are_wanted_as_binary_data(changes, expected):
+    message, form = read_request(json.dumps({**json.loads(write()), **changes}).encode(), None, "ranker")
+    assert form.wants_binary("scores") is expected
+    assert not message.parameters
+
+
+def make_reply(**arrays: np.ndarray) -> bytes:
+    message = service_pb2.ModelInferResponse(model_name="ranker", model_version="1", id="7")
+    names = {np.dtype(kind): name for name, kind in NUMPY.items()}
+    for name, array in arrays.items():
+        message.outputs.add(name=name, datatype=names[array.dtype], shape=array.shape)
+        message.raw_output_contents.append(array.tobytes())
+    return bytes(message.SerializeToString())
+
+
+@pytest.mark.parametrize("datatype", sorted(NUMPY))
+@pytest.mark.parametrize("is_binary", [False, True])
+def test_a_reply_has_every_element_of_its_outputs(datatype, is_binary):
+    array = np.random.default_rng(0).integers(0, 2, (2, 3)).astype(NUMPY[datatype])
+    if "FP" in datatype:
+        array += np.random.default_rng(1).standard_normal((2, 3)).astype(array.dtype)
+    body, length = write_reply(make_reply(x=array, y=array), ReplyFormat(is_binary, {"y": True}))
+    table = json.loads(body[:length])
+    assert (table["id"], table["model_name"], [each["shape"] for each in table["outputs"]]) == (
+        "7",
+        "ranker",
+        [[2, 3]] * 2,
+    )
+    assert length is not None
+    if is_binary:
+        assert body[length:] == 2 * array.tobytes()
+    else:
+        np.testing.assert_array_equal(np.array(table["outputs"][0]["data"], array.dtype), array.ravel())
+        assert body[length:] == array.tobytes()
+
+
+def test_what_json_cannot_hold_is_refused_with_the_remedy():
+    large = np.zeros(MAX_JSON_TENSOR_BYTES // 4 + 1, np.float32)
+    message = service_pb2.ModelInferResponse()
+    message.outputs.add(name="x", datatype="FP16", shape=[1])
+    message.raw_output_contents.append(b"ab")
+    for reply in (make_reply(x=large), message.SerializeToString()):
+        with pytest.raises(InvalidRequestError, match=r"x: .*ask for binary data"):
+            write_reply(reply, ReplyFormat(is_binary=False, by_name={}))
+        write_reply(reply, ReplyFormat(is_binary=True, by_name={}))
+
+
+@pytest.mark.parametrize("data", [b"\1\0", b"\xff\xff\xff\xffab"])
+def test_strings_that_do_not_fill_a_reply_are_the_servers_fault(data):
+    message = service_pb2.ModelInferResponse()
+    message.outputs.add(name="x", datatype="BYTES", shape=[1])
+    message.raw_output_contents.append(data)
+    with pytest.raises(ServerFaultError, match="x: "):
+        write_reply(message.SerializeToString(), ReplyFormat(is_binary=False, by_name={}))
