@@ -20,6 +20,7 @@ from kvcast.server import ServerError, ServerSettings, TritonServer, shared_memo
 from kvcast.server.__main__ import make_parser
 from kvcast.server.installation import find_installation
 from kvcast.server.log import Log
+from kvcast.server.releases import ReleaseStore
 from kvcast.server.repository import check_port, count_shared_memory, ensure_exported, expand_models, read_config_name
 from kvcast.server.triton_process import explain
 from kvcast.server.view import View, find_models
@@ -148,6 +149,45 @@ def test_an_export_that_is_there_is_not_made_again(tiny_repository, capsys):
 def test_an_export_that_fails_is_one_sentence(tmp_path):
     with pytest.raises(ServerError, match="nonsense could not be exported"):
         ensure_exported(tmp_path, ["ranker"], "nonsense")
+
+
+OLD_RECORD = """{
+  "releases": [
+    {
+      "number": 3,
+      "fingerprint": "abcd1234",
+      "config": "tiny",
+      "published": "2026-01-01T00:00:00+00:00",
+      "files": {"ranker/number": "00"}
+    }
+  ],
+  "active": 3,
+  "previous": null
+}
+"""
+
+
+def test_a_record_of_an_older_version_is_read(tmp_path):
+    (tmp_path / "releases.json").write_text(OLD_RECORD)
+    record = ReleaseStore(tmp_path).read()
+    release = record.find("abcd")
+    assert (release.release_number, release.release_id, record.active) == (3, "abcd1234", 3)
+    assert release.files == {"ranker/number": "00"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('"active": 3', '"active": "3"', "active: expected `int | null`, got '3'"),
+        ('"previous"', '"last"', "expected the keys ['active', 'previous', 'releases'], got ['active', 'last', 'rel"),
+        ('"number": 3', '"number": 3.5', "releases[0].release_number: expected `int`, got 3.5"),
+        ("{", "", "expected JSON"),
+    ],
+)
+def test_what_is_no_record_of_releases_is_named(tmp_path, old, new, words):
+    (tmp_path / "releases.json").write_text(OLD_RECORD.replace(old, new, 1))
+    with pytest.raises(ServerError, match=rf"releases\.json: .*{re.escape(words)}"):
+        ReleaseStore(tmp_path).read()
 
 
 @pytest.fixture
