@@ -14,6 +14,8 @@ import threading
 from pathlib import Path
 
 import pytest
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from kvcast.protocol.manifest import read_manifest
 from kvcast.server import ServerError, ServerSettings, TritonServer, shared_memory
@@ -270,6 +272,31 @@ def test_regions_can_be_hidden_from_other_users(regions):
     assert [stat.S_IMODE((regions / name).stat().st_mode) for name in ("kvcast_aa_1", "kvcast_bb_1")] == [0o600, 0o644]
 
 
+def read_config(view: View, model: str) -> ModelConfig:
+    return text_format.Parse((view.folder / model / "config.pbtxt").read_text(), ModelConfig())
+
+
+def test_an_ensemble_names_the_versions_of_its_steps(tiny_repository, tmp_path):
+    view = View(tiny_repository, tmp_path / "view", find_models(["ranker"]))
+    view.pin("ranker", {"user_encoder": 7, "doc_fusion": 8}, "ranker_trial")
+    for name, versions in (("ranker", [-1, -1]), ("ranker_trial", [7, 8])):
+        config = read_config(view, name)
+        assert config.name == name
+        assert [step.model_version for step in config.ensemble_scheduling.step] == versions
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [("colour: 1", 'has no field named "colour"'), ("max_batch_size: '8'", "Couldn't parse integer"), ("{", "'{'")],
+)
+def test_a_configuration_that_triton_would_not_read_is_named(tiny_repository, tmp_path, line, words):
+    own = Path(shutil.copytree(tiny_repository, tmp_path / "own"))
+    config = own / "doc_fusion" / "config.pbtxt"
+    config.write_text(f"{line}\n")
+    with pytest.raises(ServerError, match=rf"doc_fusion/config\.pbtxt:1:.*{re.escape(words)}"):
+        View(own, tmp_path / "view", find_models(["doc_fusion"]))
+
+
 def test_parameters_are_set_in_the_view_alone(tiny_repository, tmp_path):
     config = tiny_repository / "user_encoder" / "config.pbtxt"
     before, models = config.read_text(), find_models(["ranker"])
@@ -277,10 +304,11 @@ def test_parameters_are_set_in_the_view_alone(tiny_repository, tmp_path):
         tiny_repository, tmp_path / "view", models, {"user_kv_cache_megabytes": "12.5", "intra_op_threads": "3"}
     )
     view.renew("user_encoder")
-    encoder, fusion = ((view.folder / name / "config.pbtxt").read_text() for name in ("user_encoder", "doc_fusion"))
-    assert 'key: "user_kv_cache_megabytes" value { string_value: "12.5" }' in encoder
+    encoder, fusion = (read_config(view, name).parameters for name in ("user_encoder", "doc_fusion"))
+    assert encoder["user_kv_cache_megabytes"].string_value == "12.5"
     assert "user_kv_cache_megabytes" not in fusion
-    assert all('key: "intra_op_threads" value { string_value: "3" }' in text for text in (encoder, fusion))
+    assert encoder["intra_op_threads"].string_value == fusion["intra_op_threads"].string_value == "3"
+    assert (encoder["KVCAST_LOADED"].string_value, fusion["KVCAST_LOADED"].string_value) == ("2", "1")
     assert config.read_text() == before
     with pytest.raises(ServerError, match=r"parameter colour: expected one of .*user_kv_cache_megabytes"):
         View(tiny_repository, tmp_path / "other", models, {"colour": "red"})
@@ -302,7 +330,7 @@ def test_a_parameter_is_found_however_it_is_written(tiny_repository, tmp_path):
         + 'parameters: {\n  key: "late"\n  value: {\n    string_value: "1"\n  }\n}\n'
     )
     view = View(own, tmp_path / "view", find_models(["doc_fusion"]), {"late": "2"})
-    assert 'string_value: "2"' in (view.folder / "doc_fusion" / "config.pbtxt").read_text()
+    assert read_config(view, "doc_fusion").parameters["late"].string_value == "2"
     for name in ("remark", "history", "scores"):  # a comment, and tensors of an ensemble's maps
         with pytest.raises(ServerError, match=f"parameter {name}: expected one of .*late"):
             View(own, tmp_path / name, find_models(["ranker"]), {name: "2"})
