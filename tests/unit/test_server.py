@@ -6,6 +6,7 @@ import io
 import os
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -24,7 +25,8 @@ from kvcast.server.installation import find_installation
 from kvcast.server.log import Log
 from kvcast.server.releases import ReleaseStore
 from kvcast.server.repository import check_port, count_shared_memory, ensure_exported, expand_models, read_config_name
-from kvcast.server.triton_process import explain
+from kvcast.server.stubs import Stub, list_stubs
+from kvcast.server.triton_process import explain, has_members
 from kvcast.server.view import View, find_models
 from tests.processes import wait_until
 
@@ -190,6 +192,30 @@ def test_what_is_no_record_of_releases_is_named(tmp_path, old, new, words):
     (tmp_path / "releases.json").write_text(OLD_RECORD.replace(old, new, 1))
     with pytest.raises(ServerError, match=rf"releases\.json: .*{re.escape(words)}"):
         ReleaseStore(tmp_path).read()
+
+
+def test_stubs_are_known_by_their_command_and_zombies_are_none(tmp_path):
+    model = tmp_path / "ranker" / "3" / "model.py"
+    model.parent.mkdir(parents=True)
+    model.write_text("read line\n")  # for bash
+    children = [
+        subprocess.Popen([program, model], executable="/bin/bash", stdin=subprocess.PIPE, start_new_session=True)
+        for program in (tmp_path / "triton_python_backend_stub", tmp_path / "another")
+    ]
+    stub, group = children[0], children[0].pid
+    try:
+        wait_until(lambda: set(list_stubs(os.getpid())) == {stub.pid}, 5)
+        assert list_stubs(os.getpid())[stub.pid] == Stub(stub.pid, "ranker", 3, is_stopped=False)
+        stub.send_signal(signal.SIGSTOP)
+        wait_until(lambda: list_stubs(os.getpid())[stub.pid].is_stopped, 5)
+        assert has_members(group)
+        stub.kill()
+        wait_until(lambda: not list_stubs(os.getpid()), 5)
+        assert not has_members(group)
+    finally:
+        for child in children:
+            child.kill()
+            child.communicate()
 
 
 @pytest.fixture

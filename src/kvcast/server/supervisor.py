@@ -24,7 +24,7 @@ from kvcast.server import shared_memory
 from kvcast.server.admin import Admin
 from kvcast.server.installation import ServerError
 from kvcast.server.releases import ReleaseStore
-from kvcast.server.stubs import STOPPED, Stub, list_stubs
+from kvcast.server.stubs import Stub, list_stubs
 from kvcast.server.triton_process import TritonProcess
 from kvcast.server.view import View
 
@@ -247,7 +247,7 @@ class Supervisor:
     def _find_dead(self) -> list[Stub]:
         """Return watched processes that are gone; end those that are held first."""
         now, living = time.monotonic(), list_stubs(self._triton.pid)
-        held = {pid for pid in self._watched if pid in living and living[pid].state in STOPPED}
+        held = {pid for pid in self._watched if pid in living and living[pid].is_stopped}
         self._held = {pid: self._held.get(pid, now) for pid in held}
         for pid, since in self._held.items():
             if now - since >= HELD_SECONDS:

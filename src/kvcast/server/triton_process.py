@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import psutil
+
 from kvcast.server import shared_memory
 from kvcast.server.admin import Admin
 from kvcast.server.installation import ServerError, find_installation
@@ -187,11 +189,10 @@ def prepare_process() -> None:
 
 
 def has_members(group: int) -> bool:
-    """Whether a process of this group is still running (one that has ended but was not collected is not)."""
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, _, own_group = path.read_text().rpartition(")")[2].split()[:3]
-            if int(own_group) == group and state != "Z":
+    """Whether a process of this group is still running; a zombie is not."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, psutil.Error):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
                 return True
     return False
 
