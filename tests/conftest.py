@@ -41,8 +41,7 @@ def own_repository(tiny_repository: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def server(tiny_repository: Path) -> Iterator[TritonServer]:
     """A real tritonserver with all models of the `tiny` export."""
-    log: list[str] = []
-    with TritonServer(make_settings(tiny_repository), log=log.append) as running:
+    with TritonServer(make_settings(tiny_repository)) as running:
         yield running
 
 

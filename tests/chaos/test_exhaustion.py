@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import errno
 import json
+import logging
 import os
 import shutil
 import signal
@@ -353,13 +354,14 @@ def test_a_damaged_file_is_refused_at_the_start_in_clear_words(own_repository, d
     ["swapped graph", "manifest of another model", "half a golden request, resident", "other scores"],
 )
 def test_a_file_that_is_damaged_while_serving_is_not_loaded_and_the_server_is_well_when_it_is_whole(
-    own_repository, damage
+    own_repository, damage, caplog
 ):
+    caplog.set_level(logging.INFO, "kvcast")  # what a failure needs to be understood
     name, hurt, words = DAMAGES[damage]
     path = own_repository / name
     settings = settings_of(own_repository, name)
     with (
-        TritonServer(settings, log=print) as server,  # what a failure needs to be understood
+        TritonServer(settings) as server,
         RankerClient(server.grpc_address, model=settings.models[0], retry=NO_RETRIES, deadline=2) as client,
     ):
         request = draw_request(CONFIG, 30, 7, 0)

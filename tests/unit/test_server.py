@@ -1,8 +1,11 @@
 """The launcher without a server: what it finds, what it misses, and how it reads a log."""
 
 import dataclasses
+import datetime
 import importlib.util
 import io
+import json
+import logging
 import os
 import re
 import shutil
@@ -22,7 +25,7 @@ from kvcast.protocol.manifest import read_manifest
 from kvcast.server import ServerError, ServerSettings, TritonServer, shared_memory
 from kvcast.server.__main__ import make_parser
 from kvcast.server.installation import find_installation
-from kvcast.server.log import Log
+from kvcast.server.log import log_triton, open_log
 from kvcast.server.releases import ReleaseStore
 from kvcast.server.repository import check_port, count_shared_memory, ensure_exported, expand_models, read_config_name
 from kvcast.server.stubs import Stub, list_stubs
@@ -381,21 +384,62 @@ def test_numbers_out_of_range_are_refused_before_anything_starts(tmp_path, chang
         TritonServer(settings).start()
 
 
+class SlowStream(io.StringIO):
+    """One that writes when it is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads = threading.Event()
+
+    def write(self, text: str) -> int:
+        self.reads.wait(10)
+        return super().write(text)
+
+
 def test_a_log_that_nobody_reads_holds_nobody_up(monkeypatch):
     monkeypatch.setattr("kvcast.server.log.WAITING_LINES", 5)
     monkeypatch.setattr("kvcast.server.log.FLUSHED_WITHIN_SECONDS", 0.1)
-    reads, stream = threading.Event(), io.StringIO()
-    write = stream.write
-    stream.write = lambda text: (reads.wait(10), write(text))[1]  # type: ignore[method-assign]
-    log = Log(stream)
-    for number in range(20):
-        log(f"line {number}")
-    log.close()
+    stream, logger = SlowStream(), logging.getLogger("kvcast.gateway")
+    with open_log(stream=stream):
+        for number in range(20):
+            logger.info(f"line {number}")
     assert not stream.getvalue()
-    reads.set()
-    log("last")
-    wait_until(lambda: "line 5" in stream.getvalue() or "line 4" in stream.getvalue(), 5)
-    log.close()
+    with open_log(stream=stream):
+        for number in range(20):
+            logger.info(f"line {number}")
+        stream.reads.set()
+        wait_until(lambda: "line 4\n" in stream.getvalue(), 5)
+        logger.info("last")
     text = stream.getvalue()
     assert "line 0\n" in text
+    assert "last\n" in text
     assert re.search(r"kvcast: 1[45] lines before this one were dropped", text)
+
+
+def write_log(line_format: str) -> list[str]:
+    stream = io.StringIO()
+    with open_log(line_format, stream):
+        logging.getLogger("kvcast.server.supervisor").warning("a process died")
+        log_triton('E1121 23:45:12.0 300 model_lifecycle.cc:642] "failed"')
+        log_triton("I was never so formatted")
+        logging.getLogger("kvcast.gateway").info('{"request_id": "x"}')
+    return stream.getvalue().splitlines()
+
+
+def test_a_log_of_text_has_the_lines_as_they_are():
+    assert write_log("text") == [
+        "kvcast: a process died",
+        'E1121 23:45:12.0 300 model_lifecycle.cc:642] "failed"',
+        "I was never so formatted",
+        '{"request_id": "x"}',
+    ]
+
+
+def test_a_log_of_json_has_levels_and_sources():
+    *lines, request = (json.loads(line) for line in write_log("json"))
+    assert [(line["level"], line["source"]) for line in lines] == [
+        ("WARNING", "server"), ("ERROR", "tritonserver"), ("INFO", "tritonserver")
+    ]  # fmt: skip
+    assert lines[0]["message"] == "a process died"
+    assert datetime.datetime.fromisoformat(lines[0]["time"]).tzinfo is not None
+    assert request == {"request_id": "x"}

@@ -1,7 +1,6 @@
 """`python -m kvcast.server`: serve a model repository in the foreground, until Ctrl-C or SIGTERM."""
 
 import argparse
-import contextlib
 import re
 import signal
 import sys
@@ -10,7 +9,7 @@ from types import FrameType
 
 from kvcast.server.installation import ServerError
 from kvcast.server.launcher import ServerSettings, TritonServer
-from kvcast.server.log import Log
+from kvcast.server.log import FORMATS, open_log
 from kvcast.server.repository import read_config_name
 
 
@@ -65,6 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="SHARE",
         help="share of requests of which the log gets a line of JSON: sizes, cache, times of each stage; no user data",
     )
+    parser.add_argument("--log-format", choices=FORMATS, default=FORMATS[0], help="of standard error (%(default)s)")
     parser.add_argument(
         "--in-flight", type=int, default=16, metavar="N", help="requests to a model that Triton holds (%(default)s)"
     )
@@ -112,7 +112,8 @@ def main(argv: list[str] | None = None) -> int:
             tls_key=arguments.tls_key,
             tls_client_ca=arguments.tls_client_ca,
         )
-        serve(settings)
+        with open_log(arguments.log_format):
+            serve(settings)
     except ServerError as error:
         print(f"kvcast serve: {error}", file=sys.stderr)
     except KeyboardInterrupt:
@@ -139,7 +140,7 @@ def serve(settings: ServerSettings) -> None:
     Raises:
         ServerError: it cannot start, ended by itself, or crashed too often.
     """
-    with contextlib.closing(Log()) as log, TritonServer(settings, log=log) as server:
+    with TritonServer(settings) as server:
         print(describe(server), flush=True)
         server.wait()
 

@@ -6,10 +6,10 @@ shared memory, logging, trace) ask for a key that is made anew at each start and
 reads. Triton takes the key on its command line alone, so other users of the same machine can see it there.
 """
 
+import logging
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -21,11 +21,14 @@ from kvcast.server import shared_memory
 from kvcast.server.admin import Admin
 from kvcast.server.guard_process import GuardProcess
 from kvcast.server.installation import ServerError
+from kvcast.server.log import gateway_logger
 from kvcast.server.releases import ReleaseStore
 from kvcast.server.repository import check_port, check_repository, count_shared_memory, expand_models, find_free_ports
 from kvcast.server.supervisor import Supervisor
 from kvcast.server.triton_process import TritonProcess
 from kvcast.server.view import View, find_models
+
+logger = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
 ADMIN_HEADER = "kvcast-admin-key"
@@ -85,17 +88,12 @@ class TritonServer:
     States: created → `start` → ready → `stop` → stopped. `stop` may be called in any of them, also twice.
     """
 
-    def __init__(self, settings: ServerSettings, log: Callable[[str], None] = lambda _: None) -> None:
-        """Take note of what to serve.
-
-        Args:
-            settings: what and where.
-            log: receives every line that the server writes.
-        """
+    def __init__(self, settings: ServerSettings) -> None:
+        """Make keys and choose ports; nothing is started yet."""
         self.settings = settings
         self.supervisor: Supervisor | None = None
         self._guard: GuardProcess | None = None
-        self._log = log
+        self._log = gateway_logger.info
         self._triton: TritonProcess | None = None
         self._workspace: Path | None = None
         self._admin_key = secrets.token_hex(16)
@@ -182,7 +180,7 @@ class TritonServer:
         ):
             check_port(settings.host, port, purpose, variable)
         for instance in shared_memory.remove_leftovers():
-            self._log(f"kvcast: removed the shared memory of {instance}, a server that was killed")
+            logger.info(f"removed the shared memory of {instance}, a server that was killed")
         region_bytes = count_shared_memory(manifest, models)
         shared_memory.check_room(region_bytes * len(expand_models(models)))
         self._workspace = Path(tempfile.mkdtemp(prefix="kvcast-"))
@@ -191,9 +189,9 @@ class TritonServer:
         store = ReleaseStore(settings.repository)
         release = store.find_served(expand_models(models))
         admin = Admin(self._bind_host, self._ports[0], self.admin_headers | dict([self._inference_header]))
-        self._triton = TritonProcess(self._make_flags(region_bytes), models, self._instance, admin, self._log)
+        self._triton = TritonProcess(self._make_flags(region_bytes), models, self._instance, admin)
         view = self._make_view(store, release)
-        self.supervisor = Supervisor(self._triton, admin, view, store, self._state_file, self._log)
+        self.supervisor = Supervisor(self._triton, admin, view, store, self._state_file)
         if settings.is_guarded:  # at once, so that callers hear that the server is starting
             self._guard = GuardProcess(settings, self._ports, self._state_file, self._inference_header, self._log)
             self._guard.start()
