@@ -1,5 +1,6 @@
 """Fixtures that cost seconds, made once a session: exports of `tiny` and `demo`, a tritonserver on the first."""
 
+import io
 import os
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from kvcast.protocol.errors import ArtefactError
 from kvcast.protocol.manifest import read_manifest
 from kvcast.protocol.tensors import USER_ENCODER
 from kvcast.server import ServeConfig, TritonServer
+from kvcast.server.log import open_log
 from tests.support import find_free_ports
 
 ROOT = Path(__file__).parents[1]
@@ -41,9 +43,8 @@ def own_repository(tiny_repository: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def server(tiny_repository: Path) -> Iterator[TritonServer]:
     """A real tritonserver with all models of the `tiny` export."""
-    log: list[str] = []
-    with TritonServer(make_settings(tiny_repository), log=log.append) as running:
-        running.lines = log  # type: ignore[attr-defined]
+    with open_log(stream=(stream := io.StringIO())), TritonServer(make_settings(tiny_repository)) as running:
+        running.log = stream  # type: ignore[attr-defined]
         yield running
 
 

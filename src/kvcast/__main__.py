@@ -4,7 +4,6 @@ import importlib
 import sys
 
 from kvcast.protocol.errors import KvcastError
-from kvcast.server import ServerError
 
 # command → (module with `main(argv)`, what it is for)
 COMMANDS = {
@@ -39,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     try:
         status: int = module.main(rest)
-    except (KvcastError, ServerError, OSError) as error:
+    except (KvcastError, OSError) as error:
         print(f"kvcast {command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -14,7 +14,7 @@ from kvcast.client.__main__ import main as rank
 from kvcast.protocol.config import DEFAULT_CONFIG, ModelConfig, load_config
 from kvcast.protocol.errors import KvcastError
 from kvcast.protocol.tensors import RANKER
-from kvcast.server import ServeConfig, ServerError, TritonServer
+from kvcast.server import ServeConfig, TritonServer
 from kvcast.server.repository import ensure_exported, read_config_name
 from kvcast.synthetic import ClickLog, Habits, PlantedLog, Shop, Visitor, draw_visitor
 from kvcast.synthetic.visitor import describe_ranking, describe_visitor
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(arguments.config)
         visitor = _draw_visitor(config, arguments.user)
         return _run(arguments, config, visitor)
-    except (KvcastError, ServerError) as error:
+    except KvcastError as error:
         print(f"kvcast demo: {error}", file=sys.stderr)
         return 1
     except ValueError as error:

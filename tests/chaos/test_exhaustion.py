@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import errno
 import json
+import logging
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import tritonclient.grpc
@@ -93,7 +95,7 @@ def make_namespace() -> Iterator[Callable[[Path, str], Namespace]]:
 
 @pytest.fixture(scope="module")
 def long_config() -> ModelConfig:
-    return dataclasses.replace(CONFIG, limits=dataclasses.replace(CONFIG.limits, history=LONG_HISTORY))
+    return dataclasses.replace(CONFIG, limits=msgspec.structs.replace(CONFIG.limits, history=LONG_HISTORY))
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +261,7 @@ def test_a_full_disk_at_publication_publishes_nothing_and_the_next_try_does(make
     status, text = namespace.run(*publish)
     assert status == 0, text
     record = ReleaseStore(namespace.outside / "repository").read()
-    assert ([each.number for each in record.releases], record.active) == ([1, 2], 1)
+    assert ([each.release_number for each in record.releases], record.active) == ([1, 2], 1)
 
 
 PUBLISH = """
@@ -283,7 +285,7 @@ def test_a_publication_that_fails_at_its_last_step_leaves_nothing(tiny_repositor
             store.publish(tiny_repository)
     assert not list((tmp_path / "store").glob("*/[0-9]*/manifest.json"))
     assert store.read().releases == ()
-    assert store.publish(tiny_repository).number == 1
+    assert store.publish(tiny_repository).release_number == 1
 
 
 def truncate(path: Path) -> None:
@@ -316,7 +318,7 @@ DAMAGES = {
     "swapped graph": ("user_encoder/1/model.onnx", take_from("doc_fusion"), "SHA-256"),
     "manifest of another model": ("doc_fusion/1/manifest.json", take_from("user_encoder"), "expected the artefact of"),
     "manifest of another release": ("doc_fusion/1/manifest.json", take_other_release, "different releases"),
-    "half a manifest": ("doc_fusion/1/manifest.json", truncate, "not a kvcast manifest"),
+    "half a manifest": ("doc_fusion/1/manifest.json", truncate, "manifest: expected JSON"),
     "half a golden request": ("user_encoder/1/golden.json", truncate, "SHA-256"),
     "other scores": ("user_encoder/1/golden.json", change_scores, "does not compute what was proved"),
     "half a golden request, resident": ("ranker_resident/1/golden.json", truncate, "SHA-256"),
@@ -352,13 +354,14 @@ def test_a_damaged_file_is_refused_at_the_start_in_clear_words(own_repository, d
     ["swapped graph", "manifest of another model", "half a golden request, resident", "other scores"],
 )
 def test_a_file_that_is_damaged_while_serving_is_not_loaded_and_the_server_is_well_when_it_is_whole(
-    own_repository, damage
+    own_repository, damage, caplog
 ):
+    caplog.set_level(logging.INFO, "kvcast")  # what a failure needs to be understood
     name, hurt, words = DAMAGES[damage]
     path = own_repository / name
     settings = settings_of(own_repository, name)
     with (
-        TritonServer(settings, log=print) as server,  # what a failure needs to be understood
+        TritonServer(settings) as server,
         RankerClient(server.grpc_address, model=settings.models[0], retry=NO_RETRIES, deadline=2) as client,
     ):
         request = draw_request(CONFIG, 30, 7, 0)

@@ -157,7 +157,7 @@ def damage(store: ReleaseStore, model: str, number: int) -> None:
     manifest.write_text(json.dumps(described))
     record_path = store.repository / "releases.json"
     record = json.loads(record_path.read_text())
-    entry = next(each for each in record["releases"] if each["number"] == number)
+    entry = next(each for each in record["releases"] if each["release_number"] == number)
     for path in (golden, manifest):
         entry["files"][f"{model}/{path.name}"] = hash_file(path)
     record_path.write_text(json.dumps(record))
@@ -197,7 +197,7 @@ def test_a_reader_never_sees_half_a_release(tiny_repository, other_export, tmp_p
         stopping.set()
         reader.join()
     assert not problems
-    assert [each.number for each in store.read().releases] == [1, 2]
+    assert [each.release_number for each in store.read().releases] == [1, 2]
     assert not [path for path in store.repository.iterdir() if path.name.startswith(".")]
 
 
@@ -250,13 +250,13 @@ def test_a_known_id_with_other_golden_scores_is_refused_and_with_other_limits_is
     rewrite(own_repository, "manifest.json", lambda manifest: manifest["limits"].update(candidates=7))
     assert release(["publish", str(own_repository), "--repository", str(repository)]) == 0
     first, _, third = ReleaseStore(repository).read().releases
-    assert (first.fingerprint, third.number) == (third.fingerprint, 3)
+    assert (first.release_id, third.release_number) == (third.release_id, 3)
 
 
 def test_an_export_that_was_served_becomes_the_first_release(own_repository, other_export, capsys):
     assert release(["publish", str(other_export), "--repository", str(own_repository)]) == 0
     record = ReleaseStore(own_repository).read()
-    assert (record.active, [each.number for each in record.releases]) == (1, [1, 2])
+    assert (record.active, [each.release_number for each in record.releases]) == (1, [1, 2])
     assert release(["list", "--repository", str(own_repository)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("active       1") for line in lines), lines

@@ -67,7 +67,7 @@ def test_standard_input(server, request_file):
     [
         (lambda table: table["candidates"].clear(), 2, "expected N = 1 to 64 candidates, got 0"),
         (lambda table: table["history"][0].update(item=500), 2, "expected field 'item' within 0..499, got 500"),
-        (lambda table: table["history"][0].pop("action"), 2, "history[0]: expected an object with item, action"),
+        (lambda table: table["history"][0].pop("action"), 2, "history[0]: expected the keys ['action', 'item']"),
         (lambda table: table.update(history=table["history"] * 4), 2, "expected at most L = 96 events, got 100"),
     ],
 )

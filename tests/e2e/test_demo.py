@@ -39,7 +39,7 @@ ASKED = 400
 @pytest.fixture(scope="module")
 def served(demo: Demo) -> Iterator[TritonServer]:
     settings = dataclasses.replace(make_settings(demo.repository), models=["ranker"], config=CONFIG.name)
-    with TritonServer(settings, log=lambda _: None) as running:
+    with TritonServer(settings) as running:
         yield running
 
 

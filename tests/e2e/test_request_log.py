@@ -1,5 +1,6 @@
 """The request log: a line of JSON a request, with how it was made, and callers who notice nothing of it."""
 
+import io
 import json
 import secrets
 import threading
@@ -26,7 +27,7 @@ USERS_OWN = "31415926"
 class Lines:
     """The JSON lines of a gateway and of the models behind it, read as they come."""
 
-    def __init__(self, gateway, of_models: list[str]) -> None:
+    def __init__(self, gateway, of_models: io.StringIO) -> None:
         self.lines: list[dict] = []
         self._of_models = of_models
         self._thread = threading.Thread(target=self._read, args=(gateway.process.stdout,), daemon=True)
@@ -52,7 +53,7 @@ class Lines:
         return merged
 
     def _find(self, request_id: str) -> list[dict]:
-        lines = [json.loads(line) for line in list(self._of_models) if line.startswith("{")]
+        lines = [json.loads(line) for line in self._of_models.getvalue().splitlines() if line.startswith("{")]
         return [line for line in lines if line["request_id"] == request_id]
 
 
@@ -61,7 +62,7 @@ def gateway(server):
     """A second gateway before the server, which logs everything."""
     http, grpc = f"127.0.0.1:{server._ports[0]}", server.direct_grpc_address
     with run_gateway(http=http, grpc=grpc, log_requests=1.0) as running:
-        running.lines = Lines(running, server.lines)
+        running.lines = Lines(running, server.log)
         yield running
 
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import http.client
 import json
+import logging
 import os
 import signal
 import socket
@@ -231,7 +232,9 @@ def test_a_shape_in_a_json_body_that_the_data_does_not_fill_is_refused_before_tr
     assert is_running(before)
 
 
-def test_a_server_whose_launcher_is_killed_ends_by_itself_and_its_memory_is_removed_at_the_next_start(tiny_repository):
+def test_a_server_whose_launcher_is_killed_ends_by_itself_and_its_memory_is_removed_at_the_next_start(
+    tiny_repository, caplog
+):
     regions = list_shared_memory()
     process = run_serve(tiny_repository)
     read_until(process, "Ctrl-C")
@@ -247,9 +250,9 @@ def test_a_server_whose_launcher_is_killed_ends_by_itself_and_its_memory_is_remo
     wait_until(lambda: not [pid for pid in started if is_running(pid)], ORPHANS_END_WITHIN_SECONDS)
     foreign = Path("/dev/shm", f"kvcast_{os.getpid()}_of_nobody_that_we_know")  # noqa: S108
     foreign.touch()
-    log: list[str] = []
+    caplog.set_level(logging.INFO, "kvcast")
     try:
-        with TritonServer(make_settings(tiny_repository), log=log.append) as server:
+        with TritonServer(make_settings(tiny_repository)) as server:
             assert not own & list_shared_memory()
             assert foreign.exists()
             with RankerClient(server.grpc_address) as client:
@@ -257,7 +260,7 @@ def test_a_server_whose_launcher_is_killed_ends_by_itself_and_its_memory_is_remo
     finally:
         foreign.unlink()
     instance = owner.name.removeprefix(shared_memory.PREFIX).removesuffix(shared_memory.OWNER)
-    assert f"kvcast: removed the shared memory of {instance}, a server that was killed" in log
+    assert f"removed the shared memory of {instance}, a server that was killed" in caplog.messages
 
 
 def test_the_next_start_leaves_the_memory_of_a_living_server_alone(server, tiny_repository):

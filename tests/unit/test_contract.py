@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import re
 import tomllib
 from typing import Any
 
@@ -22,6 +23,7 @@ from kvcast.protocol.errors import (
     read_tagged,
     tag_message,
 )
+from kvcast.protocol.golden import Golden
 from kvcast.protocol.locate import locate
 from kvcast.protocol.manifest import CONTRACT_VERSION, Dims, Manifest, Parity, parse_manifest, read_manifest
 from kvcast.protocol.request import RankRequest
@@ -66,21 +68,17 @@ def read_tiny_table() -> dict[str, Any]:
         (["limits"], {"history": 5}, "limits: expected the keys ['candidates', 'history'], got ['history']"),
         (["network", "width"], 33, "network.width: expected a multiple of heads = 2, got 33"),
         (["limits"], {"history": 7, "candidates": 5}, "limits.history: expected at least 8, got 7"),
-        (["network", "layers"], 0, "network.layers: expected a whole number, at least 1, got 0"),
-        (["network", "layers"], True, "network.layers: expected a whole number, at least 1, got True"),
-        (["limits", "candidates"], "5", "limits.candidates: expected a whole number, at least 1, got '5'"),
+        (["network", "layers"], 0, "network.layers: expected `int` >= 1, got 0"),
+        (["network", "layers"], True, "network.layers: expected `int`, got True"),
+        (["limits", "candidates"], "5", "limits.candidates: expected `int`, got '5'"),
         (
             ["network", "family"],
             "transformer.py",
             "network.family: expected a family's short name, 'package.module:Class' or 'file.py:Class', got",
         ),
-        (
-            ["vocabularies", "item"],
-            63,
-            "vocabularies.item: expected a whole number, at least 64 (ids 0 to size - 1), got",
-        ),
-        (["vocabularies"], 63, "vocabularies: expected a table, got 63"),
-        (["name"], 5, "name: expected a string, got 5"),
+        (["vocabularies", "item"], 63, "vocabularies.item: expected `int` >= 64, got 63"),
+        (["vocabularies"], 63, "vocabularies: expected `object`, got 63"),
+        (["name"], 5, "name: expected `str`, got 5"),
         (["weights"], "trained.pt", "weights: expected a file *.safetensors, got 'trained.pt'"),
         (
             ["fields", "candidates"],
@@ -89,10 +87,10 @@ def read_tiny_table() -> dict[str, Any]:
         ),
         (["fields", "history"], [], "fields.history: expected a list of different names, at least one, got []"),
         (["fields", "history"], ["item", "item"], "fields.history: expected a list of different names, at least one"),
-        (["fields", "history"], [["item"]], "fields.history: expected a list of different names, at least one"),
+        (["fields", "history"], [["item"]], "fields.history[0]: expected `str`, got ['item']"),
         (["workload", "history"], 1000, "workload: expected it within limits"),
         (["speed"], 3, "config: expected the keys"),
-        (["network"], 3, "network: expected a table, got 3"),
+        (["network"], 3, "network: expected the keys ['family', 'heads', 'layers', 'options', 'width'], got 3"),
     ],
 )
 def test_a_wrong_configuration_is_named(path, value, words):
@@ -268,6 +266,21 @@ def test_a_manifest_of_another_contract_is_refused(tmp_path):
         read_manifest(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "expected JSON"),
+        ('{"history": [], "candidates": []}', "expected the keys ['candidates', 'history', 'scores']"),
+        ('{"history": [[true]], "candidates": [], "scores": []}', "history[0][0]: expected `int`, got True"),
+        ('{"history": [[1]], "candidates": [[1], [1, 2]], "scores": [1]}', "expected history [L, fields], candidates"),
+        ('{"history": [[1]], "candidates": [[1]], "scores": []}', "expected history [L, fields], candidates"),
+    ],
+)
+def test_what_is_no_golden_request_is_named(text, words):
+    with pytest.raises(ArtefactError, match=f"golden.json: .*{re.escape(words)}"):
+        Golden.from_json(text)
+
+
 def test_request_survives_json_in_any_column_order():
     schema = load_config("tiny").schema
     request = RankRequest(np.arange(6).reshape(3, 2), np.arange(8).reshape(2, 4))
@@ -287,16 +300,16 @@ def test_request_survives_json_in_any_column_order():
     ("text", "words"),
     [
         ("{", "expected JSON"),
-        ("[]", "expected an object with history and candidates, got list"),
+        ("[]", "request: expected the keys ['candidates', 'history'], got []"),
         ('{"history": []}', "got ['history']"),
         ('{"history": [], "candidates": [], "k": 1}', "got ['candidates', 'history', 'k']"),
-        ('{"history": {}, "candidates": []}', "history: expected a list, got dict"),
-        ('{"history": [{"item": 1}], "candidates": []}', "[0]: expected an object with item, action, got ['item']"),
-        ('{"history": [[1, 2]], "candidates": []}', "history[0]: expected an object with item, action, got [1, 2]"),
-        ('{"history": [{"item": 1.5, "action": 1}], "candidates": []}', "history[0].item: expected an id"),
-        ('{"history": [{"item": true, "action": 1}], "candidates": []}', "history[0].item: expected an id"),
-        ('{"history": [{"item": 1e400, "action": 1}], "candidates": []}', "history[0].item: expected an id"),
-        ('{"history": [{"item": 9223372036854775808, "action": 1}], "candidates": []}', "item: expected an id"),
+        ('{"history": {}, "candidates": []}', "history: expected `array`, got {}"),
+        ('{"history": [{"item": 1}], "candidates": []}', "[0]: expected the keys ['action', 'item'], got ['item']"),
+        ('{"history": [[1, 2]], "candidates": []}', "history[0]: expected the keys ['action', 'item'], got [1, 2]"),
+        ('{"history": [{"item": 1.5, "action": 1}], "candidates": []}', "history[0].item: expected `int`, got 1.5"),
+        ('{"history": [{"item": true, "action": 1}], "candidates": []}', "history[0].item: expected `int`, got True"),
+        ('{"history": [{"item": 1e400, "action": 1}], "candidates": []}', "history[0].item: expected `int`, got inf"),
+        ('{"history": [{"item": 9223372036854775808, "action": 1}], "candidates": []}', "item: expected `int` <= 92"),
     ],
 )  # fmt: skip
 def test_a_wrong_request_file_is_named(text, words):

@@ -1,11 +1,15 @@
 """The launcher without a server: what it finds, what it misses, and how it reads a log."""
 
 import dataclasses
+import datetime
 import importlib.util
 import io
+import json
+import logging
 import os
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -14,14 +18,18 @@ import threading
 from pathlib import Path
 
 import pytest
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from kvcast.protocol.manifest import read_manifest
 from kvcast.server import ServeConfig, ServerError, TritonServer, shared_memory
 from kvcast.server.__main__ import make_parser
 from kvcast.server.installation import find_installation
-from kvcast.server.log import Log
+from kvcast.server.log import log_triton, open_log
+from kvcast.server.releases import ReleaseStore
 from kvcast.server.repository import check_port, count_shared_memory, ensure_exported, expand_models, read_config_name
-from kvcast.server.triton_process import explain
+from kvcast.server.stubs import Stub, list_stubs
+from kvcast.server.triton_process import explain, has_members
 from kvcast.server.view import View, find_models
 from tests.processes import wait_until
 
@@ -150,6 +158,69 @@ def test_an_export_that_fails_is_one_sentence(tmp_path):
         ensure_exported(tmp_path, ["ranker"], "nonsense")
 
 
+OLD_RECORD = """{
+  "releases": [
+    {
+      "number": 3,
+      "fingerprint": "abcd1234",
+      "config": "tiny",
+      "published": "2026-01-01T00:00:00+00:00",
+      "files": {"ranker/number": "00"}
+    }
+  ],
+  "active": 3,
+  "previous": null
+}
+"""
+
+
+def test_a_record_of_an_older_version_is_read(tmp_path):
+    (tmp_path / "releases.json").write_text(OLD_RECORD)
+    record = ReleaseStore(tmp_path).read()
+    release = record.find("abcd")
+    assert (release.release_number, release.release_id, record.active) == (3, "abcd1234", 3)
+    assert release.files == {"ranker/number": "00"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('"active": 3', '"active": "3"', "active: expected `int | null`, got '3'"),
+        ('"previous"', '"last"', "expected the keys ['active', 'previous', 'releases'], got ['active', 'last', 'rel"),
+        ('"number": 3', '"number": 3.5', "releases[0].release_number: expected `int`, got 3.5"),
+        ("{", "", "expected JSON"),
+    ],
+)
+def test_what_is_no_record_of_releases_is_named(tmp_path, old, new, words):
+    (tmp_path / "releases.json").write_text(OLD_RECORD.replace(old, new, 1))
+    with pytest.raises(ServerError, match=rf"releases\.json: .*{re.escape(words)}"):
+        ReleaseStore(tmp_path).read()
+
+
+def test_stubs_are_known_by_their_command_and_zombies_are_none(tmp_path):
+    model = tmp_path / "ranker" / "3" / "model.py"
+    model.parent.mkdir(parents=True)
+    model.write_text("read line\n")  # for bash
+    children = [
+        subprocess.Popen([program, model], executable="/bin/bash", stdin=subprocess.PIPE, start_new_session=True)
+        for program in (tmp_path / "triton_python_backend_stub", tmp_path / "another")
+    ]
+    stub, group = children[0], children[0].pid
+    try:
+        wait_until(lambda: set(list_stubs(os.getpid())) == {stub.pid}, 5)
+        assert list_stubs(os.getpid())[stub.pid] == Stub(stub.pid, "ranker", 3, is_stopped=False)
+        stub.send_signal(signal.SIGSTOP)
+        wait_until(lambda: list_stubs(os.getpid())[stub.pid].is_stopped, 5)
+        assert has_members(group)
+        stub.kill()
+        wait_until(lambda: not list_stubs(os.getpid()), 5)
+        assert not has_members(group)
+    finally:
+        for child in children:
+            child.kill()
+            child.communicate()
+
+
 @pytest.fixture
 def regions(tmp_path, monkeypatch):
     """A folder in place of /dev/shm."""
@@ -230,6 +301,31 @@ def test_regions_can_be_hidden_from_other_users(regions):
     assert [stat.S_IMODE((regions / name).stat().st_mode) for name in ("kvcast_aa_1", "kvcast_bb_1")] == [0o600, 0o644]
 
 
+def read_config(view: View, model: str) -> ModelConfig:
+    return text_format.Parse((view.folder / model / "config.pbtxt").read_text(), ModelConfig())
+
+
+def test_an_ensemble_names_the_versions_of_its_steps(tiny_repository, tmp_path):
+    view = View(tiny_repository, tmp_path / "view", find_models(["ranker"]))
+    view.pin("ranker", {"user_encoder": 7, "doc_fusion": 8}, "ranker_trial")
+    for name, versions in (("ranker", [-1, -1]), ("ranker_trial", [7, 8])):
+        config = read_config(view, name)
+        assert config.name == name
+        assert [step.model_version for step in config.ensemble_scheduling.step] == versions
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [("colour: 1", 'has no field named "colour"'), ("max_batch_size: '8'", "Couldn't parse integer"), ("{", "'{'")],
+)
+def test_a_configuration_that_triton_would_not_read_is_named(tiny_repository, tmp_path, line, words):
+    own = Path(shutil.copytree(tiny_repository, tmp_path / "own"))
+    config = own / "doc_fusion" / "config.pbtxt"
+    config.write_text(f"{line}\n")
+    with pytest.raises(ServerError, match=rf"doc_fusion/config\.pbtxt:1:.*{re.escape(words)}"):
+        View(own, tmp_path / "view", find_models(["doc_fusion"]))
+
+
 def test_parameters_are_set_in_the_view_alone(tiny_repository, tmp_path):
     config = tiny_repository / "user_encoder" / "config.pbtxt"
     before, models = config.read_text(), find_models(["ranker"])
@@ -237,10 +333,11 @@ def test_parameters_are_set_in_the_view_alone(tiny_repository, tmp_path):
         tiny_repository, tmp_path / "view", models, {"user_kv_cache_megabytes": "12.5", "intra_op_threads": "3"}
     )
     view.renew("user_encoder")
-    encoder, fusion = ((view.folder / name / "config.pbtxt").read_text() for name in ("user_encoder", "doc_fusion"))
-    assert 'key: "user_kv_cache_megabytes" value { string_value: "12.5" }' in encoder
+    encoder, fusion = (read_config(view, name).parameters for name in ("user_encoder", "doc_fusion"))
+    assert encoder["user_kv_cache_megabytes"].string_value == "12.5"
     assert "user_kv_cache_megabytes" not in fusion
-    assert all('key: "intra_op_threads" value { string_value: "3" }' in text for text in (encoder, fusion))
+    assert encoder["intra_op_threads"].string_value == fusion["intra_op_threads"].string_value == "3"
+    assert (encoder["KVCAST_LOADED"].string_value, fusion["KVCAST_LOADED"].string_value) == ("2", "1")
     assert config.read_text() == before
     with pytest.raises(ServerError, match=r"parameter colour: expected one of .*user_kv_cache_megabytes"):
         View(tiny_repository, tmp_path / "other", models, {"colour": "red"})
@@ -262,7 +359,7 @@ def test_a_parameter_is_found_however_it_is_written(tiny_repository, tmp_path):
         + 'parameters: {\n  key: "late"\n  value: {\n    string_value: "1"\n  }\n}\n'
     )
     view = View(own, tmp_path / "view", find_models(["doc_fusion"]), {"late": "2"})
-    assert 'string_value: "2"' in (view.folder / "doc_fusion" / "config.pbtxt").read_text()
+    assert read_config(view, "doc_fusion").parameters["late"].string_value == "2"
     for name in ("remark", "history", "scores"):  # a comment, and tensors of an ensemble's maps
         with pytest.raises(ServerError, match=f"parameter {name}: expected one of .*late"):
             View(own, tmp_path / name, find_models(["ranker"]), {name: "2"})
@@ -288,21 +385,62 @@ def test_numbers_out_of_range_are_refused_before_anything_starts(tmp_path, chang
         TritonServer(settings).start()
 
 
+class SlowStream(io.StringIO):
+    """One that writes when it is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads = threading.Event()
+
+    def write(self, text: str) -> int:
+        self.reads.wait(10)
+        return super().write(text)
+
+
 def test_a_log_that_nobody_reads_holds_nobody_up(monkeypatch):
     monkeypatch.setattr("kvcast.server.log.WAITING_LINES", 5)
     monkeypatch.setattr("kvcast.server.log.FLUSHED_WITHIN_SECONDS", 0.1)
-    reads, stream = threading.Event(), io.StringIO()
-    write = stream.write
-    stream.write = lambda text: (reads.wait(10), write(text))[1]  # type: ignore[method-assign]
-    log = Log(stream)
-    for number in range(20):
-        log(f"line {number}")
-    log.close()
+    stream, logger = SlowStream(), logging.getLogger("kvcast.gateway")
+    with open_log(stream=stream):
+        for number in range(20):
+            logger.info(f"line {number}")
     assert not stream.getvalue()
-    reads.set()
-    log("last")
-    wait_until(lambda: "line 5" in stream.getvalue() or "line 4" in stream.getvalue(), 5)
-    log.close()
+    with open_log(stream=stream):
+        for number in range(20):
+            logger.info(f"line {number}")
+        stream.reads.set()
+        wait_until(lambda: "line 4\n" in stream.getvalue(), 5)
+        logger.info("last")
     text = stream.getvalue()
     assert "line 0\n" in text
+    assert "last\n" in text
     assert re.search(r"kvcast: 1[45] lines before this one were dropped", text)
+
+
+def write_log(line_format: str) -> list[str]:
+    stream = io.StringIO()
+    with open_log(line_format, stream):
+        logging.getLogger("kvcast.server.supervisor").warning("a process died")
+        log_triton('E1121 23:45:12.0 300 model_lifecycle.cc:642] "failed"')
+        log_triton("I was never so formatted")
+        logging.getLogger("kvcast.gateway").info('{"request_id": "x"}')
+    return stream.getvalue().splitlines()
+
+
+def test_a_log_of_text_has_the_lines_as_they_are():
+    assert write_log("text") == [
+        "kvcast: a process died",
+        'E1121 23:45:12.0 300 model_lifecycle.cc:642] "failed"',
+        "I was never so formatted",
+        '{"request_id": "x"}',
+    ]
+
+
+def test_a_log_of_json_has_levels_and_sources():
+    *lines, request = (json.loads(line) for line in write_log("json"))
+    assert [(line["level"], line["source"]) for line in lines] == [
+        ("WARNING", "server"), ("ERROR", "tritonserver"), ("INFO", "tritonserver")
+    ]  # fmt: skip
+    assert lines[0]["message"] == "a process died"
+    assert datetime.datetime.fromisoformat(lines[0]["time"]).tzinfo is not None
+    assert request == {"request_id": "x"}

@@ -3,7 +3,6 @@
 Neither holds what is only said of a model: its name, its workload, how many candidates a request may have.
 """
 
-import dataclasses
 import hashlib
 import inspect
 import json
@@ -11,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -29,7 +29,7 @@ def fingerprint_release(network: RankingNetwork) -> str:
         **dict(network.named_parameters(remove_duplicate=False)),
         **dict(network.named_buffers(remove_duplicate=False)),
     }
-    schema = dataclasses.asdict(network.config.schema)
+    schema = msgspec.to_builtins(network.config.schema)
     return _digest([_list_settings(network), schema], tensors)
 
 
@@ -46,7 +46,7 @@ def fingerprint_kv(network: RankingNetwork, encoder: torch.export.ExportedProgra
         for node in graph.nodes
         if node.op != "placeholder" and (node.users or node.op == "output")
     ]
-    fields = [dataclasses.asdict(field) for field in network.config.schema.history_fields]
+    fields = msgspec.to_builtins(network.config.schema.history_fields)
     return _digest(["user KV", _list_settings(network), fields, steps], list_tensors_read(encoder))
 
 
@@ -71,7 +71,7 @@ def _list_settings(network: RankingNetwork) -> dict[str, Any]:
     return {
         "network": network.config.list_settings()["network"],
         "limits.history": network.config.limits.history,
-        "kv_layout": dataclasses.asdict(network.kv_layout),
+        "kv_layout": msgspec.to_builtins(network.kv_layout),
         "code": _list_versions(type(network)) or _list_sources(network),
     }
 

@@ -1,5 +1,4 @@
-"""The leaf vocabulary: tensor names, dtypes, axes, limits, the feature schema and the kinds of error, written once.
+"""Tensor names, dtypes, axes, limits, the feature schema and the kinds of error, defined once for all packages.
 
-Everything else imports this room; it imports numpy and the standard library only. It knows nothing of torch,
-ONNX, Triton or any transport.
+It imports numpy, msgspec and the standard library alone: no torch, ONNX, Triton or transport.
 """

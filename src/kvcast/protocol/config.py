@@ -7,12 +7,13 @@ module reads and checks; it builds nothing.
 
 import math
 import os
-import tomllib
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
+
+from kvcast.protocol.decoding import Count, convert
 from kvcast.protocol.errors import ConfigError
 from kvcast.protocol.locate import locate
 from kvcast.protocol.schema import FeatureSchema, Field, Limits, Workload
@@ -23,23 +24,8 @@ CONFIGS = "export/configs"
 MIN_VOCABULARY = 64
 # The proofs of an export need room for a history with padding around it.
 MIN_HISTORY_LIMIT = 8
-# What is expected of a value, in words and as a check.
-Expectation = tuple[str, Callable[[Any], bool]]
-POSITIVE: Expectation = ("a whole number, at least 1", lambda value: value > 0)
-VOCABULARY: Expectation = (
-    f"a whole number, at least {MIN_VOCABULARY} (ids 0 to size - 1)",
-    lambda size: size >= MIN_VOCABULARY,
-)
-FAMILY: Expectation = (
-    "a family's short name, 'package.module:Class' or 'file.py:Class'",
-    lambda name: ":" in name or name.isidentifier(),
-)
-NAMES: Expectation = (
-    "a list of different names, at least one",
-    lambda names: bool(names) and all(isinstance(name, str) for name in names) and len(set(names)) == len(names),
-)
-WEIGHTS_FILE: Expectation = ("a file *.safetensors", lambda name: name.endswith(".safetensors"))
-# What an option of a network family may be; what it means is the family's to say.
+_VOCABULARY_SIZE: Any = Annotated[int, msgspec.Meta(ge=MIN_VOCABULARY)]
+# What an option of a network family may be; the family checks its meaning.
 Option = str | int | float | bool
 
 
@@ -81,10 +67,35 @@ class ModelConfig:
 
     def list_settings(self) -> dict[str, Any]:
         """Return what decides a model as nested tables: all of it but where its files lie."""
-        settings = asdict(self)
+        settings: dict[str, Any] = msgspec.to_builtins(self, enc_hook=str)
         del settings["weights"]
         del settings["network"]["folder"]
         return settings
+
+
+class _Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    family: str
+    layers: Count
+    heads: Count
+    width: Count
+    options: dict[str, Any] = {}
+
+
+class _Fields(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    history: list[str]
+    candidates: list[str]
+
+
+class _Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The TOML file."""
+
+    name: str
+    network: _Network
+    vocabularies: dict[str, Any]
+    fields: _Fields
+    limits: Limits
+    workload: Workload
+    weights: str | None = None
 
 
 def list_configs() -> list[str]:
@@ -106,85 +117,52 @@ def load_config(name_or_path: str) -> ModelConfig:
         known = ", ".join(list_configs())
         raise ConfigError(f"config: expected one of {known} or the path of a TOML file, got {name_or_path!r}")
     try:
-        table = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
+        table = msgspec.toml.decode(path.read_text())
+    except msgspec.DecodeError as error:
         raise ConfigError(f"config {name_or_path}: not valid TOML: {error}") from error
-    config = parse_config(table)
-    weights = config.weights and Path(os.path.normpath(path.parent / config.weights))
-    return replace(config, network=replace(config.network, folder=path.parent), weights=weights)
+    return parse_config(table, path.parent)
 
 
-def parse_config(table: dict[str, Any]) -> ModelConfig:
-    """Build a configuration from a parsed TOML table; what it says of files is left as it is written.
+def parse_config(table: dict[str, Any], folder: Path = Path()) -> ModelConfig:
+    """Build a configuration from a parsed TOML table; files are looked for from `folder` on.
 
     Raises:
         ConfigError: a key is missing, unknown, or its value cannot be used.
     """
-    sections = {"name", "network", "vocabularies", "fields", "limits", "workload"}
-    _expect_keys(table, "config", sections, optional="weights")
-    config = ModelConfig(
-        name=_read(table["name"], "name", str, "a string"),
-        network=_parse_network(table["network"]),
-        schema=_parse_schema(table["fields"], table["vocabularies"]),
-        limits=Limits(**_positive_numbers(table, "limits", ("history", "candidates"))),
-        workload=Workload(**_positive_numbers(table, "workload", ("history", "candidates"))),
-        weights=Path(_read(table["weights"], "weights", str, *WEIGHTS_FILE)) if "weights" in table else None,
+    read = convert(table, _Config, "config", ConfigError)
+    for name, size in read.vocabularies.items():  # one by one: msgspec does not name a table's key
+        convert(size, _VOCABULARY_SIZE, f"vocabularies.{name}", ConfigError)
+    _check(read)
+    schema = FeatureSchema(
+        tuple(Field(name, read.vocabularies[name]) for name in read.fields.history),
+        tuple(Field(name, read.vocabularies[name]) for name in read.fields.candidates),
     )
-    if config.limits.history < MIN_HISTORY_LIMIT:
-        raise ConfigError(f"limits.history: expected at least {MIN_HISTORY_LIMIT}, got {config.limits.history}")
-    if config.workload.history > config.limits.history or config.workload.candidates > config.limits.candidates:
-        raise ConfigError(f"workload: expected it within limits {config.limits}, got {config.workload}")
-    return config
+    network = NetworkConfig(**msgspec.structs.asdict(read.network), folder=folder)
+    weights = None if read.weights is None else Path(os.path.normpath(folder / read.weights))
+    return ModelConfig(read.name, network, schema, read.limits, read.workload, weights)
 
 
-def _parse_network(table: dict[str, Any]) -> NetworkConfig:
-    _expect_keys(table, "network", {"family", "layers", "heads", "width"}, optional="options")
-    sizes = {key: _read(table[key], f"network.{key}", int, *POSITIVE) for key in ("layers", "heads", "width")}
-    options = _parse_options(table.get("options", {}))
-    network = NetworkConfig(family=_read(table["family"], "network.family", str, *FAMILY), **sizes, options=options)
-    if network.width % network.heads:
-        raise ConfigError(f"network.width: expected a multiple of heads = {network.heads}, got {network.width}")
-    return network
+def _check(read: _Config) -> None:
+    """Check what types do not say."""
+    network, limits, workload = read.network, read.limits, read.workload
+    family = "a family's short name, 'package.module:Class' or 'file.py:Class'"
+    _expect(":" in network.family or network.family.isidentifier(), "network.family", family, network.family)
+    multiple = network.width % network.heads == 0
+    _expect(multiple, "network.width", f"a multiple of heads = {network.heads}", network.width)
+    for name, option in network.options.items():
+        usable = isinstance(option, str | int) or (isinstance(option, float) and math.isfinite(option))
+        _expect(usable, f"network.options.{name}", "a string, a finite number or a boolean", option)
+    for side, names in msgspec.structs.asdict(read.fields).items():
+        different = 0 < len(names) == len(set(names))
+        _expect(different, f"fields.{side}", "a list of different names, at least one", names)
+        unknown = [name for name in names if name not in read.vocabularies]
+        _expect(not unknown, f"fields.{side}", "names listed under [vocabularies]", unknown)
+    _expect(limits.history >= MIN_HISTORY_LIMIT, "limits.history", f"at least {MIN_HISTORY_LIMIT}", limits.history)
+    within = workload.history <= limits.history and workload.candidates <= limits.candidates
+    _expect(within, "workload", f"it within limits {limits}", workload)
+    _expect((read.weights or ".safetensors").endswith(".safetensors"), "weights", "a file *.safetensors", read.weights)
 
 
-def _parse_options(table: object) -> dict[str, Option]:
-    if not isinstance(table, dict):
-        raise ConfigError(f"network.options: expected a table, got {table!r}")
-    for name, value in table.items():
-        if not isinstance(value, Option) or (isinstance(value, float) and not math.isfinite(value)):
-            raise ConfigError(f"network.options.{name}: expected a string, a finite number or a boolean, got {value!r}")
-    return table
-
-
-def _parse_schema(fields: dict[str, Any], vocabularies: object) -> FeatureSchema:
-    _expect_keys(fields, "fields", {"history", "candidates"})
-    if not isinstance(vocabularies, dict):
-        raise ConfigError(f"vocabularies: expected a table, got {vocabularies!r}")
-    sizes = {name: _read(size, f"vocabularies.{name}", int, *VOCABULARY) for name, size in vocabularies.items()}
-
-    def fields_of(side: str) -> tuple[Field, ...]:
-        names = _read(fields[side], f"fields.{side}", list, *NAMES)
-        unknown = [name for name in names if name not in sizes]
-        if unknown:
-            raise ConfigError(f"fields.{side}: expected names listed under [vocabularies], got {unknown}")
-        return tuple(Field(name, sizes[name]) for name in names)
-
-    return FeatureSchema(history_fields=fields_of("history"), candidate_fields=fields_of("candidates"))
-
-
-def _positive_numbers(table: dict[str, Any], section: str, keys: tuple[str, ...]) -> dict[str, int]:
-    _expect_keys(table[section], section, set(keys))
-    return {key: _read(table[section][key], f"{section}.{key}", int, *POSITIVE) for key in keys}
-
-
-def _expect_keys(table: object, section: str, keys: set[str], *, optional: str = "") -> None:
-    if not isinstance(table, dict):
-        raise ConfigError(f"{section}: expected a table, got {table!r}")
-    if set(table) - {optional} != keys:
-        raise ConfigError(f"{section}: expected the keys {sorted(keys)}, got {sorted(table)}")
-
-
-def _read(value: Any, name: str, kind: type, expected: str, is_usable: Callable[[Any], bool] = lambda _: True) -> Any:
-    if not isinstance(value, kind) or isinstance(value, bool) or not is_usable(value):
-        raise ConfigError(f"{name}: expected {expected}, got {value!r}")
-    return value
+def _expect(holds: bool, name: str, expected: str, got: object) -> None:
+    if not holds:
+        raise ConfigError(f"{name}: expected {expected}, got {got!r}")

@@ -1,17 +1,20 @@
-"""The golden request of a release: one request and the scores of the trained network, kept beside each artefact.
+"""The golden request of a release: one request and the scores of the trained network, stored beside each artefact.
 
-Whoever is about to send traffic to a release asks it this request first: other hardware, another ONNX Runtime or a
-wrong file then shows before a caller sees a wrong score. The module compares scores; it does not know who made them.
+It is sent to a release before any traffic is: other hardware, another ONNX Runtime or a wrong file then shows before a
+caller sees a wrong score.
 """
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from kvcast.protocol.decoding import Id, decode_json
 from kvcast.protocol.errors import ArtefactError
 from kvcast.protocol.tensors import SCORE_TOLERANCE, SCORES
 
@@ -29,6 +32,12 @@ def measure_differences(
         difference = np.abs(got.astype(np.float64) - expected)
     relative: npt.NDArray[np.float64] = difference / np.maximum(1, np.abs(expected) if size is None else size)
     return relative
+
+
+class _Golden(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    history: list[list[Id]]
+    candidates: list[list[Id]]
+    scores: list[float]
 
 
 @dataclass(frozen=True)
@@ -76,18 +85,12 @@ class Golden:
         Raises:
             ArtefactError: it is something else.
         """
-        try:
-            table = json.loads(text)
-            golden = cls(
-                np.array(table["history"], np.int64),
-                np.array(table["candidates"], np.int64),
-                np.array(table["scores"], np.float32),
-            )
-        except (ValueError, TypeError, KeyError, OverflowError) as error:
-            raise ArtefactError(f"{GOLDEN_FILE}: not a golden request ({type(error).__name__}: {error})") from error
-        if [golden.history.ndim, golden.candidates.ndim, golden.scores.ndim] != [2, 2, 1] or not golden.scores.size:
-            raise ArtefactError(f"{GOLDEN_FILE}: expected history [L, fields], candidates [N, T] and scores [N]")
-        return golden
+        table = decode_json(text, _Golden, GOLDEN_FILE, ArtefactError)
+        with contextlib.suppress(ValueError):  # rows of different lengths
+            history, candidates = np.array(table.history, np.int64), np.array(table.candidates, np.int64)
+            if history.ndim == candidates.ndim == 2 and table.scores:
+                return cls(history, candidates, np.array(table.scores, np.float32))
+        raise ArtefactError(f"{GOLDEN_FILE}: expected history [L, fields], candidates [N, T] and scores [N]")
 
 
 def read_golden(folder: Path) -> Golden:

@@ -1,17 +1,17 @@
 """The manifest beside each model.onnx: what the artefact is, what it accepts, what was proved of it.
 
-Export writes it, the models trust nothing that it does not say, and clients receive it as JSON from the
-server. The module converts between JSON and records; it knows how artefact files are hashed, and not when.
+Export writes it, the models rely on nothing that it does not say, and clients receive it as JSON from the server.
 """
 
-import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from kvcast.protocol.config import Option
+from kvcast.protocol.decoding import decode_json
 from kvcast.protocol.errors import ArtefactError
 from kvcast.protocol.schema import FeatureSchema, Field, KVLayout, Limits, Workload
 
@@ -26,8 +26,7 @@ CONTRACT_VERSION = 3
 RELEASE_METADATA_KEY = "kvcast.release"
 
 
-@dataclass(frozen=True)
-class Dims:
+class Dims(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Sizes of the network: M layers, H heads, model width d, T tokens of a candidate."""
 
     layers: int
@@ -36,8 +35,7 @@ class Dims:
     candidate_tokens: int
 
 
-@dataclass(frozen=True)
-class Parity:
+class Parity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the proofs of this export measured: largest absolute differences of scores (1 = one logit).
 
     `graphs` is that between the graphs and the network, of scores and user KV, relative above 1; `torch` and `onnx` are
@@ -52,8 +50,7 @@ class Parity:
     undirected_difference: float
 
 
-@dataclass(frozen=True)
-class Manifest:
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One exported model. `release` is a hash (hex) of what decides a score, `kv_id` of what user KV depends on.
 
     `network` is the family as the TOML names it, and `network_options` are its own options.
@@ -77,7 +74,7 @@ class Manifest:
     parity: Parity
     files: dict[str, str]
     contract_version: int = CONTRACT_VERSION
-    network_options: dict[str, Option] = dataclasses.field(default_factory=dict)
+    network_options: dict[str, Option] = {}
 
     @property
     def schema(self) -> FeatureSchema:
@@ -86,10 +83,14 @@ class Manifest:
 
     def to_json(self) -> str:
         """Return the manifest as indented JSON; without `network_options` where there are none."""
-        table = dataclasses.asdict(self)
+        table: dict[str, Any] = msgspec.to_builtins(self)
         if not self.network_options:
             del table["network_options"]
         return json.dumps(table, indent=2) + "\n"
+
+
+class _Version(msgspec.Struct, frozen=True):
+    contract_version: int
 
 
 def parse_manifest(text: str) -> Manifest:
@@ -98,23 +99,10 @@ def parse_manifest(text: str) -> Manifest:
     Raises:
         ArtefactError: the text is not a manifest, or one of another contract version.
     """
-    try:
-        table: dict[str, Any] = json.loads(text)
-        version = table["contract_version"]
-        if version != CONTRACT_VERSION:
-            raise ArtefactError(f"manifest: expected contract version {CONTRACT_VERSION}, got {version}: export again")
-        records = {
-            "history_fields": tuple(Field(**field) for field in table["history_fields"]),
-            "candidate_fields": tuple(Field(**field) for field in table["candidate_fields"]),
-            "limits": Limits(**table["limits"]),
-            "workload": Workload(**table["workload"]),
-            "dims": Dims(**table["dims"]),
-            "user_kv": KVLayout(**table["user_kv"]),
-            "parity": Parity(**table["parity"]),
-        }
-        return Manifest(**{**table, **records})
-    except (ValueError, TypeError, KeyError) as error:
-        raise ArtefactError(f"manifest: not a kvcast manifest ({type(error).__name__}: {error})") from error
+    version = decode_json(text, _Version, "manifest", ArtefactError).contract_version
+    if version != CONTRACT_VERSION:
+        raise ArtefactError(f"manifest: expected contract version {CONTRACT_VERSION}, got {version}: export again")
+    return decode_json(text, Manifest, "manifest", ArtefactError)
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -6,12 +6,16 @@ Names are matched with the served schema, so neither column order nor a missing 
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from types import GenericAlias
 from typing import Any, Self
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from kvcast.protocol.decoding import Id, decode_json
 from kvcast.protocol.errors import InvalidRequestError
 from kvcast.protocol.schema import FeatureSchema, Field
 
@@ -32,16 +36,14 @@ class RankRequest:
         Raises:
             InvalidRequestError: it is not JSON, or a key, field or id is not as the schema says.
         """
-        try:
-            table = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InvalidRequestError(f"request: expected JSON, got {error}") from error
-        if not isinstance(table, dict) or set(table) != {"history", "candidates"}:
-            got = sorted(table) if isinstance(table, dict) else type(table).__name__
-            raise InvalidRequestError(f"request: expected an object with history and candidates, got {got}")
+        sides = [
+            ("history", _define_rows(schema.history_fields)),
+            ("candidates", _define_rows(schema.candidate_fields)),
+        ]
+        kind = msgspec.defstruct("Request", sides, forbid_unknown_fields=True)
+        table: Any = decode_json(text, kind, "request", InvalidRequestError)
         return cls(
-            history=_read_rows("history", table["history"], schema.history_fields),
-            candidates=_read_rows("candidates", table["candidates"], schema.candidate_fields),
+            _stack(table.history, len(schema.history_fields)), _stack(table.candidates, len(schema.candidate_fields))
         )
 
     def to_json(self, schema: FeatureSchema) -> str:
@@ -58,22 +60,12 @@ class RankRequest:
         return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
-def _read_rows(side: str, rows: Any, fields: tuple[Field, ...]) -> Ids:
-    """Return `[rows, fields]` in the schema's column order."""
-    if not isinstance(rows, list):
-        raise InvalidRequestError(f"{side}: expected a list, got {type(rows).__name__}")
-    names = [field.name for field in fields]
-    expected = set(names)
-    table = []
-    for index, row in enumerate(rows):
-        if not isinstance(row, dict) or row.keys() != expected:
-            got = sorted(row) if isinstance(row, dict) else repr(row)
-            raise InvalidRequestError(f"{side}[{index}]: expected an object with {', '.join(names)}, got {got}")
-        table.append([_read_id(f"{side}[{index}].{name}", row[name]) for name in names])
-    return np.array(table, np.int64).reshape(len(table), len(names))
+def _define_rows(fields: tuple[Field, ...]) -> GenericAlias:
+    """Return the type of a list of objects with one id a field; a field's name need not be a Python name."""
+    names = {f"field_{index}": field.name for index, field in enumerate(fields)}
+    row = msgspec.defstruct("Row", [(name, Id) for name in names], rename=names, forbid_unknown_fields=True)
+    return GenericAlias(list, row)
 
 
-def _read_id(where: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or abs(value) >= 1 << 63:
-        raise InvalidRequestError(f"{where}: expected an id (a whole number), got {value!r}")
-    return value
+def _stack(rows: Sequence[msgspec.Struct], width: int) -> Ids:
+    return np.array([msgspec.structs.astuple(row) for row in rows], np.int64).reshape(len(rows), width)

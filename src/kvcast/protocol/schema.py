@@ -1,22 +1,22 @@
 """What a request is made of: feature fields with vocabularies, limits, and the layout of user KV.
 
-These small frozen records are shared by the TOML configuration, the manifest and the validation. They hold
-no tensors and read no files.
+These small frozen records are shared by the TOML configuration, the manifest and the validation. msgspec checks their
+types where they are read from a file; they hold no tensors.
 """
 
-from dataclasses import dataclass
+import msgspec
+
+from kvcast.protocol.decoding import Count
 
 
-@dataclass(frozen=True)
-class Field:
+class Field(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A categorical feature. Ids run from 0 to `vocab_size - 1`; id 0 means padding or unknown."""
 
     name: str
     vocab_size: int
 
 
-@dataclass(frozen=True)
-class FeatureSchema:
+class FeatureSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The fields of a history event and of a candidate, in column order.
 
     A name that occurs on both sides (`item`) is one vocabulary with one embedding table. The first candidate
@@ -27,24 +27,21 @@ class FeatureSchema:
     candidate_fields: tuple[Field, ...]
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The largest request that is served: events of a history, candidates of one user."""
 
-    history: int
-    candidates: int
+    history: Count
+    candidates: Count
 
 
-@dataclass(frozen=True)
-class Workload:
+class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The request that a configuration is meant for: shapes that warm-up, examples and load tests use."""
 
-    history: int
-    candidates: int
+    history: Count
+    candidates: Count
 
 
-@dataclass(frozen=True)
-class KVLayout:
+class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How per-layer user KV is laid out, so that fusion can read it without moving it.
 
     `user_keys` is `[layers, heads, key_rows, slots]` (keys transposed: a slot is a column) and `user_values`

@@ -1,7 +1,6 @@
 """`python -m kvcast.server`: serve a model repository in the foreground, until Ctrl-C or SIGTERM."""
 
 import argparse
-import contextlib
 import re
 import signal
 import sys
@@ -10,7 +9,7 @@ from types import FrameType
 from kvcast.gateway.config import ServeConfig, add_options, read_options
 from kvcast.server.installation import ServerError
 from kvcast.server.launcher import TritonServer
-from kvcast.server.log import Log
+from kvcast.server.log import FORMATS, open_log
 from kvcast.server.repository import read_config_name
 
 
@@ -32,6 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="a parameter of config.pbtxt for every model that has it, e.g. user_kv_cache_megabytes=4096; repeatable",
     )
     add_options(parser)
+    parser.add_argument("--log-format", choices=FORMATS, default=FORMATS[0], help="of standard error (%(default)s)")
     parser.add_argument(
         "--unguarded",
         action="store_true",
@@ -55,7 +55,8 @@ def main(argv: list[str] | None = None) -> int:
             is_guarded=not arguments.unguarded,
             parameters=dict(arguments.set),
         )
-        serve(settings)
+        with open_log(arguments.log_format):
+            serve(settings)
     except ServerError as error:
         print(f"kvcast serve: {error}", file=sys.stderr)
     except KeyboardInterrupt:
@@ -82,7 +83,7 @@ def serve(settings: ServeConfig) -> None:
     Raises:
         ServerError: it cannot start, ended by itself, or crashed too often.
     """
-    with contextlib.closing(Log()) as log, TritonServer(settings, log=log) as server:
+    with TritonServer(settings) as server:
         print(describe(server), flush=True)
         server.wait()
 

@@ -4,18 +4,21 @@ Launcher and process share a socket pair: the configuration and then every state
 """
 
 import contextlib
+import logging
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 
 import msgspec
 
 from kvcast.gateway.config import Event, GatewayConfig, State, decode_line, encode_line
 from kvcast.server.installation import ServerError
+from kvcast.server.log import gateway_logger
+
+logger = logging.getLogger(__name__)
 
 LISTENS_WITHIN_SECONDS = 30
 KILL_AFTER_SECONDS = 2
@@ -28,14 +31,9 @@ TOLD_WITHIN_SECONDS = 1.0
 class GatewayProcess:
     """Keeps one gateway process running before one tritonserver."""
 
-    def __init__(self, config: GatewayConfig, log: Callable[[str], None]) -> None:
-        """Prepare to start.
-
-        Args:
-            config: handed to the process.
-            log: receives the process's lines.
-        """
-        self._config, self._log = config, log
+    def __init__(self, config: GatewayConfig) -> None:
+        """Take what is handed to the process; nothing is started yet."""
+        self._config = config
         self._state = State()
         self._process: subprocess.Popen[str] | None = None
         self._control: socket.socket | None = None
@@ -110,7 +108,7 @@ class GatewayProcess:
                 self._run(own, other)
             self._failures += 1
             if not self._stopping.is_set():
-                self._log("kvcast: the gateway has ended; starting it again")
+                logger.warning("the gateway has ended; starting it again")
                 time.sleep(PAUSE_SECONDS)
 
     def _run(self, own: socket.socket, other: socket.socket) -> None:
@@ -136,7 +134,7 @@ class GatewayProcess:
             with self._process.stdout as lines:
                 for line in lines:
                     self._last_line = line.strip()
-                    self._log(self._last_line)
+                    gateway_logger.info(self._last_line)
         self._process.wait()
         with self._lock:
             self._control = None

@@ -13,11 +13,15 @@ import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kvcast.protocol.errors import ErrorKind, KvcastError
+
 STUB = "triton_python_backend_stub"
 
 
-class ServerError(Exception):
+class ServerError(KvcastError):
     """The server cannot be started or has stopped; the message is one sentence with the remedy."""
+
+    kind = ErrorKind.INTERNAL
 
 
 @dataclass(frozen=True)

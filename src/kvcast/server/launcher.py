@@ -6,10 +6,10 @@ shared memory, logging, trace) ask for a key that is made anew at each start and
 reads. Triton takes the key on its command line alone, so other users of the same machine can see it there.
 """
 
+import logging
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -26,6 +26,8 @@ from kvcast.server.repository import check_port, check_repository, count_shared_
 from kvcast.server.supervisor import Supervisor
 from kvcast.server.triton_process import TritonProcess
 from kvcast.server.view import View, find_models
+
+logger = logging.getLogger(__name__)
 
 ADMIN_HEADER = "kvcast-admin-key"
 INFERENCE_HEADER = "kvcast-inference-key"
@@ -44,17 +46,11 @@ class TritonServer:
     States: created → `start` → ready → `stop` → stopped. `stop` may be called in any of them, also twice.
     """
 
-    def __init__(self, settings: ServeConfig, log: Callable[[str], None] = lambda _: None) -> None:
-        """Take note of what to serve.
-
-        Args:
-            settings: what and where.
-            log: receives every line that the server writes.
-        """
+    def __init__(self, settings: ServeConfig) -> None:
+        """Make keys and choose ports; nothing is started yet."""
         self.settings = settings
         self.supervisor: Supervisor | None = None
         self._gateway: GatewayProcess | None = None
-        self._log = log
         self._triton: TritonProcess | None = None
         self._workspace: Path | None = None
         self._admin_key = secrets.token_hex(16)
@@ -148,7 +144,7 @@ class TritonServer:
         ):
             check_port(settings.host, port, purpose, variable)
         for instance in shared_memory.remove_leftovers():
-            self._log(f"kvcast: removed the shared memory of {instance}, a server that was killed")
+            logger.info(f"removed the shared memory of {instance}, a server that was killed")
         region_bytes = count_shared_memory(manifest, models)
         shared_memory.check_room(region_bytes * len(expand_models(models)))
         self._workspace = Path(tempfile.mkdtemp(prefix="kvcast-"))
@@ -157,11 +153,11 @@ class TritonServer:
         store = ReleaseStore(settings.repository)
         release = store.find_served(expand_models(models))
         admin = Admin(self._bind_host, self._ports[0], self.admin_headers | dict([self._inference_header]))
-        self._triton = TritonProcess(self._make_flags(region_bytes), models, self._instance, admin, self._log)
+        self._triton = TritonProcess(self._make_flags(region_bytes), models, self._instance, admin)
         view = self._make_view(store, release)
-        self.supervisor = Supervisor(self._triton, admin, view, store, self._tell, self._log)
+        self.supervisor = Supervisor(self._triton, admin, view, store, self._tell)
         if settings.is_guarded:  # at once, so that callers hear that the server is starting
-            self._gateway = GatewayProcess(GatewayConfig(settings, *self._ports), self._log)
+            self._gateway = GatewayProcess(GatewayConfig(settings, *self._ports))
             self._gateway.start()
         self._triton.start(self._workspace, settings.start_timeout_seconds)
         try:

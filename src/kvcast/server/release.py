@@ -9,6 +9,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from kvcast.server.installation import ServerError
 from kvcast.server.releases import Record, ReleaseStore
 
@@ -40,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     publish.add_argument("source", type=Path, metavar="EXPORT", help="folder that `kvcast export` has written")
     listing = commands.add_parser("list", help="print the releases")
     activate = commands.add_parser("activate", help="have a release served")
-    activate.add_argument("release", metavar="RELEASE", help="its number, or the beginning of its fingerprint")
+    activate.add_argument("release", metavar="RELEASE", help="its number, or the first characters of its id")
     rollback = commands.add_parser("rollback", help="have the release served that was active before")
     for command in (publish, listing, activate, rollback):
         command.add_argument("--repository", type=Path, default=Path("model_repository"), metavar="DIR")
@@ -61,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.command == "publish":
             release = store.publish(arguments.source)
-            print(f"release {release.number} ({release.fingerprint[:12]}, {release.config}) is published")
+            print(f"release {release.release_number} ({release.release_id[:12]}, {release.config}) is published")
             kept = ", ".join(store.find_other_configs(arguments.source))
             if kept:
                 print(f"the config.pbtxt of {kept} stays as it is in {store.repository}: the export has another")
@@ -83,7 +85,7 @@ def choose(record: Record, arguments: argparse.Namespace) -> int:
         ServerError: there is none.
     """
     if arguments.command == "activate":
-        return record.find(arguments.release).number
+        return record.find(arguments.release).release_number
     if record.previous is None:
         raise ServerError("no release was active before the one that is: `kvcast release list` shows what there is")
     return record.previous
@@ -145,15 +147,17 @@ def to_table(record: Record) -> str:
         return "nothing is published yet: `kvcast release publish EXPORT`"
     lines = [f"{'':6}  {'number':>6}  {'release':12}  {'config':8}  published"]
     for each in record.releases:
-        mark = {record.active: "active", record.previous: "before"}.get(each.number, "")
-        lines.append(f"{mark:6}  {each.number:>6}  {each.fingerprint[:12]}  {each.config:8}  {each.published}")
+        mark = {record.active: "active", record.previous: "before"}.get(each.release_number, "")
+        lines.append(f"{mark:6}  {each.release_number:>6}  {each.release_id[:12]}  {each.config:8}  {each.published}")
     return "\n".join(lines)
 
 
 def to_json(record: Record) -> str:
     """Return the releases for machines."""
-    releases = [{key: value for key, value in vars(each).items() if key != "files"} for each in record.releases]
-    return json.dumps({"active": record.active, "previous": record.previous, "releases": releases})
+    table = msgspec.to_builtins(record)
+    for release in table["releases"]:
+        del release["files"]
+    return json.dumps(table)
 
 
 if __name__ == "__main__":

@@ -5,18 +5,17 @@ all files are in their place: a reader sees a release entirely or not at all. No
 """
 
 import contextlib
-import dataclasses
 import datetime
 import fcntl
-import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import msgspec
+
+from kvcast.protocol.decoding import decode_json
 from kvcast.protocol.errors import ArtefactError
 from kvcast.protocol.golden import Golden, read_golden
 from kvcast.protocol.manifest import MANIFEST_FILE, RELEASES_FILE, Manifest, hash_file, read_manifest
@@ -24,23 +23,23 @@ from kvcast.protocol.tensors import EXPORTED_MODELS, MODELS
 from kvcast.server.installation import ServerError
 from kvcast.server.view import CONFIG_FILE, ENSEMBLE_VERSION
 
+# Keys in files of version 0.1.
+OLD_KEYS = {b'"fingerprint":': b'"release_id":', b'"number":': b'"release_number":'}
 STAGING_PREFIX = ".publishing-"
 READ_ONLY_FILE, READ_ONLY_FOLDER, WRITABLE_FOLDER = 0o444, 0o555, 0o755
 
 
-@dataclass(frozen=True)
-class Release:
+class Release(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A published release. files: SHA-256 (hex) of each file, by its path without the number: `<model>/<file>`."""
 
-    number: int
-    fingerprint: str
+    release_number: int
+    release_id: str
     config: str
     published: str
     files: dict[str, str]
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a repository has: the releases, the number of the one that is served, and of the one before it."""
 
     releases: tuple[Release, ...] = ()
@@ -48,15 +47,15 @@ class Record:
     previous: int | None = None
 
     def find(self, name: str) -> Release:
-        """Return a release by number or by the beginning of its fingerprint.
+        """Return a release by its number or the first characters of its id.
 
         Raises:
             ServerError: there is none, or more than one.
         """
-        found = [each for each in self.releases if name == str(each.number)]
-        found = found or [each for each in self.releases if len(name) >= 4 and each.fingerprint.startswith(name)]
+        found = [each for each in self.releases if name == str(each.release_number)]
+        found = found or [each for each in self.releases if len(name) >= 4 and each.release_id.startswith(name)]
         if len(found) != 1:
-            known = ", ".join(f"{each.number} ({each.fingerprint[:12]})" for each in self.releases) or "none"
+            known = ", ".join(f"{each.release_number} ({each.release_id[:12]})" for each in self.releases) or "none"
             raise ServerError(f"release {name}: expected one of those published: {known}")
         return found[0]
 
@@ -76,13 +75,14 @@ class ReleaseStore:
             ServerError: the file is damaged.
         """
         try:
-            table: dict[str, Any] = json.loads(self._path.read_text())
-            releases = tuple(Release(**each) for each in table.pop("releases"))
-            return Record(releases, **table)
+            text = self._path.read_bytes()
         except FileNotFoundError:
             return Record()
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise ServerError(f"{self._path}: not a record of releases ({type(error).__name__}: {error})") from error
+        except OSError as error:
+            raise ServerError(f"{self._path}: cannot be read ({error.strerror})") from error
+        for old, new in OLD_KEYS.items():
+            text = text.replace(old, new)
+        return decode_json(text, Record, str(self._path), ServerError)
 
     def find_served(self, models: list[str]) -> int:
         """Return the number of the release to be served: the active one, or the newest if nothing was published.
@@ -113,7 +113,7 @@ class ReleaseStore:
         """
         for name, expected in release.files.items():
             model, _, file = name.partition("/")
-            path = self.find_folder(model, release.number) / file
+            path = self.find_folder(model, release.release_number) / file
             try:
                 got = hash_file(path)
             except OSError as error:
@@ -123,9 +123,11 @@ class ReleaseStore:
                     f"{path}: expected SHA-256 {expected[:12]}…, as it was published, got {got[:12]}…: "
                     "publish the release again"
                 )
-        folders = [self.find_folder(model.name, release.number) for model in EXPORTED_MODELS]
-        if {manifest.release for manifest in map(read_served_manifest, folders)} != {release.fingerprint}:
-            raise ServerError(f"release {release.number}: its manifests are not of release {release.fingerprint[:12]}")
+        folders = [self.find_folder(model.name, release.release_number) for model in EXPORTED_MODELS]
+        if {manifest.release for manifest in map(read_served_manifest, folders)} != {release.release_id}:
+            raise ServerError(
+                f"release {release.release_number}: its manifests are not of release {release.release_id[:12]}"
+            )
 
     def publish(self, source: Path) -> Release:
         """Copy an export, proved and complete, into the repository as its next release; it is not served yet.
@@ -154,17 +156,17 @@ class ReleaseStore:
         self.repository.mkdir(parents=True, exist_ok=True)
         with self._lock():
             record = self._adopt(self.read())
-            fingerprint = next(iter(manifests.values())).release
+            release_id = next(iter(manifests.values())).release
             for known in record.releases:
-                if known.fingerprint == fingerprint:
+                if known.release_id == release_id:
                     self._check_differs(known, folders)
             number = 1 + max((n for model in EXPORTED_MODELS for n in self._list_numbers(model.name)), default=0)
-            number = max(number, 1 + max((each.number for each in record.releases), default=0))
+            number = max(number, 1 + max((each.release_number for each in record.releases), default=0))
             self._furnish(source)
             moved: list[Path] = []
             with self._undone_on_failure(number, moved):
                 release = self._move_in(folders, manifests, number, moved)
-                self._write(dataclasses.replace(record, releases=(*record.releases, release)))
+                self._write(msgspec.structs.replace(record, releases=(*record.releases, release)))
         return release
 
     def activate(self, number: int) -> Record:
@@ -181,13 +183,13 @@ class ReleaseStore:
             release = record.find(str(number))
             self.check(release)
             if record.active != number:
-                self._write(dataclasses.replace(record, active=number, previous=record.active))
+                self._write(msgspec.structs.replace(record, active=number, previous=record.active))
         return record
 
     def restore(self, before: Record) -> None:
         """Let the release be served again that was served before an activation."""
         with self._lock():
-            self._write(dataclasses.replace(self.read(), active=before.active, previous=before.previous))
+            self._write(msgspec.structs.replace(self.read(), active=before.active, previous=before.previous))
 
     def _adopt(self, record: Record) -> Record:
         """Take an export that is served from here already for a release, lest publishing another one end it."""
@@ -207,8 +209,8 @@ class ReleaseStore:
             ServerError: it does not.
         """
         model, folder = next(iter(folders.items()))
-        before = self.find_folder(model, known.number)
-        published = f"release {known.fingerprint[:12]} was published before, as {known.number}"
+        before = self.find_folder(model, known.release_number)
+        published = f"release {known.release_id[:12]} was published before, as {known.release_number}"
         if not _read_golden(before).agrees_with(_read_golden(folder)):
             raise ServerError(
                 f"{published}, and its golden scores were others: the network's code has changed and the `version` of "
@@ -252,7 +254,7 @@ class ReleaseStore:
         try:
             yield
         except BaseException:
-            if all(each.number != number for each in self.read().releases):
+            if all(each.release_number != number for each in self.read().releases):
                 for folder in moved:
                     folder.chmod(WRITABLE_FOLDER)
                     shutil.rmtree(folder, ignore_errors=True)
@@ -284,8 +286,8 @@ class ReleaseStore:
     def _write(self, record: Record) -> None:
         new = self._path.with_suffix(".new")
         try:
-            with new.open("w") as file:
-                file.write(json.dumps(dataclasses.asdict(record), indent=2) + "\n")
+            with new.open("wb") as file:
+                file.write(msgspec.json.format(msgspec.json.encode(record)) + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
             new.replace(self._path)

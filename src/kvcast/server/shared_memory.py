@@ -47,9 +47,8 @@ def list_regions(instance: str) -> list[Path]:
 
 def remove_regions(instance: str) -> None:
     """Remove a server's regions; its claim stays."""
-    for region in FOLDER.glob(f"{make_prefix(instance)}*"):
-        if not region.name.endswith(OWNER):
-            region.unlink(missing_ok=True)
+    for region in list_regions(instance):
+        region.unlink(missing_ok=True)
 
 
 def hide_regions(instance: str) -> None:
@@ -57,7 +56,7 @@ def hide_regions(instance: str) -> None:
 
     To be called whenever models have been loaded; a region keeps its mode as long as its process lives.
     """
-    for region in FOLDER.glob(f"{make_prefix(instance)}*"):
+    for region in list_regions(instance):
         with contextlib.suppress(FileNotFoundError):  # its process has ended
             region.chmod(0o600)
 

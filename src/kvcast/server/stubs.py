@@ -1,6 +1,6 @@
-"""The processes that Triton starts for the models, as the kernel shows them: one stub a model instance.
+"""The processes that Triton starts for the models: one stub a model instance.
 
-Triton never restarts a stub that has died, and goes on to call itself ready; so somebody has to look.
+Triton neither restarts a stub that has died nor reports it: readiness stays true. So the supervisor looks itself.
 """
 
 import contextlib
@@ -8,37 +8,37 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvcast.server.installation import STUB
+import psutil
 
-# States of a process that will do no more, and of one that is held (SIGSTOP, a debugger).
-ENDED = frozenset("ZXx")
-STOPPED = frozenset("Tt")
+from kvcast.server.installation import STUB
 
 
 @dataclass(frozen=True)
 class Stub:
-    """One stub: its process, the model and version that it runs, and the kernel's letter for its state."""
+    """One stub: its process, the model and version that it runs, and whether it is held (SIGSTOP, a debugger)."""
 
     pid: int
     model: str
     version: int
-    state: str
+    is_stopped: bool
 
 
 def list_stubs(server: int) -> dict[int, Stub]:
-    """Return the stubs that are children of a tritonserver process, by process id; those that have ended are not."""
+    """Return the living stubs that are children of a tritonserver process, by process id."""
     found = {}
     for pid in _list_children(server):
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-            if Path(command[0].decode()).name == STUB and state not in ENDED:
-                version, model = Path(command[1].decode()).parts[-2:-4:-1]  # …/<model>/<version>/model.py
-                found[pid] = Stub(pid, model, int(version), state)
+        with contextlib.suppress(psutil.Error, ValueError):  # it has ended, or is no stub
+            process = psutil.Process(pid)
+            program, model_file, *_ = process.cmdline()  # …/<model>/<version>/model.py; a zombie has none
+            if Path(program).name == STUB:
+                version, model = Path(model_file).parts[-2:-4:-1]
+                stopped = process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+                found[pid] = Stub(pid, model, int(version), stopped)
     return found
 
 
 def _list_children(pid: int) -> Iterator[int]:
+    """Return the ids of a process's children; psutil's `children` reads all of /proc, 9 ms instead of 0.5 ms."""
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):
             yield from map(int, path.read_text().split())

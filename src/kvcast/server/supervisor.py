@@ -6,6 +6,7 @@ ensemble may change. Both are done without a restart and beside the traffic. It 
 
 import contextlib
 import dataclasses
+import logging
 import math
 import os
 import signal
@@ -23,9 +24,11 @@ from kvcast.server import shared_memory
 from kvcast.server.admin import Admin
 from kvcast.server.installation import ServerError
 from kvcast.server.releases import ReleaseStore
-from kvcast.server.stubs import STOPPED, Stub, list_stubs
+from kvcast.server.stubs import Stub, list_stubs
 from kvcast.server.triton_process import TritonProcess
 from kvcast.server.view import View
+
+logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.1
 # A process that is held for this long is taken for hung; a debugger or a snapshot may hold it for a moment.
@@ -64,9 +67,8 @@ class Supervisor:
         view: View,
         store: ReleaseStore,
         publish: Callable[[State], None],
-        log: Callable[[str], None],
     ) -> None:
-        """Take note of what to watch.
+        """Set up what `start` watches.
 
         Args:
             triton: the process.
@@ -74,12 +76,11 @@ class Supervisor:
             view: the repository that it sees.
             store: the releases.
             publish: tells the gateway.
-            log: receives a line for people.
         """
         self._triton, self._admin, self._view, self._store = triton, admin, view, store
         self._ensembles = [model for model in view.models if model.steps]
         self._parts = [model.name for model in view.models if not model.steps]
-        self._publish, self._log = publish, log
+        self._publish = publish
         self.state = State()
         self._watched: dict[int, Stub] = {}
         self._retired: dict[int, float] = {}
@@ -136,8 +137,8 @@ class Supervisor:
                     self._end_retired()
                     self._repair()
                     self._follow_record()
-            except Exception as error:  # noqa: BLE001 without this thread nobody repairs
-                self._log(f"kvcast: supervisor: {type(error).__name__}: {error}")
+            except Exception:  # without this thread nobody repairs
+                logger.exception("unexpected error in the supervisor")
 
     def _check_ensembles(self, release: int, until: float = math.inf) -> None:
         """Ask the golden request; models that rank by themselves have done so when they were loaded."""
@@ -202,7 +203,7 @@ class Supervisor:
             self._tell(is_ready=False, reason=str(self._failure), is_draining=True)
             self._ended.set()
             return
-        self._log(f"kvcast: tritonserver crashed ({name}); starting it again")
+        logger.warning(f"tritonserver crashed ({name}); starting it again")
         deaths = {model: self.state.deaths.get(model, 0) + 1 for model in self._parts}
         parts = tuple(self._parts)
         self._tell(is_ready=False, reason="tritonserver is being started again", broken=parts, deaths=deaths)
@@ -211,11 +212,11 @@ class Supervisor:
             self._watched, self._retired, self._held = list_stubs(self._triton.pid), {}, {}
             self._check_ensembles(self.state.release_number)
         except (ServerError, ArtefactError) as error:
-            self._log(f"kvcast: {error}")
+            logger.warning(f"{error}")
             self._tell(reason=str(error))
             self._ended.wait(min(2.0 ** len(self._crashes), LONGEST_PAUSE_SECONDS))
             return
-        self._log(f"kvcast: tritonserver is back after {time.monotonic() - now:.1f} s")
+        logger.info(f"tritonserver is back after {time.monotonic() - now:.1f} s")
         self._tell(
             is_ready=True, reason="", broken=(), repairs=self.state.repairs + 1, restarts=self.state.restarts + 1
         )
@@ -230,7 +231,7 @@ class Supervisor:
         """Say whose process has died; not of a model that is being loaded, whose processes come and go."""
         dead = [stub for stub in self._find_dead() if stub.model != being_loaded]
         for stub in dead:
-            self._log(f"kvcast: process {stub.pid} of {stub.model} died; replacing it")
+            logger.warning(f"process {stub.pid} of {stub.model} died; replacing it")
             del self._watched[stub.pid]
         if dead:
             deaths = dict(self.state.deaths)
@@ -246,11 +247,11 @@ class Supervisor:
     def _find_dead(self) -> list[Stub]:
         """Return watched processes that are gone; end those that are held first."""
         now, living = time.monotonic(), list_stubs(self._triton.pid)
-        held = {pid for pid in self._watched if pid in living and living[pid].state in STOPPED}
+        held = {pid for pid in self._watched if pid in living and living[pid].is_stopped}
         self._held = {pid: self._held.get(pid, now) for pid in held}
         for pid, since in self._held.items():
             if now - since >= HELD_SECONDS:
-                self._log(f"kvcast: process {pid} of {living[pid].model} is stopped; ending it")
+                logger.warning(f"process {pid} of {living[pid].model} is stopped; ending it")
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         return [stub for pid, stub in self._watched.items() if pid not in living]
@@ -267,17 +268,17 @@ class Supervisor:
         except HangsError:
             # tritonserver can hang after a process died, and then no repair helps.
             seconds = time.monotonic() - started
-            self._log(f"kvcast: {', '.join(models)} not replaced in {seconds:.0f} s: tritonserver hangs; ending it")
+            logger.warning(f"{', '.join(models)} not replaced in {seconds:.0f} s: tritonserver hangs; ending it")
             self._triton.kill()
             return
         except (ServerError, ArtefactError) as error:
             self._pause = min(max(1.0, 2 * self._pause), LONGEST_PAUSE_SECONDS)
             self._not_before = time.monotonic() + self._pause
-            self._log(f"kvcast: {error}; next try in {self._pause:.0f} s")
+            logger.warning(f"{error}; next try in {self._pause:.0f} s")
             self._tell(reason=f"model processes cannot be replaced: {error}")
             return
         self._pause = 0.0
-        self._log(f"kvcast: {', '.join(models)} replaced in {time.monotonic() - started:.1f} s")
+        logger.info(f"{', '.join(models)} replaced in {time.monotonic() - started:.1f} s")
         # Another model's process can have died meanwhile.
         self._tell_broken({*self.state.broken} - {*models}, repairs=self.state.repairs + 1)
 
@@ -329,19 +330,19 @@ class Supervisor:
             return
         number = record.active or 0
         started = time.monotonic()
-        self._log(f"kvcast: switching from release {self.state.release_number} to {number}")
+        logger.info(f"switching from release {self.state.release_number} to {number}")
         try:
             self._store.check(record.find(str(number)))
             self._switch(number)
         except DiedMeanwhileError as error:
-            self._log(f"kvcast: release {number} could not be tried, and will be again: {error}")
+            logger.warning(f"release {number} could not be tried, and will be again: {error}")
             self._record_seen = None
             return
         except (ServerError, ArtefactError) as error:
-            self._log(f"kvcast: release {number} is refused, {self.state.release_number} stays: {error}")
+            logger.warning(f"release {number} is refused, {self.state.release_number} stays: {error}")
             self._tell(refused_release=number, refused_reason=str(error))
             return
-        self._log(f"kvcast: release {number} is served, after {time.monotonic() - started:.1f} s")
+        logger.info(f"release {number} is served, after {time.monotonic() - started:.1f} s")
         release_id = self._read_release_id(number)
         self._tell(release_number=number, release_id=release_id, refused_release=0, refused_reason="")
 

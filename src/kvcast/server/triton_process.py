@@ -9,12 +9,15 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+
+import psutil
 
 from kvcast.server import shared_memory
 from kvcast.server.admin import Admin
 from kvcast.server.installation import ServerError, find_installation
+from kvcast.server.log import log_triton
 
 GONE_WITHIN_SECONDS = 2
 SET_PARENT_DEATH_SIGNAL = 1  # of prctl(2)
@@ -25,20 +28,17 @@ NICENESS = 5
 class TritonProcess:
     """One tritonserver, and the stubs that it starts: all of them in one process group."""
 
-    def __init__(
-        self, flags: Sequence[str], models: Sequence[str], instance: str, admin: Admin, log: Callable[[str], None]
-    ) -> None:
-        """Take note of what to run.
+    def __init__(self, flags: Sequence[str], models: Sequence[str], instance: str, admin: Admin) -> None:
+        """Set up what `start` runs.
 
         Args:
             flags: of the command line, but for where its backends are.
             models: those that must be ready.
             instance: names this server's shared memory.
             admin: asks it.
-            log: receives every line that it writes.
         """
         self._flags, self._models, self._instance = list(flags), list(models), instance
-        self._admin, self._log = admin, log
+        self._admin = admin
         self.start_seconds = 0.0
         self._process: subprocess.Popen[str] | None = None
         self._tail: deque[str] = deque(maxlen=400)
@@ -157,7 +157,7 @@ class TritonProcess:
         with self._process.stdout as lines:
             for line in lines:
                 self._tail.append(line.rstrip())
-                self._log(line.rstrip())
+                log_triton(line.rstrip())
 
     def _end_group(self) -> None:
         """End what is left of the server and the stubs of its models, and wait until they are gone."""
@@ -187,11 +187,10 @@ def prepare_process() -> None:
 
 
 def has_members(group: int) -> bool:
-    """Whether a process of this group is still running (one that has ended but was not collected is not)."""
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, _, own_group = path.read_text().rpartition(")")[2].split()[:3]
-            if int(own_group) == group and state != "Z":
+    """Whether a process of this group is still running; a zombie is not."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, psutil.Error):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
                 return True
     return False
 

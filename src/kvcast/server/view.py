@@ -4,10 +4,12 @@ The operator's repository is only read. Versions in the view are numbers of rele
 loaded side by side, and an ensemble names the versions of its steps, so that it never mixes them.
 """
 
-import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from kvcast.protocol.tensors import MODELS, ModelSpec
 from kvcast.server.installation import ServerError
@@ -17,10 +19,6 @@ CONFIG_FILE = "config.pbtxt"
 ENSEMBLE_VERSION = "1"
 # Triton loads a model anew, in the background and with nobody refused, if a parameter has changed.
 LOADED_PARAMETER = "KVCAST_LOADED"
-# What leads to the value, the name, the value; as people write it, on one line or several.
-PARAMETER = re.compile(r'(parameters\s*:?\s*\{\s*key\s*:\s*"([^"]*)"\s*value\s*:?\s*\{\s*string_value\s*:\s*")([^"]*)"')
-COMMENT = re.compile(r"^\s*#.*\n", re.MULTILINE)
-VERSION_POLICY = "version_policy { all { } }  # those that lie here"
 
 
 class View:
@@ -66,18 +64,20 @@ class View:
     def renew(self, model: str) -> None:
         """Change a model's configuration so that the next load starts its processes anew."""
         self._loads[model] = self._loads.get(model, 0) + 1
-        parameter = f'parameters {{ key: "{LOADED_PARAMETER}" value {{ string_value: "{self._loads[model]}" }} }}'
-        self._write(model, f"{self._read(model)}\n{VERSION_POLICY}\n{parameter}\n")
+        config = self._read(model)
+        config.version_policy.all.SetInParent()  # those that lie here
+        config.parameters[LOADED_PARAMETER].string_value = str(self._loads[model])
+        self._write(model, config)
 
     def pin(self, ensemble: str, versions: Mapping[str, int], name: str | None = None) -> None:
         """Let an ensemble's steps be of these versions, under its own name or, to be tried first, under another."""
-        text = self._read(ensemble)
-        for step, version in versions.items():
-            text = re.sub(rf'(model_name: "{step}"\s+model_version: )-?\d+', rf"\g<1>{version}", text)
+        config = self._read(ensemble)
+        for step in config.ensemble_scheduling.step:
+            step.model_version = versions.get(step.model_name, step.model_version)
         if name is not None:
             (self.folder / name / ENSEMBLE_VERSION).mkdir(parents=True)
-            text = text.replace(f'name: "{ensemble}"', f'name: "{name}"', 1)
-        self._write(name or ensemble, text)
+            config.name = name
+        self._write(name or ensemble, config)
 
     def remove(self, name: str) -> None:
         """Remove a model."""
@@ -89,29 +89,29 @@ class View:
         Raises:
             ServerError: one is not.
         """
-        texts = "".join(self._read(model.name) for model in self.models)
-        known = list(dict.fromkeys(name for _, name, _ in PARAMETER.findall(texts)))
+        known = dict.fromkeys(name for model in self.models for name in sorted(self._read(model.name).parameters))
         unknown = [name for name in self._parameters if name not in known]
         if unknown:
             raise ServerError(f"parameter {unknown[0]}: expected one of {', '.join(known)}")
 
-    def _read(self, model: str) -> str:
+    def _read(self, model: str) -> ModelConfig:
         """Return a model's configuration with the parameters that were asked for."""
         path = self._repository / model / CONFIG_FILE
+        config = ModelConfig()
         try:
-            text = path.read_text()
+            text_format.Parse(path.read_text(), config)
         except OSError as error:
             raise ServerError(f"{path}: cannot be read ({error.strerror}): run `make export` again") from error
-        return PARAMETER.sub(self._set_parameter, COMMENT.sub("", text))
+        except text_format.ParseError as error:
+            raise ServerError(f"{path}:{error}: expected the fields of tritonclient's ModelConfig") from error
+        for name in config.parameters.keys() & self._parameters:
+            config.parameters[name].string_value = self._parameters[name]
+        return config
 
-    def _set_parameter(self, found: re.Match[str]) -> str:
-        """Return a parameter with the value that was asked for, or with its own."""
-        return f'{found[1]}{self._parameters.get(found[2], found[3])}"'
-
-    def _write(self, model: str, text: str) -> None:
+    def _write(self, model: str, config: ModelConfig) -> None:
         # Outside the view, then moved: Triton never sees half of it.
         new = self.folder.parent / f"{model}.{CONFIG_FILE}"
-        new.write_text(text)
+        new.write_text(text_format.MessageToString(config))
         new.replace(self.folder / model / CONFIG_FILE)
 
 

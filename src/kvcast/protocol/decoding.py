@@ -1,0 +1,61 @@
+"""Typed records from JSON and TOML (msgspec), with errors that name the place, what was expected and what came."""
+
+import json
+import re
+from typing import Annotated, Any, TypeVar, get_args
+
+import msgspec
+
+T = TypeVar("T")
+# Characters of a wrong value that an error quotes.
+LONGEST_VALUE = 200
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Id = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+
+
+def decode_json(text: str | bytes, kind: type[T], name: str, error_type: type[Exception]) -> T:
+    """Read a record from JSON.
+
+    Raises:
+        error_type: the text is not JSON, a key is missing or unknown, or a value has another type.
+    """
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise error_type(f"{name}: expected JSON, got {error}") from error
+    return convert(value, kind, name, error_type)
+
+
+def convert(value: Any, kind: type[T], name: str, error_type: type[Exception]) -> T:
+    """Build a record from parsed TOML or JSON.
+
+    Raises:
+        error_type: as for `decode_json`.
+    """
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise error_type(_explain(error, value, kind, name)) from error
+
+
+def _explain(error: msgspec.ValidationError, value: Any, kind: Any, name: str) -> str:
+    """Return msgspec's message with the place in front and, after it, what stands there."""
+    message, _, path = str(error).partition(" - at `$")
+    path = path.rstrip("`")
+    expected = message.partition(", got ")[0].replace("Expected", "expected")
+    try:
+        for step in re.findall(r"[^.\[\]]+", path):
+            is_list = isinstance(value, list)
+            value, kind = (value[int(step)], get_args(kind)[0]) if is_list else (value[step], _fields(kind)[step])
+    except (KeyError, TypeError):  # a key with a dot in it
+        return f"{name}: {error}"
+    got = repr(value)[:LONGEST_VALUE]
+    if "bject" in expected and isinstance(kind, type):  # a record that is none, lacks a key or has an unknown one
+        expected = f"expected the keys {sorted(_fields(kind))}"
+        got = str(sorted(value)) if isinstance(value, dict) else got
+    place = f"{name}: {path.removeprefix('.')}" if path else name
+    return f"{place}: {expected}, got {got}"
+
+
+def _fields(kind: Any) -> dict[str, Any]:
+    return {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
