@@ -4,7 +4,6 @@ import dataclasses
 import os
 import signal
 import urllib.request
-from pathlib import Path
 
 import pytest
 
@@ -110,17 +109,12 @@ def test_two_instances_of_each_model(own_repository, requests):
     assert set(load.count()) == {"right"}, load.count()
 
 
-def test_the_guard_itself_is_started_again(guarded, requests):
+def test_the_gateway_itself_is_started_again(guarded, requests):
     expected = expect(requests, record_answers(guarded.grpc_address, requests))
     from kvcast.client import RetryPolicy  # noqa: PLC0415
 
     with Load(guarded.grpc_address, expected, retry=RetryPolicy()) as load:
         load.wait_for(50)
-        (guard,) = [
-            int(path.parent.name)
-            for path in Path("/proc").glob("[0-9]*/cmdline")
-            if b"kvcast.gateway" in path.read_bytes() and guarded.grpc_address.encode() in path.read_bytes()
-        ]
-        os.kill(guard, signal.SIGKILL)
+        os.kill(guarded.gateway_pid, signal.SIGKILL)
         load.wait_for(50)
     assert set(load.count()) == {"right"}, load.count()

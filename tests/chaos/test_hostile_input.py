@@ -1,4 +1,4 @@
-"""Thousands of hostile requests to a real server, through its guard, over HTTP and over gRPC.
+"""Thousands of hostile requests to a real server, through its gateway, over HTTP and over gRPC.
 
 Every process lives on, no answer blames the server or shows its inside, and a valid request in between gets its scores.
 `KVCAST_FUZZ_REQUESTS` says how many by each protocol, `KVCAST_FUZZ_SEED` which; a failure names its seed.
@@ -43,7 +43,7 @@ class Witness:
     """Says whether the server is still the one it was: the same processes, the same scores."""
 
     def __init__(self, server: TritonServer, channel: grpc.Channel, requests: Requests) -> None:
-        self._pid, self._channel = os.getpid(), channel  # the guard and tritonserver are children of this process
+        self._pid, self._channel = os.getpid(), channel  # the gateway and tritonserver are children of this process
         self._messages = {
             model: make_infer_request(model, requests.tensors[model]).SerializeToString()
             for model in ("ranker", "ranker_resident", "ranker_full")

@@ -186,7 +186,7 @@ def test_four_times_too_much_is_answered_or_refused_in_time(overloaded, requests
 
 
 def count_arrivals(server: TritonServer, model: str) -> float:
-    """Return how many requests to a model have reached the guard and been answered or refused."""
+    """Return how many requests to a model have reached the gateway and been answered or refused."""
     with urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=5) as reply:
         text = reply.read().decode()
     lines = re.findall(rf'^kvcast_gateway_(?:answered|refused)_total{{model="{model}".*}} (\S+)$', text, re.MULTILINE)

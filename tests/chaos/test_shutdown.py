@@ -50,7 +50,7 @@ def test_nothing_that_was_accepted_is_lost(tiny_repository, protocol, model):
     there = [each for each in load.outcomes if each.sent < told - 0.05]
     assert {each.what for each in there} == {"right"}, [each for each in there if each.what != "right"]
     refused = [each for each in load.outcomes if each.what != "right"]
-    # What arrives while gRPC closes is CANCELLED by its library, before the guard sees it.
+    # What arrives while gRPC closes is CANCELLED by its library, before the gateway sees it.
     clear = r"stopping|(?i:connect)|(?i:socket closed)|CANCELLED"
     unclear = [each for each in refused if not re.search(clear, each.message)]
     assert not unclear, {each.message for each in unclear}

@@ -130,7 +130,7 @@ def prometheus(watched, tmp_path_factory):
 
 
 def ask_wrongly(server: TritonServer) -> None:
-    """Send a candidate that the model, not the guard, refuses: one id beyond its vocabulary."""
+    """Send a candidate that the model, not the gateway, refuses: one id beyond its vocabulary."""
     history = tritonclient.grpc.InferInput(HISTORY.name, [1, 0, 2], HISTORY.dtype)
     history.set_data_from_numpy(np.zeros((1, 0, 2), np.int64))
     candidates = tritonclient.grpc.InferInput(CANDIDATES.name, [1, 1, 4], CANDIDATES.dtype)

@@ -1,4 +1,4 @@
-"""Triton's OpenTelemetry tracing, through the guard, into a collector of OTLP over HTTP."""
+"""Triton's OpenTelemetry tracing, through the gateway, into a collector of OTLP over HTTP."""
 
 import base64
 import dataclasses

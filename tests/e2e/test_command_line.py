@@ -155,7 +155,7 @@ def test_the_readme_does_what_it_says(demo, tmp_path):
         ranked = run(rank)
         assert ranked.startswith("ready: ranker at 127.0.0.1")
         assert ranked.count("rank      item") == 3
-        assert "30 events were kept already" in ranked  # the rankings before have kept them
+        assert "30 events were cached already" in ranked  # the rankings before have kept them
         assert "cache hit: encoded in 0.0 ms, scored in" in ranked
         assert len(json.loads(ranked.splitlines()[-1])["scores"]) == 5
         answered = json.loads(run(f"sh client/curl.sh 127.0.0.1:{http}"))

@@ -189,7 +189,7 @@ def test_administration_asks_for_the_key(server, channel, method):
         channel.unary_unary(SERVICE + method)(b"", metadata=wrong, timeout=SOON)
 
 
-def test_the_metrics_page_has_tritons_families_and_the_guards(server, channel):
+def test_the_metrics_page_has_tritons_families_and_the_gateways(server, channel):
     assert ask(channel, make_ranking())[0] == "OK"
     families = read_metrics(server.metrics_address)
     assert {"nv_inference_request_success", "kvcast_user_kv_hits", "kvcast_fuse_seconds"} <= set(families)

@@ -86,7 +86,7 @@ def test_the_two_apis_without_inference_stay_open(server):
     assert ask(server, "GET", "/v2/models/ranker/config", {}) == 200
 
 
-def test_every_port_of_guard_and_triton_is_bound_to_this_machine_only(server):
+def test_every_port_of_gateway_and_triton_is_bound_to_this_machine_only(server):
     listening = list_listening({server.pid, *find_children(os.getpid())})
     own = {server.settings.http_port, server.settings.grpc_port, server.settings.metrics_port}
     assert own < {port for _, port in listening}
@@ -195,7 +195,7 @@ def test_a_real_tritonserver_on_path_serves_too(tiny_repository, tmp_path, monke
 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT], ids=lambda each: each.name)
 def test_a_crash_is_followed_by_a_new_start_and_nobody_sees_it(tiny_repository, number):
-    """The guard keeps the ports and the requests, for clients that try again and for those that do not."""
+    """The gateway keeps the ports and the requests, for clients that try again and for those that do not."""
     requests = draw_requests()
     with TritonServer(dataclasses.replace(make_settings(tiny_repository), models=["ranker"])) as server:
         expected = expect(requests, record_answers(server.grpc_address, requests))

@@ -500,8 +500,8 @@ def test_the_command_line_prefetches(server, log, tmp_path, capsys, protocol, mo
         assert main([str(tmp_path / "1.json"), "--prefetch", *arguments]) == 0
         said.append(capsys.readouterr().out.strip())
     assert said[::2] == ["miss", "hit"]
-    assert re.fullmatch(r"32 events encoded in \d+\.\d ms and kept", said[1])
-    assert said[3] == "32 events were kept already"
+    assert re.fullmatch(r"32 events encoded in \d+\.\d ms and cached", said[1])
+    assert said[3] == "32 events were cached already"
     assert main([str(tmp_path / "1.json"), "--report", "--json", *arguments]) == 0
     assert json.loads(capsys.readouterr().out)["report"]["cache"] == "hit"
 
@@ -831,7 +831,7 @@ def test_a_server_without_metrics_answers_too(start, full, log, tiny_repository)
         status, _ = post(silent, model, as_tensors(request))
         assert status == 200
     with urllib.request.urlopen(f"http://{silent.metrics_address}/metrics", timeout=5) as page:
-        assert b"nv_inference" not in page.read(), "the guard's own metrics are there all the same"
+        assert b"nv_inference" not in page.read(), "the gateway's own metrics are there all the same"
 
 
 @pytest.fixture(scope="module")

@@ -89,23 +89,23 @@ class FusesInexactly(Transformer):
 class RanksOtherwise(Transformer):
     """One call after the other is right; both in one is not."""
 
-    def rank(self, history: Tensor, candidates: Tensor, kept: UserKV, use_kept: Tensor) -> tuple[Tensor, UserKV]:
-        scores, made = super().rank(history, candidates, kept, use_kept)
+    def rank(self, history: Tensor, candidates: Tensor, kept: UserKV, use_past: Tensor) -> tuple[Tensor, UserKV]:
+        scores, made = super().rank(history, candidates, kept, use_past)
         return scores * 1.0001, made
 
 
 class ForgetsWhatWasKept(Transformer):
     """With kept KV, the scores are those of a user without history."""
 
-    def rank(self, history: Tensor, candidates: Tensor, kept: UserKV, use_kept: Tensor) -> tuple[Tensor, UserKV]:
-        return super().rank(history, candidates, kept, torch.zeros_like(use_kept))
+    def rank(self, history: Tensor, candidates: Tensor, kept: UserKV, use_past: Tensor) -> tuple[Tensor, UserKV]:
+        return super().rank(history, candidates, kept, torch.zeros_like(use_past))
 
 
 class WritesIntoWhatWasKept(Transformer):
     """Fusing changes the KV for whoever comes next."""
 
-    def rank(self, history: Tensor, candidates: Tensor, kept: UserKV, use_kept: Tensor) -> tuple[Tensor, UserKV]:
-        result = super().rank(history, candidates, kept, use_kept)
+    def rank(self, history: Tensor, candidates: Tensor, kept: UserKV, use_past: Tensor) -> tuple[Tensor, UserKV]:
+        result = super().rank(history, candidates, kept, use_past)
         kept.keys[0].mul_(1.001)
         return result
 

@@ -531,7 +531,7 @@ def test_the_bytes_that_are_held_are_bounded_and_given_back():
         await settle()
         gone.cancel()
         await settle()
-        assert admission.held_bytes == HELD_BYTES, "Triton has it, and so has the guard"
+        assert admission.held_bytes == HELD_BYTES, "Triton has it, and so has the gateway"
         triton.answer("gone")
         await settle()
         assert admission.held_bytes == 0

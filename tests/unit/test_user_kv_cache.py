@@ -335,7 +335,7 @@ def test_one_that_is_too_large_evicts_nobody():
     setting.ask(1, 2, 3)
     assert setting.fetch([make_history(4, 100)])[0].cache is MISS
     assert setting.list_kept([1, 2, 3]) == [1, 2, 3]
-    assert setting.counts == Counts(misses=4, kept=3, refused=1)
+    assert setting.counts == Counts(misses=4, stored=3, refused=1)
 
 
 def test_the_least_recently_used_goes_first_and_a_hit_renews():
@@ -348,7 +348,7 @@ def test_the_least_recently_used_goes_first_and_a_hit_renews():
     assert setting.list_kept(range(6)) == [1, 3, 4]
     setting.ask(5)
     assert setting.list_kept(range(6)) == [1, 4, 5]
-    assert setting.counts == Counts(hits=1, misses=5, kept=5, evictions=2)
+    assert setting.counts == Counts(hits=1, misses=5, stored=5, evictions=2)
     setting.cache.check()
 
 
@@ -374,7 +374,7 @@ def test_a_large_one_evicts_as_many_as_it_takes():
 def test_a_call_for_more_users_than_there_is_room_for_keeps_some_and_answers_all():
     setting = Setting(3 * size_of())
     assert setting.ask(*range(8)) == [MISS] * 8
-    assert setting.counts == Counts(misses=8, kept=3, refused=5)
+    assert setting.counts == Counts(misses=8, stored=3, refused=5)
     assert len(setting.list_kept(range(8))) == 3
     setting.cache.check()
 
@@ -408,7 +408,7 @@ def test_an_entry_is_encoded_again_when_it_has_reached_its_time_to_live():
     setting.now = 10
     assert not setting.cache.holds(make_history(1))
     assert setting.ask(1) == [MISS], "a hit does not make KV younger"
-    assert setting.counts == Counts(hits=1, misses=2, kept=2, expirations=1)
+    assert setting.counts == Counts(hits=1, misses=2, stored=2, expirations=1)
     setting.cache.check()
 
 
@@ -421,7 +421,7 @@ def test_what_has_expired_goes_before_anybody_is_evicted():
     setting.now = 12
     setting.ask(4)
     assert setting.list_kept(range(5)) == [2, 3, 4]
-    assert setting.counts == Counts(hits=1, misses=4, kept=4, expirations=1)
+    assert setting.counts == Counts(hits=1, misses=4, stored=4, expirations=1)
 
 
 def test_without_a_time_to_live_nothing_expires():
@@ -473,7 +473,7 @@ def test_forgetting_leaves_a_cache_as_if_nothing_had_happened():
     assert (setting.cache.bytes_held, setting.cache.entries, setting.counts) == (0, 0, Counts())
     setting.cache.check()
     assert setting.ask(1, 2, 3) == [MISS] * 3
-    assert setting.counts == Counts(misses=3, kept=3)
+    assert setting.counts == Counts(misses=3, stored=3)
     setting.cache.check()
 
 
@@ -536,7 +536,7 @@ def test_memory_is_used_again_when_its_readers_are_gone():
         (found,) = setting.fetch([make_history(user)])
         places.add(found.arrays[0].__array_interface__["data"][0])
     assert len(places) <= 4, "room for three, and not one place more"
-    assert setting.counts == Counts(misses=200, kept=200, evictions=197)
+    assert setting.counts == Counts(misses=200, stored=200, evictions=197)
 
 
 def test_memory_is_used_again_after_it_was_all_held():
@@ -615,7 +615,7 @@ def test_many_who_ask_for_one_history_at_once_encode_it_once():
             callers.start(lambda: results.extend(setting.ask(1, before=wait_for_the_others)))
     assert setting.encoded == 1
     assert sorted(results) == [HIT] * 7 + [MISS]
-    assert setting.counts == Counts(hits=7, misses=1, waits=7, kept=1)
+    assert setting.counts == Counts(hits=7, misses=1, waits=7, stored=1)
     setting.cache.check()
 
 
@@ -668,7 +668,7 @@ def test_a_call_that_waits_for_one_user_and_encodes_another_gets_both():
         may_end.set()
     assert results == [MISS, HIT, MISS, HIT]
     assert setting.encoded == 3
-    assert setting.counts == Counts(hits=2, misses=3, waits=2, kept=3)
+    assert setting.counts == Counts(hits=2, misses=3, waits=2, stored=3)
 
 
 def test_a_caller_finishes_its_own_before_it_waits_for_another():
@@ -695,7 +695,7 @@ def test_two_callers_who_take_over_from_a_third_in_opposite_order_do_not_wait_fo
         callers.start(lambda: setting.ask(1, 3, 2))
         callers.start(lambda: setting.ask(2, 4, 1))
     assert setting.list_kept([1, 2, 3, 4]) == [1, 2, 3, 4]
-    assert (setting.counts.failed, setting.counts.kept, setting.cache.entries) == (2, 4, 4)
+    assert (setting.counts.failed, setting.counts.stored, setting.cache.entries) == (2, 4, 4)
     setting.cache.check()
 
 
@@ -728,7 +728,7 @@ def test_a_failing_encode_leaves_nothing_however_far_it_came(place):
         setting.ask(1, 2, 3, before=fail_at(place))
     assert setting.list_kept([1, 2, 3, 9]) == [9]
     assert setting.cache.bytes_held == size_of()
-    assert setting.counts == Counts(misses=4, kept=1, failed=3)
+    assert setting.counts == Counts(misses=4, stored=1, failed=3)
     setting.cache.check()
     assert setting.ask(3, 2, 1) == [MISS] * 3
     assert setting.ask(1, 2, 3, 9) == [HIT] * 4
@@ -783,7 +783,7 @@ def test_who_waits_for_an_encode_that_fails_is_woken_and_encodes_itself(error):
             callers.start(lambda: results.extend(setting.ask(1)))
     assert sorted(results) == [HIT, HIT, MISS]
     assert setting.encoded == 2
-    assert (setting.counts.failed, setting.counts.kept) == (1, 1)
+    assert (setting.counts.failed, setting.counts.stored) == (1, 1)
     assert (setting.counts.hits, setting.counts.misses) == (2, 2)
     setting.cache.check()
 
@@ -831,7 +831,7 @@ def test_a_caller_keeps_what_it_encoded_though_what_it_waited_for_fails_in_its_h
     setting.cache.check()
 
 
-@pytest.mark.parametrize("name", ["misses", "kept", "refused", "failed", "evictions", "expirations"])
+@pytest.mark.parametrize("name", ["misses", "stored", "refused", "failed", "evictions", "expirations"])
 def test_the_check_of_the_sums_notices_one_that_is_wrong(name):
     setting = Setting(3 * size_of())
     setting.ask(1, 2, 3, 4)
@@ -907,7 +907,7 @@ class CacheMachine(RuleBasedStateMachine):
         for content, size in missing.items():
             if size <= self.setting.budget:
                 self.model[content] = Kept(size, self.setting.now)
-                self.expected.kept += 1
+                self.expected.stored += 1
             else:
                 self.expected.refused += 1
         hits_before = sum(result is HIT for result in results)
@@ -1102,7 +1102,7 @@ def check_runs(setting: Setting) -> None:
     setting.cache.check()
     assert counts.misses == setting.encoded
     assert counts.failed == sum(run.users for run in setting.runs if not run.is_done)
-    assert counts.kept + counts.refused == sum(run.users for run in setting.runs if run.is_done)
+    assert counts.stored + counts.refused == sum(run.users for run in setting.runs if run.is_done)
 
 
 @pytest.mark.usefixtures("_impatient")
@@ -1171,7 +1171,7 @@ def test_a_thousand_users_in_a_second_are_all_answered_and_memory_is_whole_again
     assert setting.cache.entries == 200
     setting.cache.forget()
     setting.fetch([find_largest(setting)])
-    assert setting.counts == Counts(misses=1, kept=1)
+    assert setting.counts == Counts(misses=1, stored=1)
 
 
 # Faults that were found by these tests, and mended.

@@ -53,7 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--report", action="store_true", help="ask how the scores were made: cache, encode and fuse time"
     )
     parser.add_argument(
-        "--prefetch", action="store_true", help="rank nothing: encode the history and keep it, for a later request"
+        "--prefetch", action="store_true", help="rank nothing: encode the history and cache it, for a later request"
     )
     parser.add_argument(
         "--deadline", type=float, default=DEFAULT_DEADLINE, metavar="SECONDS", help="for everything (%(default)g)"
@@ -162,8 +162,8 @@ def say_report(report: Report) -> str:
 def say_prefetch(report: Report, events: int) -> str:
     """Return what came of a prefetch, for people."""
     return {
-        CacheResult.MISS: f"{events} events encoded in {1e3 * report.encode_seconds:.1f} ms and kept",
-        CacheResult.HIT: f"{events} events were kept already",
+        CacheResult.MISS: f"{events} events encoded in {1e3 * report.encode_seconds:.1f} ms and cached",
+        CacheResult.HIT: f"{events} events were cached already",
         CacheResult.OFF: "nothing was encoded: the server's cache is off, or too small for this user "
         "(user_kv_cache_megabytes in its config.pbtxt)",
     }[report.cache]

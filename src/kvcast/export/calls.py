@@ -21,13 +21,13 @@ from kvcast.protocol.tensors import (
     RANKER_FULL,
     RANKER_RESIDENT,
     SCORES,
-    USE_KEPT,
+    USE_PAST,
     USER_ENCODER,
     USER_KEYS,
     USER_VALUES,
     TensorSpec,
-    kept_tensor_name,
     layer_tensor_name,
+    past_tensor_name,
 )
 
 Feeds = dict[str, npt.NDArray[Any]]
@@ -49,10 +49,10 @@ class TorchCalls(Calls):
         return np.asarray(scores.numpy(), np.float32)
 
     def rank_resident(
-        self, history: Ids, candidates: Ids, kept: list[Floats], *, use_kept: bool
+        self, history: Ids, candidates: Ids, past: list[Floats], *, use_past: bool
     ) -> tuple[Floats, list[Floats]]:
         """Run `rank`."""
-        given = _to_torch(history), _to_torch(candidates), _to_user_kv(kept), torch.tensor(use_kept)
+        given = _to_torch(history), _to_torch(candidates), _to_user_kv(past), torch.tensor(use_past)
         scores, made = self.network.rank(*given)
         return np.asarray(scores.numpy(), np.float32), _to_arrays(made)
 
@@ -92,12 +92,12 @@ class OnnxCalls(Calls):
         return self._run(DOC_FUSION.name, [SCORES.name], feeds)[0]
 
     def rank_resident(
-        self, history: Ids, candidates: Ids, kept: list[Floats], *, use_kept: bool
+        self, history: Ids, candidates: Ids, past: list[Floats], *, use_past: bool
     ) -> tuple[Floats, list[Floats]]:
         """Run `ranker_resident`."""
-        feeds = _name_layers(kept_tensor_name, kept)
-        feeds |= {HISTORY.name: history, CANDIDATES.name: candidates, USE_KEPT: np.array(use_kept)}
-        outputs = [SCORES.name, *_name_layers(layer_tensor_name, kept)]
+        feeds = _name_layers(past_tensor_name, past)
+        feeds |= {HISTORY.name: history, CANDIDATES.name: candidates, USE_PAST: np.array(use_past)}
+        outputs = [SCORES.name, *_name_layers(layer_tensor_name, past)]
         scores, *made = self._run(RANKER_RESIDENT.name, outputs, feeds)
         return scores, made
 

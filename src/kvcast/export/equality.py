@@ -263,12 +263,12 @@ def _list_calls(case: Case, user_kv: list[Floats], layout: KVLayout) -> Iterator
 
     def rank_cold(calls: Calls) -> Outputs:
         nothing = make_no_user_kv(layout, len(history))
-        scores, made = calls.rank_resident(history, candidates, nothing, use_kept=False)
+        scores, made = calls.rank_resident(history, candidates, nothing, use_past=False)
         return _name_layers(made) | {SCORES.name: scores}
 
     def rank_warm(calls: Calls) -> Outputs:
         no_event = np.zeros((len(history), 1, history.shape[2]), np.int64)
-        scores, _ = calls.rank_resident(no_event, candidates, user_kv, use_kept=True)
+        scores, _ = calls.rank_resident(no_event, candidates, user_kv, use_past=True)
         return {SCORES.name: scores}
 
     yield USER_ENCODER.name, lambda calls: _name_layers(calls.encode_user(history))

@@ -36,12 +36,12 @@ from kvcast.protocol.tensors import (
     RANKER_FULL,
     RANKER_RESIDENT,
     SCORES,
-    USE_KEPT,
+    USE_PAST,
     USER_ENCODER,
     USER_KEYS,
     USER_VALUES,
-    kept_tensor_name,
     layer_tensor_name,
+    past_tensor_name,
 )
 
 OPSET = 20
@@ -98,7 +98,7 @@ class FusionGraph(nn.Module):
 
 
 class ResidentGraph(nn.Module):
-    """history, candidates, kept KV, which of the two to use → scores and, layer by layer, the KV of the history."""
+    """history, candidates, past KV, which of the two to use → scores and, layer by layer, the KV of the history."""
 
     def __init__(self, network: RankingNetwork) -> None:
         super().__init__()
@@ -108,12 +108,12 @@ class ResidentGraph(nn.Module):
         self,
         history: Tensor,
         candidates: Tensor,
-        use_kept: Tensor,
+        use_past: Tensor,
         keys: tuple[Tensor, ...],
         values: tuple[Tensor, ...],
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """As `RankingNetwork.rank`."""
-        scores, user_kv = self.network.rank(history, candidates, UserKV(keys, values), use_kept)
+        scores, user_kv = self.network.rank(history, candidates, UserKV(keys, values), use_past)
         return scores, user_kv.keys, user_kv.values
 
 
@@ -190,7 +190,7 @@ def describe_graphs(network: RankingNetwork) -> list[Graph]:
     user_kv = network.encode_user(history)
     longer = network.encode_user(torch.ones(2, 7, len(schema.history_fields), dtype=torch.int64))
     layer_names = [layer_tensor_name(spec, m) for spec in (USER_KEYS, USER_VALUES) for m in range(layers)]
-    kept_names = [kept_tensor_name(spec, m) for spec in (USER_KEYS, USER_VALUES) for m in range(layers)]
+    past_names = [past_tensor_name(spec, m) for spec in (USER_KEYS, USER_VALUES) for m in range(layers)]
     return [
         Graph(
             USER_ENCODER.name,
@@ -220,10 +220,10 @@ def describe_graphs(network: RankingNetwork) -> list[Graph]:
                 {0: "users", 1: "L"},
                 {0: "users", 1: "N"},
                 None,
-                ({0: "users", 3: "kept_slots"},) * layers,
-                ({0: "users", 2: "kept_slots"},) * layers,
+                ({0: "users", 3: "past_slots"},) * layers,
+                ({0: "users", 2: "past_slots"},) * layers,
             ),
-            [HISTORY.name, CANDIDATES.name, USE_KEPT, *kept_names],
+            [HISTORY.name, CANDIDATES.name, USE_PAST, *past_names],
             [SCORES.name, *layer_names],
         ),
         Graph(

@@ -55,7 +55,7 @@ class Calls(abc.ABC):
 
     @abc.abstractmethod
     def rank_resident(
-        self, history: Ids, candidates: Ids, kept: list[Floats], *, use_kept: bool
+        self, history: Ids, candidates: Ids, past: list[Floats], *, use_past: bool
     ) -> tuple[Floats, list[Floats]]:
         """Both sides in one call, or with the KV that an earlier such call made → scores FP32 `[B, N]`, user KV."""
 
@@ -154,8 +154,8 @@ def prove_limits(calls: Calls, config: ModelConfig, layout: KVLayout) -> float:
         user_kv = calls.encode_user(history)
         parts = [candidates[:, start : start + SMALL_REQUEST] for start in range(0, count, SMALL_REQUEST)]
         expected = np.concatenate([calls.fuse(user_kv, part) for part in parts], axis=1)
-        cold, made = calls.rank_resident(history, candidates, make_no_user_kv(layout, 1), use_kept=False)
-        warm, _ = calls.rank_resident(np.zeros_like(history[:, :1]), candidates, made, use_kept=True)
+        cold, made = calls.rank_resident(history, candidates, make_no_user_kv(layout, 1), use_past=False)
+        warm, _ = calls.rank_resident(np.zeros_like(history[:, :1]), candidates, made, use_past=True)
         paths = {
             "cached path": calls.fuse(user_kv, candidates),
             "cached path, reversed": calls.fuse(user_kv, candidates[:, ::-1])[:, ::-1],
@@ -295,29 +295,29 @@ def _prove_resident_equals_cached(calls: Calls, sample: Sample, scores: Floats, 
     name = RESIDENT
     history, candidates = sample.history, sample.candidates
     nothing, no_event = make_no_user_kv(layout, 1), np.zeros_like(history[:, :1])
-    cold, made = calls.rank_resident(history, candidates, nothing, use_kept=False)
+    cold, made = calls.rank_resident(history, candidates, nothing, use_past=False)
     error = _expect_equal(f"{name} (cold)", scores, cold)
     before = [array.copy() for array in made]
-    calls.rank_resident(no_event, candidates[:, ::-1], made, use_kept=True)
+    calls.rank_resident(no_event, candidates[:, ::-1], made, use_past=True)
     if not all(np.array_equal(first, second) for first, second in zip(before, made, strict=True)):
-        raise ProofError(f"{BLIND}: fusing wrote into the KV that was kept")
-    warm, _ = calls.rank_resident(no_event, candidates, made, use_kept=True)
+        raise ProofError(f"{BLIND}: fusing wrote into past KV")
+    warm, _ = calls.rank_resident(no_event, candidates, made, use_past=True)
     error = max(error, _expect_equal(f"{name} (warm)", scores, warm))
-    warm, _ = calls.rank_resident(no_event, candidates, add_padding_slots(made, layout), use_kept=True)
+    warm, _ = calls.rank_resident(no_event, candidates, add_padding_slots(made, layout), use_past=True)
     padding = f"slots as kv_layout says: mask_row {layout.mask_row}, mask_value {layout.mask_value:g}"
     _expect_equal(f"{PADDING} ({padding})", scores, warm)
     half, others = history[:, : history.shape[1] // 2], candidates[:, ::-1]
     expected = calls.rank(half, others)
     short = np.pad(half, ((0, 0), (0, history.shape[1] - half.shape[1]), (0, 0)))
     both, both_candidates = np.concatenate([history, short]), np.concatenate([candidates, others])
-    packed, kept = calls.rank_resident(both, both_candidates, make_no_user_kv(layout, 2), use_kept=False)
+    packed, past = calls.rank_resident(both, both_candidates, make_no_user_kv(layout, 2), use_past=False)
     error = max(error, _expect_equal(f"{name} (cold batch)", np.concatenate([scores, expected]), packed))
-    warm, _ = calls.rank_resident(np.zeros_like(both[:, :1]), both_candidates, kept, use_kept=True)
+    warm, _ = calls.rank_resident(np.zeros_like(both[:, :1]), both_candidates, past, use_past=True)
     return max(error, _expect_equal(f"{name} (warm batch)", np.concatenate([scores, expected]), warm))
 
 
 def make_no_user_kv(layout: KVLayout, users: int) -> list[Floats]:
-    """Return KV of empty histories, layer by layer, to be given where none is kept."""
+    """Return KV of empty histories, layer by layer, to be given where there is none."""
     shapes = [layout.keys_shape(0)] * layout.layers + [layout.values_shape(0)] * layout.layers
     return [np.zeros((users, *shape[1:]), np.float32) for shape in shapes]
 

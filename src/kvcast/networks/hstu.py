@@ -96,11 +96,11 @@ def attend_user(rows: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return nn.functional.silu(rows @ keys) @ values
 
 
-def _attend_kept(rows: tuple[Tensor], kept: KV, made: KV) -> Tensor:  # noqa: ARG001 one signature for both sides of an If
-    return attend_user(*rows, *kept)
+def _attend_past(rows: tuple[Tensor], past: KV, made: KV) -> Tensor:  # noqa: ARG001 one signature for both sides of an If
+    return attend_user(*rows, *past)
 
 
-def _attend_made(rows: tuple[Tensor], kept: KV, made: KV) -> Tensor:  # noqa: ARG001
+def _attend_made(rows: tuple[Tensor], past: KV, made: KV) -> Tensor:  # noqa: ARG001
     return attend_user(*rows, *made)
 
 
@@ -194,13 +194,13 @@ class HSTU(RankingNetwork):
             candidates, lambda index, rows: attend_user(rows, user_kv.keys[index], user_kv.values[index])
         )
 
-    def rank(self, history: Tensor, candidates: Tensor, kept: UserKV, use_kept: Tensor) -> tuple[Tensor, UserKV]:
-        """Encode, and fuse with what was kept or made: only the attention to it occurs twice in a graph."""
+    def rank(self, history: Tensor, candidates: Tensor, past: UserKV, use_past: Tensor) -> tuple[Tensor, UserKV]:
+        """Encode, and fuse with past or new KV: only the attention to it occurs twice in a graph."""
         made = self.encode_user(history)
 
         def attend(index: int, rows: Tensor) -> Tensor:
-            layers = [(user_kv.keys[index], user_kv.values[index]) for user_kv in (kept, made)]
-            return cast("Tensor", choose(use_kept, _attend_kept, _attend_made, (rows,), *layers))
+            layers = [(user_kv.keys[index], user_kv.values[index]) for user_kv in (past, made)]
+            return cast("Tensor", choose(use_past, _attend_past, _attend_made, (rows,), *layers))
 
         return self._score(candidates, attend), made
 

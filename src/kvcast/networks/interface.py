@@ -121,30 +121,30 @@ class RankingNetwork(nn.Module, abc.ABC):
         are rows of one product with it.
         """
 
-    def rank(self, history: Tensor, candidates: Tensor, kept: UserKV, use_kept: Tensor) -> tuple[Tensor, UserKV]:
+    def rank(self, history: Tensor, candidates: Tensor, past: UserKV, use_past: Tensor) -> tuple[Tensor, UserKV]:
         """Encode and fuse in one call, or fuse with the KV that an earlier call made: one graph for both.
 
         A family may override it where it can do better than one call after the other (rows of both sides in one
         GEMM, a weight named once); export proves that it gives the same scores.
 
         Args:
-            history: INT64 `[B, L, history_fields]`; not read if `use_kept`, when one padding event does.
+            history: INT64 `[B, L, history_fields]`; not read if `use_past`, when one padding event does.
             candidates: INT64 `[B, N, T]`.
-            kept: user KV of an earlier call; read only if `use_kept`, else of any number of slots.
-            use_kept: BOOL, one element.
+            past: user KV of an earlier call; read only if `use_past`, else of any number of slots.
+            use_past: BOOL, one element.
 
         Returns:
             Scores FP32 `[B, N]`, and the KV of `history`.
         """
         made = self.encode_user(history)
 
-        def fuse_kept(candidates: tuple[Tensor], *kv: tuple[Tensor, ...]) -> Tensor:
+        def fuse_past(candidates: tuple[Tensor], *kv: tuple[Tensor, ...]) -> Tensor:
             return self.fuse(UserKV(*kv[:2]), *candidates)
 
         def fuse_made(candidates: tuple[Tensor], *kv: tuple[Tensor, ...]) -> Tensor:
             return self.fuse(UserKV(*kv[2:]), *candidates)
 
-        return choose(use_kept, fuse_kept, fuse_made, (candidates,), *kept, *made), made
+        return choose(use_past, fuse_past, fuse_made, (candidates,), *past, *made), made
 
     @abc.abstractmethod
     def run_monolith(self, history: Tensor, candidates: Tensor, mask: MaskKind) -> tuple[Tensor, tuple[Tensor, ...]]:

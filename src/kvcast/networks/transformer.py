@@ -59,24 +59,24 @@ Item = tuple[Tensor, Tensor, Tensor]  # query [B, N, Q, H, dh], key and value [B
 User = tuple[Tensor, Tensor, Tensor, Tensor]  # query, key and value [B, L, H, dh], is_event [B, L]
 
 
-def _attend_kept(kept: KV, made: KV, item: Item) -> Tensor:  # noqa: ARG001 one signature for both sides of an If
-    """Item tokens over the KV that was kept."""
-    return attend_user_and_item(*item, *kept).contiguous()
+def _attend_past(past: KV, made: KV, item: Item) -> Tensor:  # noqa: ARG001 one signature for both sides of an If
+    """Item tokens over past KV."""
+    return attend_user_and_item(*item, *past).contiguous()
 
 
-def _attend_made(kept: KV, made: KV, item: Item) -> Tensor:  # noqa: ARG001
+def _attend_made(past: KV, made: KV, item: Item) -> Tensor:  # noqa: ARG001
     """Item tokens over the KV just made."""
     return attend_user_and_item(*item, *made).contiguous()
 
 
-def _attend_items_kept(kept: KV, made: KV, item: Item, user: User) -> tuple[Tensor, Tensor]:
-    """Item tokens over the KV that was kept; nobody reads what the user tokens get."""
-    return user[0] * 0, _attend_kept(kept, made, item)
+def _attend_items_past(past: KV, made: KV, item: Item, user: User) -> tuple[Tensor, Tensor]:
+    """Item tokens over past KV; nobody reads what the user tokens get."""
+    return user[0] * 0, _attend_past(past, made, item)
 
 
-def _attend_both(kept: KV, made: KV, item: Item, user: User) -> tuple[Tensor, Tensor]:
+def _attend_both(past: KV, made: KV, item: Item, user: User) -> tuple[Tensor, Tensor]:
     """User tokens over each other, and item tokens over the KV just made."""
-    return attend_history(*user, *made), _attend_made(kept, made, item)
+    return attend_history(*user, *made), _attend_made(past, made, item)
 
 
 class Transformer(RankingNetwork):
@@ -147,10 +147,10 @@ class Transformer(RankingNetwork):
             tokens = block.close(tokens, attended)
         return self._read_scores(tokens[:, :, 0])
 
-    def rank(self, history: Tensor, candidates: Tensor, kept: UserKV, use_kept: Tensor) -> tuple[Tensor, UserKV]:
+    def rank(self, history: Tensor, candidates: Tensor, past: UserKV, use_past: Tensor) -> tuple[Tensor, UserKV]:
         """Run user and item tokens as rows of the same GEMMs; only attention tells them apart.
 
-        Every weight occurs once in the graph, whether the KV is made or kept.
+        Every weight occurs once in the graph, whether the KV is past or new.
         """
         is_event = find_events(history)
         history_length, count, item_tokens = history.shape[1], candidates.shape[1], candidates.shape[2]
@@ -171,17 +171,17 @@ class Transformer(RankingNetwork):
             user_keys, user_values = pack_user_kv(user_key, user_value, is_event)
             keys.append(user_keys)
             values.append(user_values)
-            layer_kept, layer_made = (kept.keys[index], kept.values[index]), (user_keys, user_values)
+            layer_past, layer_made = (past.keys[index], past.values[index]), (user_keys, user_values)
             if index == len(self.blocks) - 1:
                 tokens, normed = split(tokens)[1][:, :, 0], split(normed)[1][:, :, 0]  # target tokens only: [B, N, d]
                 query = block.split_heads(block.query(normed))[:, :, None]  # [B, N, 1, H, dh]
                 item = (query, item_key, item_value)
-                attended = choose(use_kept, _attend_kept, _attend_made, layer_kept, layer_made, item)[:, :, 0]
+                attended = choose(use_past, _attend_past, _attend_made, layer_past, layer_made, item)[:, :, 0]
             else:
                 user_query, item_query = split(block.split_heads(block.query(normed)))
                 item, user = (item_query, item_key, item_value), (user_query, user_key, user_value, is_event)
                 by_user, by_item = choose(
-                    use_kept, _attend_items_kept, _attend_both, layer_kept, layer_made, item, user
+                    use_past, _attend_items_past, _attend_both, layer_past, layer_made, item, user
                 )
                 attended = torch.cat([by_user, by_item.flatten(1, 2)], dim=1)  # [B, L+N·T, H, dh]
             tokens = block.close(tokens, attended)

@@ -21,7 +21,7 @@ ONNX_FILE = "model.onnx"
 RELEASES_FILE = "releases.json"
 # Raised whenever a tensor, its meaning or this file changes, or what networks/attention.py and networks/masks.py
 # compute, so that artefacts of both sides cannot be mixed.
-CONTRACT_VERSION = 3
+CONTRACT_VERSION = 4
 # Where the ONNX file itself repeats the release, so that a swapped file is noticed.
 RELEASE_METADATA_KEY = "kvcast.release"
 

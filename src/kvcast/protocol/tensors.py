@@ -65,7 +65,7 @@ RANKER_RESIDENT = ModelSpec("ranker_resident", (HISTORY, CANDIDATES), (SCORES, E
 RANKER_FULL = ModelSpec("ranker_full", (HISTORY, CANDIDATES), (SCORES,))
 MODELS = (USER_ENCODER, DOC_FUSION, RANKER, RANKER_RESIDENT, RANKER_FULL)
 # An input of `ranker_resident`'s graph, BOOL: fuse with the KV that was kept, instead of encoding the history.
-USE_KEPT = "use_kept"
+USE_PAST = "use_past"
 # The largest difference of scores that fp32 rounding may cause between two exact ways of computing them.
 SCORE_TOLERANCE = 1e-5
 # The models that hold an ONNX file of their own.
@@ -77,6 +77,6 @@ def layer_tensor_name(spec: TensorSpec, layer: int) -> str:
     return f"{spec.name}_{layer}"
 
 
-def kept_tensor_name(spec: TensorSpec, layer: int) -> str:
+def past_tensor_name(spec: TensorSpec, layer: int) -> str:
     """Return the name of one layer of user KV that `ranker_resident`'s graph is given back from an earlier run."""
-    return f"kept_{layer_tensor_name(spec, layer)}"
+    return f"past_{layer_tensor_name(spec, layer)}"

@@ -178,7 +178,7 @@ class TritonProcess:
 
 
 def prepare_process() -> None:
-    """Have the kernel end this process with the one that started it, even if killed, and let the guard run first.
+    """Have the kernel end this process with the one that started it, even if killed, and let the gateway run first.
 
     Refusing costs little, but it has to be done in time, also while the models have every core busy.
     """

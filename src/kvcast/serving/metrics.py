@@ -1,6 +1,6 @@
 """What a model tells Prometheus through Triton's metrics endpoint: its cache, its stages, its errors by code.
 
-Triton itself counts a returned error as a success, and knows nothing of users that were kept. The numbers gather in
+Triton itself counts a returned error as a success, and knows nothing of users that were cached. The numbers gather in
 plain Python and are published before the reply that they belong to leaves, so a reader of both sees them agree.
 Only the thread that serves may publish: the metrics of tritonserver 2.51 are not made for several threads.
 """
@@ -29,7 +29,7 @@ CACHE_COUNTERS = {
     "hits": ("kvcast_user_kv_hits_total", "COUNTER", "Users whose KV was there"),
     "misses": ("kvcast_user_kv_misses_total", "COUNTER", "Users that had to be encoded"),
     "waits": ("kvcast_user_kv_waits_total", "COUNTER", "Users that waited for another request to encode them"),
-    "refused": ("kvcast_user_kv_refused_total", "COUNTER", "Users encoded and not kept: larger than the budget"),
+    "refused": ("kvcast_user_kv_refused_total", "COUNTER", "Users encoded and not cached: larger than the budget"),
     "failed": ("kvcast_user_kv_failed_total", "COUNTER", "Users whose encoding failed"),
     "evictions": ("kvcast_user_kv_evictions_total", "COUNTER", "Users that gave way to others"),
     "expirations": ("kvcast_user_kv_expirations_total", "COUNTER", "Users that reached their time to live"),

@@ -47,7 +47,7 @@ class ServedModel(abc.ABC, Generic[Job]):
     spec: ModelSpec
     artefact: Artefact
     cache: UserKVCache | None = None
-    """The users that are kept; None for a model that keeps none."""
+    """The users that are cached; None for a model that keeps none."""
 
     def __init__(self, artefact: Artefact, cache: CacheOptions = CACHE_OFF) -> None:  # noqa: ARG002 for those that cache
         self.artefact = artefact

@@ -1,7 +1,7 @@
 """The `ranker_resident` model: encoder, cache and fusion in one process, so that user KV never moves.
 
-A user who is not kept is encoded and scored in one run of one graph, which leaves the KV in the cache; a user who is
-kept is only scored. Both are the same session, so every weight is in memory once.
+A user who is not cached is encoded and scored in one run of one graph, which leaves the KV in the cache; a user who is
+cached is only scored. Both are the same session, so every weight is in memory once.
 """
 
 import time
@@ -25,11 +25,11 @@ from kvcast.protocol.tensors import (
     RANKER_RESIDENT,
     REPORT_PARAMETER,
     SCORES,
-    USE_KEPT,
+    USE_PAST,
     USER_KEYS,
     USER_VALUES,
-    kept_tensor_name,
     layer_tensor_name,
+    past_tensor_name,
 )
 from kvcast.protocol.validation import check_candidates, check_history, check_no_candidates, check_same_users
 from kvcast.serving.artefact import Artefact, SessionOptions
@@ -124,7 +124,7 @@ class ResidentRanker(ServedModel[ResidentJob]):
         return ResidentJob(users, request.asks_for(REPORT_PARAMETER))
 
     def plan(self, jobs: Sequence[ResidentJob]) -> list[list[int]]:
-        """Users who are kept first, then the others; each in turn, packed where that pays."""
+        """Users who are cached first, then the others; each in turn, packed where that pays."""
         groups = []
         slow = {
             place
@@ -160,7 +160,7 @@ class ResidentRanker(ServedModel[ResidentJob]):
 
     def rank(self, users: Sequence[User]) -> list[Score]:
         """Return the scores of every user, FP32 `[N]`, and how they were made."""
-        # A prefetch that cannot be kept is not worth a run.
+        # A prefetch that cannot be cached is not worth a run.
         asked = [place for place, user in enumerate(users) if len(user.candidates) or self.cache.fits(user.history)]
         cold: dict[int, Timed] = {}
 
@@ -171,9 +171,9 @@ class ResidentRanker(ServedModel[ResidentJob]):
             return made
 
         found = dict(zip(asked, self.cache.fetch([users[place].history for place in asked], encode), strict=True))
-        kept = [place for place in asked if place not in cold and len(users[place].candidates)]
-        timed = self._rank_warm([users[place] for place in kept], [found[place].arrays for place in kept])
-        warm = dict(zip(kept, timed, strict=True))
+        cached = [place for place in asked if place not in cold and len(users[place].candidates)]
+        timed = self._rank_warm([users[place] for place in cached], [found[place].arrays for place in cached])
+        warm = dict(zip(cached, timed, strict=True))
         scored = []
         for place in range(len(users)):
             cache = found[place].cache if place in found else CacheResult.OFF
@@ -201,7 +201,7 @@ class ResidentRanker(ServedModel[ResidentJob]):
             histories = stack_padded([users[index].history for index in run])  # [users, L, fields]
             nothing = [UserKV(*(np.zeros((len(run), *shape), np.float32) for shape in self._no_slots))] * self._layers
             space = spaces[run[0]] if len(run) == 1 else None
-            outputs = self._run(histories, [users[index].candidates for index in run], nothing, space, use_kept=False)
+            outputs = self._run(histories, [users[index].candidates for index in run], nothing, space, use_past=False)
             layers = [UserKV(outputs[keys], outputs[values]) for keys, values in self._layer_names]
             for row, index in enumerate(run):
                 own = layers if len(run) == 1 else self._copy_user(layers, row, users[index], spaces[index])
@@ -211,38 +211,38 @@ class ResidentRanker(ServedModel[ResidentJob]):
             timed.update(self._split_scores(outputs[SCORES.name], run, users, spent))
         return [made[index] for index in range(len(users))], [timed[index] for index in range(len(users))]
 
-    def _rank_warm(self, users: Sequence[User], kept: Sequence[Arrays]) -> list[Timed]:
-        """Score only, with the user KV that was kept."""
+    def _rank_warm(self, users: Sequence[User], past: Sequence[Arrays]) -> list[Timed]:
+        """Score only, with cached user KV."""
         layout, fields = self.artefact.manifest.user_kv, len(self.artefact.manifest.history_fields)
         timed: dict[int, Timed] = {}
         sizes = [max(layout.slots(len(user.history)), self._count_item_rows(user)) for user in users]
         for run in plan_runs(sizes, self._limit(WARM_ROWS_PER_CPU_RUN)):
             started = time.perf_counter()
-            by_user = [unflatten(kept[index]) for index in run]
+            by_user = [unflatten(past[index]) for index in run]
             layers = [stack_user_kv(list(parts), layout) for parts in zip(*by_user, strict=True)]
             no_event = np.zeros((len(run), 1, fields), np.int64)  # [users, 1, fields]
-            outputs = self._run(no_event, [users[index].candidates for index in run], layers, None, use_kept=True)
+            outputs = self._run(no_event, [users[index].candidates for index in run], layers, None, use_past=True)
             spent = time.perf_counter() - started
             self.stopwatch.fuse.append(spent)
             timed.update(self._split_scores(outputs[SCORES.name], run, users, spent))
         return [timed[index] for index in range(len(users))]
 
     def _run(
-        self, histories: Ids, candidates: list[Ids], kept: list[UserKV], space: Arrays | None, *, use_kept: bool
+        self, histories: Ids, candidates: list[Ids], past: list[UserKV], space: Arrays | None, *, use_past: bool
     ) -> Tensors:
-        """Run the graph once. User KV comes out, into `space` if it is given, unless it was given (`use_kept`)."""
+        """Run the graph once. User KV comes out, into `space` if it is given, unless it was given (`use_past`)."""
         # A run scores somebody: for a user without candidates one unknown item, whose score nobody reads.
         nobody = np.zeros((1, len(self.artefact.manifest.candidate_fields)), np.int64)
         rows = stack_padded([each if len(each) else nobody for each in candidates])  # [users, N, T]
         feeds: Tensors = {
             HISTORY.name: histories,
             CANDIDATES.name: np.ascontiguousarray(rows),
-            USE_KEPT: np.array(use_kept),
+            USE_PAST: np.array(use_past),
         }
-        for layer, user_kv in enumerate(kept):
-            feeds[kept_tensor_name(USER_KEYS, layer)] = user_kv.keys
-            feeds[kept_tensor_name(USER_VALUES, layer)] = user_kv.values
-        names = [] if use_kept else flatten(self._layer_names)
+        for layer, user_kv in enumerate(past):
+            feeds[past_tensor_name(USER_KEYS, layer)] = user_kv.keys
+            feeds[past_tensor_name(USER_VALUES, layer)] = user_kv.values
+        names = [] if use_past else flatten(self._layer_names)
         into = dict(zip(names, space, strict=True)) if space else None
         outputs = self.artefact.run([SCORES.name, *names], feeds, into)
         if not np.isfinite(outputs[SCORES.name]).all():

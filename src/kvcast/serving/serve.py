@@ -5,7 +5,7 @@ request gets exactly one reply, as soon as it is there; a bad request spoils no 
 
 Why not Triton's own dynamic batcher: with a queue policy (a deadline, a bound), which it needs, Triton 2.51 does not
 wake its batcher for a request that comes while the model is busy, which then waits until the next one comes, or for
-half a second. It also answers a batch all at once, so that a user who is kept would wait for one who is not.
+half a second. It also answers a batch all at once, so that a user who is cached would wait for one who is not.
 """
 
 import functools

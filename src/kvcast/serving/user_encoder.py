@@ -1,6 +1,6 @@
 """The `user_encoder` model: a user's history → per-layer KV, its `kv_id`, and the manifest on request.
 
-A request for `kv_id` alone is a prefetch: the user is encoded and kept, and no KV leaves the process.
+A request for `kv_id` alone is a prefetch: the user is encoded and cached, and no KV leaves the process.
 """
 
 import time
@@ -52,7 +52,7 @@ class EncodeJob:
 
     @property
     def is_prefetch(self) -> bool:
-        """Whether user KV has to be made, to be kept."""
+        """Whether user KV has to be made, to be cached."""
         return KV_ID.name in self.wanted and not self.wants_kv
 
 
@@ -85,7 +85,7 @@ class UserEncoder(ServedModel[EncodeJob]):
         return EncodeJob([strip_padding(user) for user in ids], wanted, wants_report)
 
     def plan(self, jobs: Sequence[EncodeJob]) -> list[list[int]]:
-        """Users who are kept first, each request alone; then the others in turn, packed where that pays."""
+        """Users who are cached first, each request alone; then the others in turn, packed where that pays."""
         slow = [place for place, job in enumerate(jobs) if any(self._is_missing(job, user) for user in job.histories)]
         sizes = [sum(len(history) for history in jobs[place].histories) for place in slow]
         runs = plan_groups(sizes, self._events_per_run)
@@ -94,7 +94,7 @@ class UserEncoder(ServedModel[EncodeJob]):
         ]
 
     def run(self, jobs: Sequence[EncodeJob]) -> list[Tensors]:
-        """Encode the users of all jobs, as far as they are not kept."""
+        """Encode the users of all jobs, as far as they are not cached."""
         users = [
             (place, row)
             for place, job in enumerate(jobs)
@@ -152,7 +152,7 @@ class UserEncoder(ServedModel[EncodeJob]):
         return [encoded[user] for user in users], [seconds[user] for user in users]
 
     def _is_needed(self, job: EncodeJob, history: Ids) -> bool:
-        """Whether a user's KV has to be there: for the reply, or to be kept where it can be."""
+        """Whether a user's KV has to be there: for the reply, or to be cached where it can be."""
         return job.wants_kv or (job.is_prefetch and self.cache.fits(history))
 
     def _is_missing(self, job: EncodeJob, history: Ids) -> bool:

@@ -1,6 +1,6 @@
 """User KV that outlives its request: found again by `kv_id` and content of the history, so it cannot be stale.
 
-A user comes back within seconds with the same history: next page, next stage, another surface. What is kept is keyed
+A user comes back within seconds with the same history: next page, next stage, another surface. What is cached is keyed
 by everything that went into it, never by a user's name, so a corrected event, a slid window or other weights on the
 user's side make another key.
 The module knows histories, bytes and time; it does not know what a score is, nor what encodes.
@@ -51,14 +51,14 @@ class Counts:
     """What has happened since the start. A user asked for is one hit or one miss, or belongs to a call that failed.
 
     hits: found, or made by another caller meanwhile (waits, a part of hits). misses: encoded by the asker; each ends as
-    one of kept, refused (larger than the budget, or no room beside what is being read), failed.
+    one of stored, refused (larger than the budget, or no room beside what is being read), failed.
     evictions: gave way to others. expirations: reached their time to live.
     """
 
     hits: int = 0
     misses: int = 0
     waits: int = 0
-    kept: int = 0
+    stored: int = 0
     refused: int = 0
     failed: int = 0
     evictions: int = 0
@@ -125,7 +125,7 @@ class UserKVCache:
 
     @property
     def is_on(self) -> bool:
-        """Whether anything can be kept."""
+        """Whether anything can be cached."""
         return self.budget_bytes > 0
 
     @property
@@ -135,11 +135,11 @@ class UserKVCache:
 
     @property
     def entries(self) -> int:
-        """Users kept."""
+        """Users in the cache."""
         return len(self._entries)
 
     def fits(self, history: Ids) -> bool:
-        """Whether this history's KV is small enough to be kept."""
+        """Whether this history's KV is small enough to be cached."""
         return self._size(len(history), history.nbytes) <= self.budget_bytes
 
     def holds(self, history: Ids) -> bool:
@@ -149,11 +149,11 @@ class UserKVCache:
             return key in self._entries and not self._is_expired(key)
 
     def fetch(self, histories: Sequence[Ids], encode: Encode) -> list[Found]:
-        """Return the KV of every user, in order; what is not kept is encoded, each history once.
+        """Return the KV of every user, in order; what is not cached is encoded, each history once.
 
         Args:
             histories: stripped histories, INT64 `[L, history_fields]` each.
-            encode: makes the KV of some of them. What it raises, this call raises, and nothing is kept.
+            encode: makes the KV of some of them. What it raises, this call raises, and nothing is cached.
         """
         if not self.is_on:
             places = list(range(len(histories)))
@@ -196,8 +196,8 @@ class UserKVCache:
                 "bytes": self._bytes != sum(sizes) + sum(reserved),
                 "budget": self._bytes > self.budget_bytes,
                 "ages": set(self._ages) != set(self._entries),
-                "misses": counts.misses != counts.kept + counts.refused + counts.failed + len(self._flights),
-                "entries": counts.kept != len(self._entries) + counts.evictions + counts.expirations,
+                "misses": counts.misses != counts.stored + counts.refused + counts.failed + len(self._flights),
+                "entries": counts.stored != len(self._entries) + counts.evictions + counts.expirations,
                 "memory": self._memory.size - self._memory.count_free()
                 < sum(bytes_of([array.shape for array in entry.arrays]) for entry in self._entries.values()),
                 "waits": counts.waits > counts.hits,
@@ -233,7 +233,7 @@ class UserKVCache:
     def _claim(self, key: HistoryKey, length: int, asked: set[HistoryKey]) -> _Flight:
         """Make room for a user's KV: nobody who is asked for gives way, and nobody for one who is too large.
 
-        Where room does not come, because what was evicted is still being read, the user is encoded and not kept.
+        Where room does not come, because what was evicted is still being read, the user is encoded and not cached.
         """
         size, shapes = self._size(length, len(key.content)), self._shapes(length)
         if size > self.budget_bytes:
@@ -306,7 +306,7 @@ class UserKVCache:
                     continue
                 self._entries[key] = _Entry(arrays, flight.size, self._clock())
                 self._ages[key] = None
-                self.counts.kept += 1
+                self.counts.stored += 1
         for flight, arrays in zip(claims.values(), made, strict=True):
             flight.future.set_result(arrays)
 
