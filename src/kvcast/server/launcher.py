@@ -1,9 +1,9 @@
-"""One tritonserver with its guard: started, watched until it is ready, kept whole, stopped with all that it started.
+"""One tritonserver with its gateway: checks, start, supervision, stop.
 
-Callers reach the guard (`kvcast.gateway`); Triton itself listens on ports of this machine alone that nobody is told.
-Binds to 127.0.0.1 unless told otherwise. Model control is explicit, and the APIs that change a server (repository,
-shared memory, logging, trace) ask for a key that is made anew at each start and lies in a file only its owner
-reads. Triton takes the key on its command line alone, so other users of the same machine can see it there.
+Callers reach the gateway (`kvcast.gateway`); Triton itself listens on random local ports. The public address is
+127.0.0.1 by default. Model control is explicit, and the APIs that change a server (repository, shared memory, logging,
+trace) require a key that is generated at each start and stored in a file that only its owner can read. Triton accepts
+the key only on its command line, where other users of the same machine can see it.
 """
 
 import logging
@@ -15,7 +15,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from kvcast.protocol.errors import ArtefactError
 from kvcast.protocol.tensors import RANKER_FULL
 from kvcast.server import shared_memory
 from kvcast.server.admin import Admin
@@ -34,8 +33,7 @@ LOOPBACK = "127.0.0.1"
 ADMIN_HEADER = "kvcast-admin-key"
 INFERENCE_HEADER = "kvcast-inference-key"
 RESTRICTED_APIS = "model-repository,shared-memory,logging,trace"
-# When the guard has gone nobody is with Triton any more, but for requests whose model process died: it never lets go
-# of those, and would wait for them.
+# When the gateway has ended, Triton has no requests left but those whose model process died; it would wait for them.
 EXIT_TIMEOUT_SECONDS = 2
 KILL_AFTER_SECONDS = EXIT_TIMEOUT_SECONDS + 2
 # Opening a model checks its files' hashes and runs it once: minutes for gigabytes on a slow disk.
@@ -78,12 +76,12 @@ class ServerSettings:
 
     @property
     def loaded_models(self) -> list[str]:
-        """The models that Triton loads: those asked for, and what the shadow needs."""
+        """The models that Triton loads: those asked for, and the shadow's."""
         return list(dict.fromkeys([*self.models, *([RANKER_FULL.name] if self.shadow else [])]))
 
 
 class TritonServer:
-    """A running tritonserver; a context manager that leaves nothing behind.
+    """A running tritonserver; a context manager that removes all that it made.
 
     States: created → `start` → ready → `stop` → stopped. `stop` may be called in any of them, also twice.
     """
@@ -129,7 +127,7 @@ class TritonServer:
 
     @property
     def direct_grpc_address(self) -> str:
-        """Host and port of Triton's own gRPC endpoint, which goes around the guard."""
+        """Host and port of Triton's own gRPC endpoint, which bypasses the gateway."""
         return f"{self._bind_host}:{self._ports[1]}"
 
     @property
@@ -164,10 +162,10 @@ class TritonServer:
         return shared_memory.list_regions(self._instance)
 
     def start(self) -> None:
-        """Check what can be checked, start the processes and wait until every model answers as it was proved to.
+        """Check the settings and files, start the processes, wait until every model answers the golden request.
 
         Raises:
-            ServerError: something is missing, or the server stopped or did not become ready in time.
+            KvcastError: something is missing or wrong, or the server stopped or did not become ready in time.
         """
         settings, models = self.settings, self.settings.loaded_models
         check_numbers(settings)
@@ -192,30 +190,27 @@ class TritonServer:
         self._triton = TritonProcess(self._make_flags(region_bytes), models, self._instance, admin)
         view = self._make_view(store, release)
         self.supervisor = Supervisor(self._triton, admin, view, store, self._state_file)
-        if settings.is_guarded:  # at once, so that callers hear that the server is starting
+        if settings.is_guarded:  # first, so that callers are told that the server is starting
             self._guard = GuardProcess(settings, self._ports, self._state_file, self._inference_header, self._log)
             self._guard.start()
         self._triton.start(self._workspace, settings.start_timeout_seconds)
-        try:
-            self.supervisor.start(release)
-        except ArtefactError as error:
-            raise ServerError(str(error)) from error
+        self.supervisor.start(release)
         if self._guard is not None:
             self._guard.wait_until_ready()
 
     def stop(self) -> None:
-        """Answer who is there, then end everything; remove the workspace and the shared memory.
+        """Drain, end all processes, remove the workspace and the shared memory.
 
-        It takes `leave_seconds` and `drain_seconds` at most, and some 6 s more; 20 s if everything hangs.
+        It takes at most `leave_seconds`, `drain_seconds` and some 6 s; 20 s more if everything hangs.
         """
         if self._guard is not None:
-            # It answers or refuses all whom it has let in; what dies meanwhile is still replaced.
+            # It answers all admitted requests; model processes that die meanwhile are still replaced.
             self._guard.stop(answers=self.supervisor is None or not self.supervisor.has_failed)
             self._guard = None
         if self.supervisor is not None:
             self.supervisor.stop()
         if self._triton is not None:
-            # Unguarded, Triton has to wait for its callers itself.
+            # Without a gateway Triton itself waits for its callers.
             patience = 0.0 if self.settings.is_guarded else self.settings.drain_seconds
             self._triton.stop(patience + KILL_AFTER_SECONDS)
             self._triton = None
@@ -224,11 +219,7 @@ class TritonServer:
             self._workspace = None
 
     def wait(self) -> None:
-        """Wait as long as it is served.
-
-        Raises:
-            ServerError: tritonserver has ended by itself, or crashed too often.
-        """
+        """Wait until stopped; raises if tritonserver ends by itself, or crashes too often."""
         if self.supervisor is None:
             raise ServerError("the server is not running: start it first")
         self.supervisor.wait()
