@@ -33,8 +33,8 @@ class NetworkConfig:
     """The network family and its size: M layers, H heads, model width d.
 
     family: its short name if it comes with the project, `package.module:Class`, or `path/to/file.py:Class` from the
-    folder of the TOML file. options: the family's own, which it checks. folder: where the TOML file lies; no part of
-    what the model is.
+    folder of the TOML file. options: the family's own, which it checks. folder: the TOML file's; no part of the
+    model.
     """
 
     family: str
@@ -65,7 +65,7 @@ class ModelConfig:
     weights: Path | None = field(default=None, compare=False)
 
     def list_settings(self) -> dict[str, Any]:
-        """Return what decides a model as nested tables: all of it but where its files lie."""
+        """Return all that defines a model, without the paths of its files, as nested tables."""
         settings: dict[str, Any] = msgspec.to_builtins(self, enc_hook=str)
         del settings["weights"]
         del settings["network"]["folder"]

@@ -40,8 +40,8 @@ class Parity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `graphs` is that between the graphs and the network, of scores and user KV, relative above 1; `torch` and `onnx` are
     those between cached path and monolith, in the network and through the graphs.
-    `undirected_difference` is the negative control: how far the scores under the undirected mask lie from
-    those under the target-blind mask.
+    `undirected_difference` is the negative control: the largest difference of scores
+    between the undirected and the target-blind mask.
     """
 
     graphs: float

@@ -21,7 +21,7 @@ OPTIONS = {
     "leave_seconds": (
         float,
         "SECONDS",
-        "when told to stop: how long to report not ready and still answer, until proxies notice (%(default)s)",
+        "after SIGTERM: how long to report not ready and still answer, until proxies notice (%(default)s)",
     ),
     "drain_seconds": (float, "SECONDS", "after that: how long requests in progress may take (%(default)s)"),
     "shadow": (float, "SHARE", "share of rankings that ranker_full scores again, outside the caller's path"),
@@ -72,7 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Serve until told to stop; return the exit status."""
+    """Serve until interrupted; return the exit status."""
     options = vars(make_parser().parse_args(argv))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _leave)
@@ -99,7 +99,7 @@ def read_parameter(text: str) -> tuple[str, str]:
 
 
 def serve(settings: ServerSettings) -> None:
-    """Serve until told to stop; raises if the server cannot start, ends by itself or crashes too often."""
+    """Serve until interrupted; raises if the server cannot start, ends by itself or crashes too often."""
     with TritonServer(settings) as server:
         print(describe(server), flush=True)
         server.wait()

@@ -280,11 +280,7 @@ class TritonServer:
 
 
 def check_numbers(settings: ServerSettings) -> None:
-    """Check what the guard is told, here, where a person reads it.
-
-    Raises:
-        ServerError: a number is out of its range, or is for a guard that there is not.
-    """
+    """Check the gateway's numbers here, where the error is printed, and that they are not set without a gateway."""
     shares = {"--shadow": settings.shadow, "--log-requests": settings.log_requests}
     for flag, share in shares.items():
         if not 0 <= share <= 1:
@@ -300,11 +296,7 @@ def check_numbers(settings: ServerSettings) -> None:
 
 
 def check_tls(settings: ServerSettings) -> None:
-    """Check that TLS is asked for as a whole, lest somebody believes to have it.
-
-    Raises:
-        ServerError: a file is missing, or nobody would use it.
-    """
+    """Check that TLS is configured completely: its files exist, and the gateway that uses them runs."""
     files = {
         "--tls-certificate": settings.tls_certificate,
         "--tls-key": settings.tls_key,

@@ -61,14 +61,7 @@ class DiedMeanwhileError(ServerError):
 class Supervisor:
     """Watches one server from a thread."""
 
-    def __init__(
-        self,
-        triton: TritonProcess,
-        admin: Admin,
-        view: View,
-        store: ReleaseStore,
-        state_file: Path,
-    ) -> None:
+    def __init__(self, triton: TritonProcess, admin: Admin, view: View, store: ReleaseStore, state_file: Path) -> None:
         """Set up what `start` watches; state_file: where the gateway reads the State."""
         self._triton, self._admin, self._view, self._store = triton, admin, view, store
         self._ensembles = [model for model in view.models if model.steps]
@@ -105,7 +98,7 @@ class Supervisor:
         return self._failure is not None
 
     def wait(self) -> None:
-        """Wait until told to stop; raises if tritonserver ends by itself, or crashes too often."""
+        """Wait until stopped; raises if tritonserver ends by itself, or crashes too often."""
         self._ended.wait()
         if self._failure is not None:
             raise self._failure
@@ -119,7 +112,7 @@ class Supervisor:
                     self._end_retired()
                     self._repair()
                     self._follow_record()
-            except Exception:  # without this thread nobody repairs
+            except Exception:  # repairs depend on this thread
                 logger.exception("unexpected error in the supervisor")
 
     def _check_ensembles(self, release: int, until: float = math.inf) -> None:

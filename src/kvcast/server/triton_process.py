@@ -169,7 +169,7 @@ def has_members(group: int) -> bool:
 
 
 def explain(log: list[str]) -> str:
-    """Return the sentence of a server's log that says why it stopped."""
+    """Return the sentence of a server's log that is the reason for its stop."""
     for pattern in (
         r"error while loading shared libraries: (.+)",
         r"failed to load '.+?' version \d+: (?:\w+(?: \w+)?: )?(.+)",

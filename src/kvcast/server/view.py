@@ -55,7 +55,7 @@ class View:
                 link.symlink_to(artefact.resolve())
 
     def renew(self, model: str) -> None:
-        """Change a model's configuration so that the next load starts its processes anew."""
+        """Change a model's configuration so that the next load starts new processes."""
         self._loads[model] = self._loads.get(model, 0) + 1
         config = self._read(model)
         config.version_policy.all.SetInParent()  # all that are linked
