@@ -276,7 +276,7 @@ except ServerError as error:
 """
 
 
-@pytest.mark.parametrize("step", ["_write", "_furnish"])
+@pytest.mark.parametrize("step", ["_write", "_add_missing_configs"])
 def test_a_publication_that_fails_at_its_last_step_leaves_nothing(tiny_repository, tmp_path, monkeypatch, step):
     store = ReleaseStore(tmp_path / "store")
     with monkeypatch.context() as patch:
@@ -338,7 +338,7 @@ def test_a_damaged_file_is_refused_at_the_start_in_clear_words(own_repository, d
     path = own_repository / name
     whole, manifest = path.read_bytes(), path.with_name("manifest.json").read_bytes()
     hurt(path)
-    with pytest.raises(ServerError) as caught, TritonServer(settings_of(own_repository, name)):
+    with pytest.raises(KvcastError) as caught, TritonServer(settings_of(own_repository, name)):
         pytest.fail("it started")
     assert words in str(caught.value)
     assert "Traceback" not in str(caught.value)

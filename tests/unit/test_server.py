@@ -414,7 +414,7 @@ def test_a_log_that_nobody_reads_holds_nobody_up(monkeypatch):
     text = stream.getvalue()
     assert "line 0\n" in text
     assert "last\n" in text
-    assert re.search(r"kvcast: 1[45] lines before this one were dropped", text)
+    assert re.search(r"kvcast: 1[45] lines before this one were dropped: the log", text)
 
 
 def write_log(line_format: str) -> list[str]:

@@ -117,30 +117,16 @@ class ServeConfig:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add an option for each field of `ServeConfig` that says how it is called on the command line."""
-    for name, (kind, meta) in _list_options().items():
-        parser.add_argument(
-            _to_flag(name),
-            type=next(part for part in (typing.get_args(kind) or (kind,)) if part is not type(None)),
-            default=getattr(ServeConfig, name),
-            metavar=meta.extra[METAVAR],
-            help=meta.description or None,
-        )
-
-
-def read_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the fields that `add_options` has read."""
-    return {name: getattr(arguments, name) for name in _list_options()}
-
-
-def _list_options() -> dict[str, tuple[Any, Any]]:
-    """Return type and `Meta` of the fields that are options."""
-    hints = typing.get_type_hints(ServeConfig, include_extras=True)
-    return {
-        name: (typing.get_args(hint)[0], meta)
-        for name, hint in hints.items()
-        for meta in getattr(hint, "__metadata__", ())
-        if meta.extra
-    }
+    for name, hint in typing.get_type_hints(ServeConfig, include_extras=True).items():
+        kind, *metas = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
+        for meta in metas:
+            parser.add_argument(
+                _to_flag(name),
+                type=next(part for part in (typing.get_args(kind) or (kind,)) if part is not type(None)),
+                default=getattr(ServeConfig, name),
+                metavar=meta.extra[METAVAR],
+                help=meta.description or None,
+            )
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """A model configuration, read from TOML: the network's size, its vocabularies, the limits that are served.
 
-With the project come `demo` (the default, with trained weights), `tiny` (tests), `bench` (load tests), `seed` (the
-source documents' size), and `tiny-hstu` and `hstu`, the second network family at the sizes of `tiny` and `bench`. The
-module reads and checks; it builds nothing.
+Shipped are `demo` (the default, with trained weights), `tiny` (tests), `bench` (load tests), `seed` (the source
+documents' size), and `tiny-hstu` and `hstu`, the second network family at the sizes of `tiny` and `bench`.
 """
 
 import math
@@ -18,7 +17,7 @@ from kvcast.protocol.errors import ConfigError
 from kvcast.protocol.locate import locate
 from kvcast.protocol.schema import FeatureSchema, Field, Limits, Workload
 
-# What is exported where nothing else is said, and what `kvcast demo` shows.
+# The default of `kvcast export` and `kvcast demo`.
 DEFAULT_CONFIG = "demo"
 CONFIGS = "export/configs"
 MIN_VOCABULARY = 64
@@ -34,8 +33,8 @@ class NetworkConfig:
     """The network family and its size: M layers, H heads, model width d.
 
     family: its short name if it comes with the project, `package.module:Class`, or `path/to/file.py:Class` from the
-    folder of the TOML file. options: the family's own, which it checks. folder: where the TOML file lies; no part of
-    what the model is.
+    folder of the TOML file. options: the family's own, which it checks. folder: the TOML file's; no part of the
+    model.
     """
 
     family: str
@@ -66,7 +65,7 @@ class ModelConfig:
     weights: Path | None = field(default=None, compare=False)
 
     def list_settings(self) -> dict[str, Any]:
-        """Return what decides a model as nested tables: all of it but where its files lie."""
+        """Return all that defines a model, without the paths of its files, as nested tables."""
         settings: dict[str, Any] = msgspec.to_builtins(self, enc_hook=str)
         del settings["weights"]
         del settings["network"]["folder"]
@@ -99,7 +98,7 @@ class _Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def list_configs() -> list[str]:
-    """Return the names of the configurations that come with the project."""
+    """Return the names of the shipped configurations."""
     return sorted(path.stem for path in locate(CONFIGS).glob("*.toml"))
 
 
@@ -107,7 +106,7 @@ def load_config(name_or_path: str) -> ModelConfig:
     """Read a configuration by its name (`demo`, `tiny`, `bench`, …) or by the path of a TOML file.
 
     Raises:
-        ConfigError: there is no such configuration, or it does not describe a model.
+        ConfigError: there is no such configuration, or a key is missing, unknown, or its value cannot be used.
     """
     if name_or_path in list_configs():
         path = locate(CONFIGS) / f"{name_or_path}.toml"
@@ -124,11 +123,7 @@ def load_config(name_or_path: str) -> ModelConfig:
 
 
 def parse_config(table: dict[str, Any], folder: Path = Path()) -> ModelConfig:
-    """Build a configuration from a parsed TOML table; files are looked for from `folder` on.
-
-    Raises:
-        ConfigError: a key is missing, unknown, or its value cannot be used.
-    """
+    """Build a configuration from a parsed TOML table; paths in it start at `folder`."""
     read = convert(table, _Config, "config", ConfigError)
     for name, size in read.vocabularies.items():  # one by one: msgspec does not name a table's key
         convert(size, _VOCABULARY_SIZE, f"vocabularies.{name}", ConfigError)
@@ -143,7 +138,7 @@ def parse_config(table: dict[str, Any], folder: Path = Path()) -> ModelConfig:
 
 
 def _check(read: _Config) -> None:
-    """Check what types do not say."""
+    """Check what types cannot express."""
     network, limits, workload = read.network, read.limits, read.workload
     family = "a family's short name, 'package.module:Class' or 'file.py:Class'"
     _expect(":" in network.family or network.family.isidentifier(), "network.family", family, network.family)
@@ -160,7 +155,8 @@ def _check(read: _Config) -> None:
     _expect(limits.history >= MIN_HISTORY_LIMIT, "limits.history", f"at least {MIN_HISTORY_LIMIT}", limits.history)
     within = workload.history <= limits.history and workload.candidates <= limits.candidates
     _expect(within, "workload", f"it within limits {limits}", workload)
-    _expect((read.weights or ".safetensors").endswith(".safetensors"), "weights", "a file *.safetensors", read.weights)
+    is_weights = read.weights is None or read.weights.endswith(".safetensors")
+    _expect(is_weights, "weights", "a file *.safetensors", read.weights)
 
 
 def _expect(holds: bool, name: str, expected: str, got: object) -> None:

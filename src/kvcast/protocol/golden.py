@@ -24,9 +24,9 @@ GOLDEN_FILE = "golden.json"
 def measure_differences(
     expected: npt.NDArray[Any], got: npt.NDArray[Any], size: npt.NDArray[Any] | None = None
 ) -> npt.NDArray[np.float64]:
-    """Return how far numbers are from the expected ones: absolute, relative above 1; NaN or infinite if they are.
+    """Return the differences: absolute, relative above 1; NaN or infinite where a number is.
 
-    size: what a difference is relative to, broadcast to the numbers; the expected ones if it is left out.
+    size: what a difference is relative to, broadcast to the numbers; by default the expected ones.
     """
     with np.errstate(invalid="ignore"):
         difference = np.abs(got.astype(np.float64) - expected)
@@ -42,21 +42,14 @@ class _Golden(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class Golden:
-    """History INT64 `[L, history_fields]`, candidates INT64 `[N, T]`, and the FP32 scores `[N]` that are right."""
+    """History INT64 `[L, history_fields]`, candidates INT64 `[N, T]`, and the right scores FP32 `[N]`."""
 
     history: npt.NDArray[np.int64]
     candidates: npt.NDArray[np.int64]
     scores: npt.NDArray[np.float32]
 
     def check(self, scores: npt.NDArray[Any]) -> None:
-        """Compare the scores that a served release gives.
-
-        Args:
-            scores: FP32 `[N]`.
-
-        Raises:
-            ArtefactError: they are not those recorded at export, within `SCORE_TOLERANCE` (relative above 1).
-        """
+        """Check that a served release gives these scores, within `SCORE_TOLERANCE` (relative above 1)."""
         if scores.shape != self.scores.shape:
             raise ArtefactError(
                 f"golden request: expected {SCORES.name} of shape {list(self.scores.shape)}, got {list(scores.shape)}"
@@ -80,11 +73,7 @@ class Golden:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Read what `to_json` wrote.
-
-        Raises:
-            ArtefactError: it is something else.
-        """
+        """Read what `to_json` wrote."""
         table = decode_json(text, _Golden, GOLDEN_FILE, ArtefactError)
         with contextlib.suppress(ValueError):  # rows of different lengths
             history, candidates = np.array(table.history, np.int64), np.array(table.candidates, np.int64)
@@ -94,11 +83,7 @@ class Golden:
 
 
 def read_golden(folder: Path) -> Golden:
-    """Read the golden request that lies beside an artefact.
-
-    Raises:
-        ArtefactError: there is none, or it cannot be used.
-    """
+    """Read the golden request beside an artefact; raises ArtefactError if there is none that can be used."""
     path = folder / GOLDEN_FILE
     try:
         text = path.read_text()

@@ -1,7 +1,4 @@
-"""Where the files lie that are not code and that an export starts from: configurations and the model repository.
-
-They have one place, in the checkout. A wheel carries a copy of them inside the package; an editable install has none.
-"""
+"""Where an export finds configurations and the model repository: in the checkout, or the wheel's copy of them."""
 
 from pathlib import Path
 
@@ -11,10 +8,10 @@ _IN_WHEEL = _PACKAGE / "_data"
 
 
 def locate(folder: str) -> Path:
-    """Return where a folder of the checkout lies (`export/configs`, `model_repository`), here or in the wheel."""
+    """Return the path of a folder of the checkout (`export/configs`, `model_repository`), here or in the wheel."""
     return (_IN_WHEEL if _IN_WHEEL.is_dir() else _CHECKOUT) / folder
 
 
 def is_in_wheel(path: Path) -> bool:
-    """Whether a path lies among the files of a wheel."""
+    """Whether a path is among the files of a wheel."""
     return path.resolve().is_relative_to(_IN_WHEEL)

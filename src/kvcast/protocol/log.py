@@ -1,7 +1,7 @@
-"""The columns of a click log, named once: what writes one and what reads one import them from here.
+"""The columns of a click log, for its writers and readers.
 
-A row is an impression: one item shown to one user at one time. Beside the columns below it has one column of ids for
-each field of the model's schema. It knows nothing of files, nor of what is trained on them.
+A row is an impression: one item shown to one user at one time. Besides the columns below it has one column of ids for
+each field of the model's schema.
 """
 
 from kvcast.protocol.errors import ConfigError
@@ -9,9 +9,9 @@ from kvcast.protocol.schema import FeatureSchema, Field
 
 USER = "user"  # text or an integer
 TIME = "time"  # whole seconds, from any zero on
-LABEL = "label"  # 1: what the model is to foresee happened; 0: it did not
-REQUEST = "request"  # optional, text or an integer: rows of a user with the same one were shown together
-TRUTH = "truth"  # only in generated logs: the probability that the label was drawn with
+LABEL = "label"  # 1: the event that the model predicts happened; 0: it did not
+REQUEST = "request"  # optional, text or an integer: a user's rows with the same value were shown together
+TRUTH = "truth"  # only in generated logs: the probability of the label
 REQUIRED = (USER, TIME, LABEL)
 OPTIONAL = (REQUEST,)
 
@@ -26,11 +26,7 @@ def event_fields(schema: FeatureSchema) -> tuple[Field, ...]:
 
 
 def log_fields(schema: FeatureSchema) -> tuple[Field, ...]:
-    """Return the fields that a log has a column for: those of a candidate, then those that only an event has.
-
-    Raises:
-        ConfigError: a field has the name of another column of the log.
-    """
+    """Return the fields that a log has a column for: those of a candidate, then those that only an event has."""
     fields = schema.candidate_fields + event_fields(schema)
     taken = sorted({USER, TIME, LABEL, REQUEST, TRUTH} & {field.name for field in fields})
     if taken:

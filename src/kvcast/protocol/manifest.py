@@ -40,8 +40,8 @@ class Parity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `graphs` is that between the graphs and the network, of scores and user KV, relative above 1; `torch` and `onnx` are
     those between cached path and monolith, in the network and through the graphs.
-    `undirected_difference` is the negative control: how far the scores under the undirected mask lie from
-    those under the target-blind mask.
+    `undirected_difference` is the negative control: the largest difference of scores
+    between the undirected and the target-blind mask.
     """
 
     graphs: float
@@ -94,11 +94,7 @@ class _Version(msgspec.Struct, frozen=True):
 
 
 def parse_manifest(text: str) -> Manifest:
-    """Build a manifest from its JSON.
-
-    Raises:
-        ArtefactError: the text is not a manifest, or one of another contract version.
-    """
+    """Read a manifest from its JSON; raises ArtefactError if it is none, or of another contract version."""
     version = decode_json(text, _Version, "manifest", ArtefactError).contract_version
     if version != CONTRACT_VERSION:
         raise ArtefactError(f"manifest: expected contract version {CONTRACT_VERSION}, got {version}: export again")
@@ -106,11 +102,7 @@ def parse_manifest(text: str) -> Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest that lies in `folder`.
-
-    Raises:
-        ArtefactError: there is none, or it cannot be used.
-    """
+    """Read the manifest in `folder`; raises ArtefactError if there is none that can be used."""
     path = folder / MANIFEST_FILE
     try:
         text = path.read_text()

@@ -34,7 +34,7 @@ class RankRequest:
         """Read a request.
 
         Raises:
-            InvalidRequestError: it is not JSON, or a key, field or id is not as the schema says.
+            InvalidRequestError: it is not JSON, or its keys, fields or ids do not match the schema.
         """
         sides = [
             ("history", _define_rows(schema.history_fields)),

@@ -1,7 +1,7 @@
-"""Where a user's requests go when there are several servers: the header that a proxy hashes, and what stands in it.
+"""The routing key of a user, for proxies before several servers.
 
-Each server keeps the users that it has encoded, so a user should come back to the same one. The key is a hash: proxies
-log headers, and neither a user's id nor a history belongs there. It is no secret: who knows all ids can hash them too.
+Each server caches the users that it has encoded, so a user's requests should reach the same one. The key is a hash:
+proxies log headers, which must hold neither a user's id nor a history. It is no secret: all ids can be hashed.
 """
 
 import hashlib
@@ -9,22 +9,18 @@ import hashlib
 import numpy as np
 import numpy.typing as npt
 
-# Of HTTP, and a key of gRPC's metadata, which is in lower case.
+# In HTTP and in gRPC metadata, whose keys are in lower case.
 ROUTING_HEADER = "x-kvcast-user"
 KEY_BYTES = 16
 
 
 def hash_user(user_id: str | int) -> str:
-    """Return the routing key of a user: 32 hexadecimal digits, the same in every process and for ever."""
+    """Return the routing key of a user: 32 hexadecimal digits, the same in every process and version."""
     return _hash(b"user", str(user_id).encode(errors="surrogatepass"))
 
 
 def hash_history(history: npt.NDArray[np.int64]) -> str | None:
-    """Return the routing key of a user of whom only the history is known; None without events: new users spread.
-
-    Args:
-        history: INT64 `[..., L, history_fields]`.
-    """
+    """Return the routing key of a history INT64 `[..., L, history_fields]`; None without events: new users spread."""
     return _hash(b"history", np.ascontiguousarray(history).tobytes()) if history.size else None
 
 

@@ -1,7 +1,7 @@
 """Checks of a request: by the client before sending, by the models on arrival, with the same words.
 
-A check returns the tensor in its contract dtype or raises `InvalidRequestError` with a message that names the
-tensor, what was expected and what came. It knows shapes, ids and finiteness; it does not know what a score is.
+A check returns the tensor in its contract dtype, or raises InvalidRequestError with a message that names the tensor,
+what was expected and what came.
 """
 
 import numpy as np
@@ -16,20 +16,8 @@ Floats = npt.NDArray[np.float32]
 
 
 def check_history(array: npt.NDArray[np.generic], fields: tuple[Field, ...], limits: Limits) -> Ids:
-    """Check histories of a batch of users.
-
-    Args:
-        array: integers `[B, L, history_fields]`; L = 0 is a user without history and valid.
-        fields: the fields of a history event, in column order.
-        limits: the largest L that is served.
-
-    Returns:
-        The same ids as INT64.
-
-    Raises:
-        InvalidRequestError: the rank, the dtype, the number of fields, L or an id is not as expected.
-    """
-    ids = _check_ids(HISTORY.name, array, fields, "event")
+    """Check integers `[B, L, history_fields]`; L = 0 is a user without history, and valid."""
+    ids = _check_shape(HISTORY.name, array, fields, "event")
     if ids.shape[1] > limits.history:
         raise InvalidRequestError(f"{HISTORY.name}: expected at most L = {limits.history} events, got {ids.shape[1]}")
     _check_vocabularies(HISTORY.name, ids, fields, "event")
@@ -37,21 +25,8 @@ def check_history(array: npt.NDArray[np.generic], fields: tuple[Field, ...], lim
 
 
 def check_candidates(array: npt.NDArray[np.generic], fields: tuple[Field, ...], limits: Limits) -> Ids:
-    """Check candidates of a batch of users.
-
-    Args:
-        array: integers `[B, N, T]`, the target token's field first.
-        fields: the attribute fields of a candidate, in column order.
-        limits: the largest N that is served.
-
-    Returns:
-        The same ids as INT64.
-
-    Raises:
-        InvalidRequestError: the rank, the dtype, the number of fields, N (0 included) or an id is not as
-            expected.
-    """
-    ids = _check_ids(CANDIDATES.name, array, fields, "candidate")
+    """Check integers `[B, N, T]`, the target token's field first; N is at least 1."""
+    ids = _check_shape(CANDIDATES.name, array, fields, "candidate")
     if not 1 <= ids.shape[1] <= limits.candidates:
         raise InvalidRequestError(
             f"{CANDIDATES.name}: expected N = 1 to {limits.candidates} candidates, got {ids.shape[1]}"
@@ -65,31 +40,15 @@ def check_no_candidates(
     fields: tuple[Field, ...],
     limits: Limits,  # noqa: ARG001 the signature of `check_candidates`
 ) -> Ids:
-    """Check the candidates of a prefetch: there are none.
-
-    Args:
-        array: integers `[B, 0, T]`.
-        fields: the attribute fields of a candidate, in column order.
-        limits: not looked at.
-
-    Returns:
-        The same, as INT64.
-
-    Raises:
-        InvalidRequestError: it is anything else.
-    """
-    ids = _check_ids(CANDIDATES.name, array, fields, "candidate")
+    """Check the candidates of a prefetch, `[B, 0, T]`."""
+    ids = _check_shape(CANDIDATES.name, array, fields, "candidate")
     if ids.shape[1]:
         raise InvalidRequestError(f"{CANDIDATES.name}: expected N = 0 candidates for a prefetch, got {ids.shape[1]}")
     return ids
 
 
 def check_same_users(first: str, users: int, second: str, other_users: int) -> None:
-    """Check that two tensors of a request have the same number of users on their batch axis.
-
-    Raises:
-        InvalidRequestError: they have not.
-    """
+    """Check that two tensors of a request have the same number of users on their batch axis."""
     if users != other_users:
         raise InvalidRequestError(
             f"{second}: expected {users} users on the batch axis, as {first} has, got {other_users}"
@@ -97,17 +56,7 @@ def check_same_users(first: str, users: int, second: str, other_users: int) -> N
 
 
 def check_user_kv(keys: Floats, values: Floats, layout: KVLayout, limits: Limits) -> None:
-    """Check the user KV of a batch of users, however it came.
-
-    Args:
-        keys: FP32 `[B, M, H, key_rows, slots]`.
-        values: FP32 `[B, M, H, slots, value_columns]`.
-        layout: the layout that the release was exported with.
-        limits: the largest history that is served.
-
-    Raises:
-        InvalidRequestError: a shape is not the layout's, the two disagree, or an element is not finite.
-    """
+    """Check the user KV of a batch, `[B, M, H, key_rows, slots]` and `[B, M, H, slots, value_columns]`."""
     slots = keys.shape[-1] if keys.ndim == 5 else 0
     history_length = slots - layout.lead_slots
     if not 0 <= history_length <= limits.history:
@@ -131,16 +80,7 @@ def check_user_kv(keys: Floats, values: Floats, layout: KVLayout, limits: Limits
 
 
 def check_kv_id(array: npt.NDArray[np.generic], users: int, kv_id: str) -> None:
-    """Check that user KV is of the kind that the release that is about to read it makes.
-
-    Args:
-        array: UINT8 `[B, 32]`, the id that came with the KV.
-        users: B.
-        kv_id: the id of this model, hex.
-
-    Raises:
-        InvalidRequestError: a user's KV carries another id.
-    """
+    """Check the ids UINT8 `[B, 32]` that came with user KV against this model's own (hex)."""
     expected = np.frombuffer(bytes.fromhex(kv_id), np.uint8)
     if array.shape != (users, expected.size):
         raise InvalidRequestError(f"{KV_ID.name}: expected shape {[users, expected.size]}, got {list(array.shape)}")
@@ -153,19 +93,15 @@ def check_kv_id(array: npt.NDArray[np.generic], users: int, kv_id: str) -> None:
 
 
 def check_finite(name: str, array: Floats) -> None:
-    """Check that no element is NaN or infinite.
-
-    Raises:
-        InvalidRequestError: an element is not finite; the message says where.
-    """
+    """Check that no element is NaN or infinite."""
     finite = np.isfinite(array)
     if not finite.all():
         place = [int(index) for index in np.argwhere(~finite)[0]]
         raise InvalidRequestError(f"{name}: expected finite numbers, got {array[tuple(place)]} at {place}")
 
 
-def _check_ids(name: str, array: npt.NDArray[np.generic], fields: tuple[Field, ...], row: str) -> Ids:
-    """Check rank, dtype and number of fields, and return `[B, rows, fields]` as INT64."""
+def _check_shape(name: str, array: npt.NDArray[np.generic], fields: tuple[Field, ...], row: str) -> Ids:
+    """Check rank, number of fields and dtype."""
     names = ", ".join(field.name for field in fields)
     if array.ndim != 3:
         raise InvalidRequestError(f"{name}: expected rank 3 [users, {row}s, fields], got shape {list(array.shape)}")

@@ -1,8 +1,8 @@
-"""Starts tritonserver and its gateway on a model repository, keeps both whole, switches releases, stops cleanly.
+"""Starts tritonserver and its gateway on a model repository, repairs both, switches releases, stops cleanly.
 
-`installation` finds the binary, `repository` and `releases` know what is to be served, `view` is what Triton sees of
-it, `triton_process` and `gateway_process` run the two, `supervisor` watches them, `launcher` puts it all together. The
-room knows nothing of what the models compute.
+`installation` finds the binary, `repository` and `releases` determine what is served, `view` is the repository that
+Triton sees, `triton_process` and `gateway_process` run the two processes, `supervisor` watches them, `launcher`
+combines all of it.
 """
 
 from kvcast.gateway.config import ServeConfig

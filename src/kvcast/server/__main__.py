@@ -6,8 +6,8 @@ import signal
 import sys
 from types import FrameType
 
-from kvcast.gateway.config import ServeConfig, add_options, read_options
-from kvcast.server.installation import ServerError
+from kvcast.gateway.config import ServeConfig, add_options
+from kvcast.protocol.errors import KvcastError
 from kvcast.server.launcher import TritonServer
 from kvcast.server.log import FORMATS, open_log
 from kvcast.server.repository import read_config_name
@@ -17,13 +17,14 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="kvcast serve",
-        description="Serve a model repository with tritonserver, in the foreground. Ctrl-C or SIGTERM ends it and "
-        "everything that it started; a crash is followed by a new start.",
+        description="Serve a model repository with tritonserver, in the foreground. Ctrl-C or SIGTERM ends it and all "
+        "processes that it started; after a crash it starts again.",
     )
     parser.add_argument("--models", default="ranker", help="space-separated, e.g. 'ranker ranker_full' (%(default)s)")
     parser.add_argument("--config", help="refuse an export of another configuration than this (name or TOML file)")
     parser.add_argument(
         "--set",
+        dest="parameters",
         type=read_parameter,
         action="append",
         default=[],
@@ -34,7 +35,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--log-format", choices=FORMATS, default=FORMATS[0], help="of standard error (%(default)s)")
     parser.add_argument(
         "--unguarded",
-        action="store_true",
+        dest="is_guarded",
+        action="store_false",
         help="open Triton's own ports: no checks, no admission control, no reasons of errors, no TLS",
     )
     parser.add_argument("extra_flags", nargs="*", metavar="-- FLAG", help="further flags for tritonserver, after --")
@@ -42,22 +44,17 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Serve until told to stop; return the exit status."""
-    arguments = make_parser().parse_args(argv)
+    """Serve until interrupted; return the exit status."""
+    options = vars(make_parser().parse_args(argv))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _leave)
     try:
-        settings = ServeConfig(
-            **read_options(arguments),
-            models=arguments.models.split(),
-            config=read_config_name(arguments.config),
-            extra_flags=arguments.extra_flags,
-            is_guarded=not arguments.unguarded,
-            parameters=dict(arguments.set),
-        )
-        with open_log(arguments.log_format):
-            serve(settings)
-    except ServerError as error:
+        with open_log(options.pop("log_format")):
+            options["models"] = options["models"].split()
+            options["config"] = read_config_name(options["config"])
+            options["parameters"] = dict(options["parameters"])
+            serve(ServeConfig(**options))
+    except KvcastError as error:
         print(f"kvcast serve: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("kvcast serve: stopped", file=sys.stderr)
@@ -66,11 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read_parameter(text: str) -> tuple[str, str]:
-    """Return a parameter's name and value.
-
-    Raises:
-        argparse.ArgumentTypeError: it is not NAME=VALUE, or would not fit into a config.pbtxt.
-    """
+    """Return the name and the value of NAME=VALUE."""
     found = re.fullmatch(r"([a-z_]+)=([\w.:/-]+)", text)
     if found is None:
         raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
@@ -78,18 +71,14 @@ def read_parameter(text: str) -> tuple[str, str]:
 
 
 def serve(settings: ServeConfig) -> None:
-    """Serve until told to stop.
-
-    Raises:
-        ServerError: it cannot start, ended by itself, or crashed too often.
-    """
+    """Serve until interrupted; raises if the server cannot start, ends by itself or crashes too often."""
     with TritonServer(settings) as server:
         print(describe(server), flush=True)
         server.wait()
 
 
 def describe(server: TritonServer) -> str:
-    """Return what a person needs to know of a server that is ready."""
+    """Return the text that is printed when a server is ready."""
     settings = server.settings
     scheme = "https" if settings.tls_certificate else "http"
     return (
@@ -103,7 +92,7 @@ def describe(server: TritonServer) -> str:
 
 
 def _leave(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 the signature of a signal handler
-    """Leave the `with` block on the first signal; the clean-up itself is not interrupted by further ones."""
+    """Leave the `with` block on the first signal; further signals do not interrupt the clean-up."""
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)
     raise KeyboardInterrupt

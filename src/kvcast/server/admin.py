@@ -1,12 +1,11 @@
 """Triton's administration, over its own HTTP port on this machine: health, index, load and unload, a golden request."""
 
-import http.client
-import json
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import urllib3
 
 from kvcast.protocol.golden import Golden
 from kvcast.protocol.tensors import CANDIDATES, HISTORY, SCORES
@@ -18,76 +17,64 @@ ASK_SECONDS = 5
 
 
 class Admin:
-    """Asks one tritonserver."""
+    """A client of one tritonserver."""
 
     def __init__(self, host: str, port: int, headers: Mapping[str, str]) -> None:
-        """Take note of where it is, and of the headers that open what is restricted."""
-        self._host, self._port, self._headers = host, port, dict(headers)
+        """Use this address, and the headers that open the restricted APIs."""
+        # No connection outlives its request: Triton may restart between two.
+        headers = {**headers, "Connection": "close"}
+        self._pool = urllib3.HTTPConnectionPool(host, port, headers=headers, retries=False, maxsize=4)
 
     def is_ready(self) -> bool:
-        """Whether Triton calls itself ready; that it is true is another matter."""
-        return self._ask("GET", "/v2/health/ready")[0] == 200
+        """Whether Triton reports ready; it does so even if a model process has died."""
+        reply = self._ask("GET", "/v2/health/ready")
+        return reply is not None and reply.status == 200
 
     def find_missing(self, models: list[str]) -> list[str]:
         """Return those of the models that have no version that is ready."""
-        status, body = self._ask("POST", "/v2/repository/index")
-        entries = json.loads(body) if status == 200 else []
+        reply = self._ask("POST", "/v2/repository/index")
+        entries = reply.json() if reply is not None and reply.status == 200 else []
         ready = {entry["name"] for entry in entries if entry.get("state") == "READY"}
         return [name for name in models if name not in ready]
 
     def load(self, model: str) -> None:
-        """Load what the repository holds of a model: new versions beside the old, changed ones in their place.
-
-        Raises:
-            ServerError: it cannot be loaded; what was served before still is.
-        """
-        self._order("load", model)
+        """Load a model as the repository has it; if that fails, the version that was served before still is."""
+        self._order(f"load {model}", f"/v2/repository/models/{model}/load")
 
     def unload(self, model: str) -> None:
-        """Unload a model.
-
-        Raises:
-            ServerError: Triton refuses.
-        """
-        self._order("unload", model)
+        """Unload a model."""
+        self._order(f"unload {model}", f"/v2/repository/models/{model}/unload")
 
     def check_golden(self, model: str, golden: Golden) -> None:
-        """Ask the golden request.
-
-        Raises:
-            ServerError: there is no answer.
-            ArtefactError: the scores are wrong.
-        """
+        """Send the golden request; raises ArtefactError if the scores are wrong."""
         inputs = [_to_json(HISTORY.name, golden.history[None]), _to_json(CANDIDATES.name, golden.candidates[None])]
-        body = json.dumps({"inputs": inputs, "outputs": [{"name": SCORES.name}]})
-        status, reply = self._ask("POST", f"/v2/models/{model}/infer", body, LOAD_SECONDS)
-        if status != 200:
-            raise ServerError(f"golden request to {model}: {read_error(reply) or 'no answer'}")
-        (scores,) = (output["data"] for output in json.loads(reply)["outputs"] if output["name"] == SCORES.name)
+        body = {"inputs": inputs, "outputs": [{"name": SCORES.name}]}
+        reply = self._order(f"golden request to {model}", f"/v2/models/{model}/infer", body)
+        (scores,) = (output["data"] for output in reply["outputs"] if output["name"] == SCORES.name)
         golden.check(np.array(scores, np.float32))
 
-    def _order(self, what: str, model: str) -> None:
-        status, body = self._ask("POST", f"/v2/repository/models/{model}/{what}", None, LOAD_SECONDS)
-        if status != 200:
-            raise ServerError(f"{what} {model}: {read_error(body) or 'no answer'}")
+    def _order(self, what: str, path: str, body: Any = None) -> Any:
+        """Return the body of a reply; raises ServerError if there is none, or an error."""
+        reply = self._ask("POST", path, body, LOAD_SECONDS)
+        if reply is None:
+            raise ServerError(f"{what}: no answer")
+        if reply.status != 200:
+            raise ServerError(f"{what}: {read_error(reply) or 'no answer'}")
+        return reply.json() if reply.data else None
 
-    def _ask(self, method: str, path: str, body: str | None = None, seconds: float = ASK_SECONDS) -> tuple[int, bytes]:
-        """Return status and body of one HTTP request; status 0 where there is no answer."""
-        connection = http.client.HTTPConnection(self._host, self._port, timeout=seconds)
+    def _ask(
+        self, method: str, path: str, body: Any = None, seconds: float = ASK_SECONDS
+    ) -> urllib3.BaseHTTPResponse | None:
         try:
-            connection.request(method, path, body, headers=self._headers)
-            response = connection.getresponse()
-            return response.status, response.read()
-        except (OSError, http.client.HTTPException):
-            return 0, b""
-        finally:
-            connection.close()
+            return self._pool.request(method, path, json=body, timeout=seconds)
+        except urllib3.exceptions.HTTPError:
+            return None
 
 
-def read_error(body: bytes) -> str:
+def read_error(reply: urllib3.BaseHTTPResponse) -> str:
     """Return the text of an error reply, empty if there is none."""
     try:
-        return str(json.loads(body)["error"])
+        return str(reply.json()["error"])
     except (ValueError, TypeError, KeyError):
         return ""
 

@@ -1,7 +1,7 @@
-"""Where tritonserver is and what it needs around it: one on PATH as it is, or the one in the nvidia-pytriton wheel.
+"""Where tritonserver is and what it needs: the one on PATH as it is, or the one in the nvidia-pytriton wheel.
 
-The wheel carries the server and the Python backend, but keeps the backend's stub (one per Python version) elsewhere. A
-folder of symlinks puts them together; copies would not do, because a copied stub no longer finds its libraries.
+The wheel has the server and the Python backend, but the backend's stub (one per Python version) in another folder. A
+folder of symlinks combines them; a copied stub would not find its libraries.
 """
 
 import ctypes.util
@@ -26,7 +26,7 @@ class ServerError(KvcastError):
 
 @dataclass(frozen=True)
 class Installation:
-    """A tritonserver that can be run: its binary, extra flags, and changes to the environment."""
+    """A tritonserver: its binary, extra flags, and changes to the environment."""
 
     binary: Path
     flags: list[str] = field(default_factory=list)
@@ -36,11 +36,7 @@ class Installation:
 def find_installation(workspace: Path) -> Installation:
     """Find a tritonserver: the one on PATH (as in the NGC image) if there is one, else the wheel's.
 
-    Args:
-        workspace: a private folder, in which the backends folder of the wheel is put together.
-
-    Raises:
-        ServerError: there is none, or something that it needs is missing.
+    workspace: a private folder, for the links to the wheel's backend.
     """
     on_path = shutil.which("tritonserver")
     if on_path is not None:
@@ -59,7 +55,7 @@ def find_installation(workspace: Path) -> Installation:
         flags=[f"--backend-directory={backends}"],
         environment={
             "LD_LIBRARY_PATH": _prepend(_find_libpython_folder(), "LD_LIBRARY_PATH"),
-            # The stub takes the first python on PATH for its own, and with it the virtual environment's packages.
+            # The stub runs the first python on PATH, and with it the virtual environment's packages.
             "PATH": _prepend(interpreter, "PATH"),
         },
     )

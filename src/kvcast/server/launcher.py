@@ -1,9 +1,9 @@
-"""One tritonserver with its gateway: started, watched until it is ready, kept whole, stopped with all that it started.
+"""One tritonserver with its gateway: checks, start, supervision, stop.
 
-Callers reach the gateway (`kvcast.gateway`); Triton itself listens on ports of this machine alone that nobody is told.
-Binds to 127.0.0.1 unless told otherwise. Model control is explicit, and the APIs that change a server (repository,
-shared memory, logging, trace) ask for a key that is made anew at each start and lies in a file only its owner
-reads. Triton takes the key on its command line alone, so other users of the same machine can see it there.
+Callers reach the gateway (`kvcast.gateway`); Triton itself listens on random local ports. The public address is
+127.0.0.1 by default. Model control is explicit, and the APIs that change a server (repository, shared memory, logging,
+trace) require a key that is generated at each start and stored in a file that only its owner can read. Triton accepts
+the key only on its command line, where other users of the same machine can see it.
 """
 
 import logging
@@ -15,7 +15,6 @@ from types import TracebackType
 from typing import Self
 
 from kvcast.gateway.config import LOOPBACK, GatewayConfig, ServeConfig, State
-from kvcast.protocol.errors import ArtefactError, ConfigError
 from kvcast.protocol.tensors import RANKER_FULL
 from kvcast.server import shared_memory
 from kvcast.server.admin import Admin
@@ -32,8 +31,7 @@ logger = logging.getLogger(__name__)
 ADMIN_HEADER = "kvcast-admin-key"
 INFERENCE_HEADER = "kvcast-inference-key"
 RESTRICTED_APIS = "model-repository,shared-memory,logging,trace"
-# When the gateway has ended Triton has no requests, but for those whose model process died: it never lets go of them,
-# and would wait for them.
+# When the gateway has ended, Triton has no requests left but those whose model process died; it would wait for them.
 EXIT_TIMEOUT_SECONDS = 2
 KILL_AFTER_SECONDS = EXIT_TIMEOUT_SECONDS + 2
 # Opening a model checks its files' hashes and runs it once: minutes for gigabytes on a slow disk.
@@ -41,7 +39,7 @@ STUB_TIMEOUT_SECONDS = 600
 
 
 class TritonServer:
-    """A running tritonserver; a context manager that leaves nothing behind.
+    """A running tritonserver; a context manager that removes all that it made.
 
     States: created → `start` → ready → `stop` → stopped. `stop` may be called in any of them, also twice.
     """
@@ -91,7 +89,7 @@ class TritonServer:
 
     @property
     def direct_grpc_address(self) -> str:
-        """Host and port of Triton's own gRPC endpoint, which goes around the gateway."""
+        """Host and port of Triton's own gRPC endpoint, which bypasses the gateway."""
         return f"{self._bind_host}:{self._ports[1]}"
 
     @property
@@ -126,16 +124,13 @@ class TritonServer:
         return shared_memory.list_regions(self._instance)
 
     def start(self) -> None:
-        """Check what can be checked, start the processes and wait until every model answers as it was proved to.
+        """Check the settings and files, start the processes, wait until every model answers the golden request.
 
         Raises:
-            ServerError: something is missing, or the server stopped or did not become ready in time.
+            KvcastError: something is missing or wrong, or the server stopped or did not become ready in time.
         """
         settings, models = self.settings, self.loaded_models
-        try:
-            settings.check()
-        except ConfigError as error:
-            raise ServerError(str(error)) from None
+        settings.check()
         manifest = check_repository(settings.repository, models, settings.config)
         for port, purpose, variable in (
             (settings.http_port, "HTTP", "HTTP_PORT"),
@@ -156,30 +151,27 @@ class TritonServer:
         self._triton = TritonProcess(self._make_flags(region_bytes), models, self._instance, admin)
         view = self._make_view(store, release)
         self.supervisor = Supervisor(self._triton, admin, view, store, self._tell)
-        if settings.is_guarded:  # at once, so that callers hear that the server is starting
+        if settings.is_guarded:  # first, so that callers are told that the server is starting
             self._gateway = GatewayProcess(GatewayConfig(settings, *self._ports))
             self._gateway.start()
         self._triton.start(self._workspace, settings.start_timeout_seconds)
-        try:
-            self.supervisor.start(release)
-        except ArtefactError as error:
-            raise ServerError(str(error)) from error
+        self.supervisor.start(release)
         if self._gateway is not None:
             self._gateway.wait_until_ready()
 
     def stop(self) -> None:
-        """Answer who is there, then end everything; remove the workspace and the shared memory.
+        """Drain, end all processes, remove the workspace and the shared memory.
 
-        It takes `leave_seconds` and `drain_seconds` at most, and some 6 s more; 20 s if everything hangs.
+        It takes at most `leave_seconds`, `drain_seconds` and some 6 s; 20 s more if everything hangs.
         """
         if self._gateway is not None:
-            # It answers or refuses all whom it has let in; what dies meanwhile is still replaced.
+            # It answers all admitted requests; model processes that die meanwhile are still replaced.
             self._gateway.stop(answers=self.supervisor is None or not self.supervisor.has_failed)
             self._gateway = None
         if self.supervisor is not None:
             self.supervisor.stop()
         if self._triton is not None:
-            # Unguarded, Triton has to wait for its callers itself.
+            # Without a gateway Triton itself waits for its callers.
             patience = 0.0 if self.settings.is_guarded else self.settings.drain_seconds
             self._triton.stop(patience + KILL_AFTER_SECONDS)
             self._triton = None
@@ -188,11 +180,7 @@ class TritonServer:
             self._workspace = None
 
     def wait(self) -> None:
-        """Wait as long as it is served.
-
-        Raises:
-            ServerError: tritonserver has ended by itself, or crashed too often.
-        """
+        """Wait until stopped; raises if tritonserver ends by itself, or crashes too often."""
         if self.supervisor is None:
             raise ServerError("the server is not running: start it first")
         self.supervisor.wait()

@@ -1,8 +1,8 @@
 """The server's log, on the standard library's `logging`: launcher, tritonserver and gateway, one line a record.
 
 `kvcast.server.…` are the launcher's own records, `kvcast.tritonserver` and `kvcast.gateway` the lines of the two
-processes. A thread of its own writes them: if nobody reads standard error, lines are dropped and counted, and neither
-the supervisor nor the gateway, whose lines pass here, has to wait.
+processes. A separate thread writes them: if standard error is not read, lines are dropped and counted, and neither the
+supervisor nor the gateway, whose lines pass here, has to wait.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ TRITON_LINE = re.compile(r"([IWEF])\d{4} ")
 TRITON_LEVELS = {"I": logging.INFO, "W": logging.WARNING, "E": logging.ERROR, "F": logging.CRITICAL}
 
 root = logging.getLogger("kvcast")
-root.addHandler(logging.NullHandler())  # silent unless somebody wants the log
+root.addHandler(logging.NullHandler())  # silent without `open_log`
 triton_logger = logging.getLogger("kvcast.tritonserver")
 gateway_logger = logging.getLogger("kvcast.gateway")
 
@@ -45,7 +45,7 @@ def open_log(line_format: str = "text", stream: TextIO | None = None) -> Iterato
 
 
 def log_triton(line: str) -> None:
-    """Log a line of tritonserver at the level that its first letter says."""
+    """Log a line of tritonserver at the level of its first letter."""
     found = TRITON_LINE.match(line)
     triton_logger.log(TRITON_LEVELS[found[1]] if found else logging.INFO, line)
 
@@ -73,7 +73,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class ThreadHandler(logging.Handler):
-    """Writes from a thread of its own, which may wait for the reader as long as it likes."""
+    """Writes in a separate thread, which may block as long as the reader does."""
 
     def __init__(self, stream: TextIO) -> None:
         """Start the thread."""
@@ -85,14 +85,14 @@ class ThreadHandler(logging.Handler):
         self._thread.start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Have a record written, soon."""
+        """Queue a record."""
         try:
             self._lines.put_nowait(self.format(record))
         except queue.Full:
             self._dropped += 1
 
     def close(self) -> None:
-        """Write what is left, if somebody reads it."""
+        """Write the remaining lines, unless the reader blocks."""
         super().close()
         with contextlib.suppress(queue.Full):
             self._lines.put(None, timeout=FLUSHED_WITHIN_SECONDS)
@@ -102,7 +102,7 @@ class ThreadHandler(logging.Handler):
         while (line := self._lines.get()) is not None:
             dropped, self._dropped = self._dropped, 0
             if dropped:
-                message = f"{dropped} lines before this one were dropped: nobody read them"
+                message = f"{dropped} lines before this one were dropped: the log was not read"
                 line += "\n" + self.format(logging.LogRecord(LAUNCHER, logging.WARNING, "", 0, message, None, None))
-            with contextlib.suppress(OSError, ValueError):  # nobody is there to read
+            with contextlib.suppress(OSError, ValueError):  # the reader has gone
                 print(line, file=self._stream, flush=True)

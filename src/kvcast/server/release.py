@@ -1,30 +1,30 @@
-"""`kvcast release`: publish exports as immutable releases, and choose which of them is served, without a restart."""
+"""`kvcast release`: publish exports as immutable releases, and choose the one that is served, without a restart."""
 
 import argparse
 import json
 import sys
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from kvcast.protocol.errors import KvcastError
 from kvcast.server.installation import ServerError
 from kvcast.server.releases import Record, ReleaseStore
 
-LOOK_SECONDS = 0.2
+POLL_SECONDS = 0.2
 DEFAULT_SERVER = "127.0.0.1:8000"
 
 EXAMPLE = """\
 example:
   kvcast export --config bench --weights new.safetensors --repository build/new
   kvcast release publish build/new
-  kvcast release activate 2        # servers that run load it beside the old one, try it, and move over
+  kvcast release activate 2        # running servers load it beside the old one, try it, and switch
   kvcast release rollback          # back to the one before
 
-exit status: 0 done, 1 refused; what was served before is served still
+exit status: 0 done, 1 refused; the release that was served before still is
 """
 
 
@@ -32,8 +32,8 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="kvcast release",
-        description="Publish exports as immutable, checksummed releases, and choose which one is served. A release is "
-        "tried with its golden request before traffic moves to it.",
+        description="Publish exports as immutable, checksummed releases, and choose which one is served. A server "
+        "tries a release with its golden request before it switches.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -41,9 +41,9 @@ def make_parser() -> argparse.ArgumentParser:
     publish = commands.add_parser("publish", help="copy an export into the repository as its next release")
     publish.add_argument("source", type=Path, metavar="EXPORT", help="folder that `kvcast export` has written")
     listing = commands.add_parser("list", help="print the releases")
-    activate = commands.add_parser("activate", help="have a release served")
+    activate = commands.add_parser("activate", help="serve a release")
     activate.add_argument("release", metavar="RELEASE", help="its number, or the first characters of its id")
-    rollback = commands.add_parser("rollback", help="have the release served that was active before")
+    rollback = commands.add_parser("rollback", help="serve the release that was active before")
     for command in (publish, listing, activate, rollback):
         command.add_argument("--repository", type=Path, default=Path("model_repository"), metavar="DIR")
     listing.add_argument("--json", action="store_true", help="print the record as JSON")
@@ -57,33 +57,28 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Do what is asked; return the exit status."""
+    """Run one command; return the exit status."""
     arguments = make_parser().parse_args(argv)
     store = ReleaseStore(arguments.repository)
     try:
         if arguments.command == "publish":
             release = store.publish(arguments.source)
             print(f"release {release.release_number} ({release.release_id[:12]}, {release.config}) is published")
-            kept = ", ".join(store.find_other_configs(arguments.source))
-            if kept:
-                print(f"the config.pbtxt of {kept} stays as it is in {store.repository}: the export has another")
+            others = ", ".join(store.find_other_configs(arguments.source))
+            if others:
+                print(f"the config.pbtxt of {others} stays as it is in {store.repository}: the export has another")
         elif arguments.command == "list":
-            show = to_json if arguments.json else to_table
-            print(show(store.read()))
+            print(to_json(store.read()) if arguments.json else to_table(store.read()))
         else:
-            move(store, choose(store.read(), arguments), arguments.server, arguments.wait)
-    except (ServerError, OSError) as error:
+            activate(store, choose(store.read(), arguments), arguments.server or [], arguments.wait)
+    except (KvcastError, OSError) as error:
         print(f"kvcast release {arguments.command}: {error}", file=sys.stderr)
         return 1
     return 0
 
 
 def choose(record: Record, arguments: argparse.Namespace) -> int:
-    """Return the number of the release that is asked for.
-
-    Raises:
-        ServerError: there is none.
-    """
+    """Return the number of the release to activate, or to go back to."""
     if arguments.command == "activate":
         return record.find(arguments.release).release_number
     if record.previous is None:
@@ -91,58 +86,50 @@ def choose(record: Record, arguments: argparse.Namespace) -> int:
     return record.previous
 
 
-def move(store: ReleaseStore, number: int, servers: list[str] | None, seconds: float) -> None:
-    """Have a release served, and wait until the servers do; if one refuses it, have the old one served again.
-
-    Raises:
-        ServerError: its files are not as published, or a server refuses it, or is not done in time.
-    """
-    named = servers or [server for server in [DEFAULT_SERVER] if read_state(server) is not None]
-    for server in servers or []:
+def activate(store: ReleaseStore, number: int, named: list[str], seconds: float) -> None:
+    """Activate a release and wait until the servers have switched; if one refuses, activate the old one again."""
+    for server in named:
         if read_state(server) is None:
             raise ServerError(f"{server}: no answer: is a kvcast server there, and is this its HTTP port?")
+    servers = named or [server for server in [DEFAULT_SERVER] if read_state(server) is not None]
     before = store.activate(number)
     try:
-        for server in named:
+        for server in servers:
             wait_for(server, number, time.monotonic() + seconds)
             print(f"{server} serves release {number}")
     except (ServerError, KeyboardInterrupt):
         store.restore(before)
         raise
-    if not named:
+    if not servers:
         print(
             f"release {number} is active: servers of {store.repository} follow within a second or at their next start"
         )
 
 
 def wait_for(server: str, number: int, deadline: float) -> None:
-    """Wait until a server serves a release.
-
-    Raises:
-        ServerError: it refuses, or the time is over.
-    """
+    """Wait until a server serves a release; it may refuse to."""
     while time.monotonic() < deadline:
         state = read_state(server) or {}
         if state.get("release_number") == number:
             return
         if state.get("refused_release") == number:
             raise ServerError(f"{server} refuses release {number}: {state.get('refused_reason')}")
-        time.sleep(LOOK_SECONDS)
+        time.sleep(POLL_SECONDS)
     raise ServerError(f"{server} does not serve release {number} yet: is {number} published in its own repository?")
 
 
 def read_state(server: str) -> dict[str, Any] | None:
-    """Return what a server says of itself, None if there is none."""
+    """Return the state that a server reports, None if there is no server."""
     try:
         with urllib.request.urlopen(f"http://{server}/kvcast/state", timeout=5) as reply:
             state: dict[str, Any] = json.load(reply)
             return state
-    except (urllib.error.URLError, OSError, ValueError):
+    except (OSError, ValueError):
         return None
 
 
 def to_table(record: Record) -> str:
-    """Return the releases for people, newest last."""
+    """Return the releases as a table, newest last."""
     if not record.releases:
         return "nothing is published yet: `kvcast release publish EXPORT`"
     lines = [f"{'':6}  {'number':>6}  {'release':12}  {'config':8}  published"]
@@ -153,7 +140,7 @@ def to_table(record: Record) -> str:
 
 
 def to_json(record: Record) -> str:
-    """Return the releases for machines."""
+    """Return the releases as JSON, without their files."""
     table = msgspec.to_builtins(record)
     for release in table["releases"]:
         del release["files"]

@@ -1,4 +1,4 @@
-"""What has to be there before a server starts: exported models of the configuration asked for, and free ports.
+"""What must exist before a server starts: exported models of the configuration asked for, and free ports.
 
 Each check fails with one sentence and its remedy, instead of a server that dies with a page of log.
 """
@@ -10,28 +10,21 @@ import sys
 import tomllib
 from pathlib import Path
 
-from kvcast.protocol.manifest import Manifest
+from kvcast.protocol.errors import KvcastError
+from kvcast.protocol.manifest import Manifest, read_manifest
 from kvcast.protocol.tensors import DOC_FUSION, USER_ENCODER
 from kvcast.server.installation import ServerError
-from kvcast.server.releases import ReleaseStore, read_served_manifest
+from kvcast.server.releases import ReleaseStore
 from kvcast.server.view import find_models
 
 
 def check_repository(repository: Path, models: list[str], config: str | None) -> Manifest:
-    """Check that every model to be served is exported, all of one release, of `config` if that is given.
-
-    Returns:
-        The manifest of one of them.
-
-    Raises:
-        ServerError: one is unknown, missing, or of another release or configuration.
-    """
+    """Check that every model is exported, all of one release, of `config` if that is given; return a manifest."""
     store = ReleaseStore(repository)
     names = expand_models(models)
     number = store.find_served(names)
-    manifests = [read_served_manifest(store.find_folder(name, number)) for name in names]
-    releases = {manifest.release for manifest in manifests}
-    if len(releases) > 1:
+    manifests = [read_manifest(store.find_folder(name, number)) for name in names]
+    if len({manifest.release for manifest in manifests}) > 1:
         of_each = ", ".join(f"{manifest.model} {manifest.release[:12]}" for manifest in manifests)
         raise ServerError(f"{repository} holds models of different releases ({of_each}): export again")
     manifest = manifests[0]
@@ -54,45 +47,33 @@ def read_config_name(config: str | None) -> str | None:
 
 
 def ensure_exported(repository: Path, models: list[str], config: str) -> None:
-    """Export `config` (name or TOML file) into the repository, unless all of `models` are there already.
-
-    Raises:
-        ServerError: the export failed; it has said why on standard error.
-    """
+    """Export `config` (name or TOML file) into the repository, unless all of `models` are there already."""
     try:
         check_repository(repository, models, read_config_name(config))
-    except ServerError:
+    except KvcastError:
         print(f"{repository} has no export of {config} yet; making it", flush=True)
         command = [sys.executable, "-m", "kvcast.export", "--config", config, "--repository", str(repository)]
-        if subprocess.run(command, check=False).returncode:
+        if subprocess.run(command, check=False).returncode:  # it has printed why
             raise ServerError(f"{config} could not be exported") from None
 
 
 def expand_models(models: list[str]) -> list[str]:
-    """Return the models that hold an artefact, for models by name, ensembles replaced by their steps.
-
-    Raises:
-        ServerError: there is no such model, or none was named.
-    """
+    """Return the models that hold an artefact, for models by name, ensembles replaced by their steps."""
     return [model.name for model in find_models(models) if not model.steps]
 
 
 def count_shared_memory(manifest: Manifest, models: list[str]) -> int:
-    """Return bytes of shared memory for a model process: room for requests, and for user KV where models pass it on.
+    """Return bytes of shared memory for a model process: for requests, and for user KV where models pass it on.
 
-    A region grows when it must and never shrinks, and the growing request is several times slower: so regions start
-    where the workload needs them. They are allocated at once, so they hold two requests' KV and not a full batch's.
+    A region grows on demand, which makes that request several times slower, and never shrinks: so it starts at the
+    size of the workload. It is allocated at once, so that is two requests' KV, not a full batch's.
     """
     moves_kv = any(name in (USER_ENCODER.name, DOC_FUSION.name) for name in expand_models(models))
     return (2 * manifest.user_kv.bytes_of(manifest.workload.history) if moves_kv else 0) + (16 << 20)
 
 
 def check_port(host: str, port: int, purpose: str, variable: str) -> None:
-    """Check that a port can be bound.
-
-    Raises:
-        ServerError: it cannot.
-    """
+    """Check that a port can be bound."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -1,7 +1,7 @@
-"""The regions that Triton makes in `/dev/shm`: whose they are, which belong to nobody, and whether there is room.
+"""The shared-memory regions that Triton makes in `/dev/shm`: ownership, removal, free space.
 
-Each server's regions bear a prefix of its own, beside a file that the server holds locked as long as one of its
-processes lives. A region whose owner's lock is free belongs to nobody; one without such a file is not ours to touch.
+Each server's regions have a prefix of their own, and a file beside them that the server keeps locked as long as one of
+its processes lives. Regions whose lock is free are left over and are removed; regions without such a file are not ours.
 """
 
 import contextlib
@@ -18,16 +18,12 @@ OWNER = "_owner"
 
 
 def make_prefix(instance: str) -> str:
-    """Return how the names of a server's regions begin."""
+    """Return the prefix of a server's regions."""
     return f"{PREFIX}{instance}_"
 
 
 def claim(instance: str) -> int:
-    """Say that a server lives; return the file descriptor whose lock says so, for the server's processes to inherit.
-
-    Raises:
-        ServerError: `/dev/shm` cannot be written.
-    """
+    """Lock a server's owner file; return the descriptor, which the server's processes inherit."""
     path = FOLDER / f"{PREFIX}{instance}{OWNER}"
     while True:
         try:
@@ -37,24 +33,24 @@ def claim(instance: str) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
             return descriptor
-        os.close(descriptor)  # somebody took it for a leftover before it was locked
+        os.close(descriptor)  # another server removed it as a leftover before it was locked
 
 
 def list_regions(instance: str) -> list[Path]:
-    """Return a server's regions, without its claim."""
+    """Return a server's regions, without its owner file."""
     return [region for region in FOLDER.glob(f"{make_prefix(instance)}*") if not region.name.endswith(OWNER)]
 
 
 def remove_regions(instance: str) -> None:
-    """Remove a server's regions; its claim stays."""
+    """Remove a server's regions; its owner file stays."""
     for region in list_regions(instance):
         region.unlink(missing_ok=True)
 
 
 def hide_regions(instance: str) -> None:
-    """Let nobody but their owner read a server's regions: requests lie there, and Triton lets everybody read them.
+    """Make a server's regions readable by their owner only: they hold requests, and Triton makes them world-readable.
 
-    To be called whenever models have been loaded; a region keeps its mode as long as its process lives.
+    To be called after every load; a region keeps its mode as long as its process lives.
     """
     for region in list_regions(instance):
         with contextlib.suppress(FileNotFoundError):  # its process has ended
@@ -62,19 +58,19 @@ def hide_regions(instance: str) -> None:
 
 
 def release(instance: str) -> None:
-    """Remove a server's regions, and then its claim."""
+    """Remove a server's regions, and then its owner file."""
     remove_regions(instance)
     (FOLDER / f"{PREFIX}{instance}{OWNER}").unlink(missing_ok=True)
 
 
 def remove_leftovers() -> list[str]:
-    """Remove the regions of servers that were killed before they could; return whose."""
+    """Remove the regions of servers that were killed; return their instances."""
     removed = []
     for path in FOLDER.glob(f"{PREFIX}*{OWNER}"):
         instance = path.name.removeprefix(PREFIX).removesuffix(OWNER)
-        if not instance.isalnum():  # anybody can put a file there, and `*` would be everybody's regions
+        if not instance.isalnum():  # any user can make a file here, and `*` would match every server's regions
             continue
-        with contextlib.suppress(OSError):  # another user's, or somebody was quicker
+        with contextlib.suppress(OSError):  # another user's, or locked
             descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -86,11 +82,7 @@ def remove_leftovers() -> list[str]:
 
 
 def check_room(needed: int) -> None:
-    """Check that regions of so many bytes fit.
-
-    Raises:
-        ServerError: they do not.
-    """
+    """Check that regions of this many bytes fit."""
     free = shutil.disk_usage(FOLDER).free
     if free < needed:
         raise ServerError(

@@ -1,7 +1,7 @@
-"""Keeps a running tritonserver whole: replaces model processes that die or hang, follows the release that is active.
+"""Supervises a running tritonserver: replaces model processes that die or hang, switches to the active release.
 
-Triton does neither: it goes on handing requests to a dead process, and knows no order in which the parts of an
-ensemble may change. Both are done without a restart and beside the traffic. It says what it sees in a `State`.
+Triton does neither: it keeps passing requests to a dead process, and has no safe order for changing the parts of an
+ensemble. Both happen without a restart, while traffic goes on. The result is published as a `State`.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection
 from concurrent.futures import Future, wait
 
 from kvcast.gateway.config import State
-from kvcast.protocol.errors import ArtefactError
+from kvcast.protocol.errors import KvcastError
 from kvcast.protocol.golden import read_golden
 from kvcast.protocol.manifest import RELEASES_FILE, read_manifest
 from kvcast.protocol.tensors import ModelSpec
@@ -31,15 +31,15 @@ from kvcast.server.view import View
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.1
-# A process that is held for this long is taken for hung; a debugger or a snapshot may hold it for a moment.
+# A process that is stopped for this long counts as hung; a debugger or a snapshot may stop it for a moment.
 HELD_SECONDS = 1.0
 # After a repair that failed, the next waits twice as long, up to this.
 LONGEST_PAUSE_SECONDS = 30.0
-# A repair that takes longer than this, and than so many whole starts, never ends.
+# A repair that takes longer than this, and than so many complete starts, never ends.
 LEAST_REPAIR_SECONDS = 8.0
 REPAIR_STARTS = 3
-# A process that was replaced ends when its last request is answered. One that died never answered, so Triton never
-# lets go of that version; its living twin is ended after this long.
+# A replaced process ends when its last request is answered. Requests of a dead process are never answered, so Triton
+# never unloads that version; its other, living processes are killed after this long.
 RETIRED_SECONDS = 60.0
 STOPPED_WITHIN_SECONDS = 5.0
 # A server that crashes more often than this within the window stays down.
@@ -50,11 +50,11 @@ TRIAL_SUFFIX = "_trial"
 
 
 class HangsError(ServerError):
-    """Triton is not done with something for so long that it never will be."""
+    """Triton takes so long that it will never finish."""
 
 
 class DiedMeanwhileError(ServerError):
-    """A process died while something was asked of it, which says nothing of what was to be found out."""
+    """A process died during a check, so the check has no result."""
 
 
 class Supervisor:
@@ -68,15 +68,7 @@ class Supervisor:
         store: ReleaseStore,
         publish: Callable[[State], None],
     ) -> None:
-        """Set up what `start` watches.
-
-        Args:
-            triton: the process.
-            admin: asks it.
-            view: the repository that it sees.
-            store: the releases.
-            publish: tells the gateway.
-        """
+        """Set up what `start` watches; publish: tells the gateway."""
         self._triton, self._admin, self._view, self._store = triton, admin, view, store
         self._ensembles = [model for model in view.models if model.steps]
         self._parts = [model.name for model in view.models if not model.steps]
@@ -93,14 +85,7 @@ class Supervisor:
         self._thread = threading.Thread(target=self._work, name="supervisor", daemon=True)
 
     def start(self, release: int) -> None:
-        """Check that what has been loaded computes what was proved, say that it is ready, and watch from now on.
-
-        Args:
-            release: number of the release that it has loaded.
-
-        Raises:
-            ServerError, ArtefactError: an ensemble does not answer the golden request as it should.
-        """
+        """Check the ensembles of the loaded release with the golden request, report ready, and start to watch."""
         self._watched = list_stubs(self._triton.pid)
         self._check_ensembles(release)
         release_id = self._read_release_id(release)
@@ -108,7 +93,7 @@ class Supervisor:
         self._thread.start()
 
     def stop(self) -> None:
-        """Watch no more; what is being done has a moment to be finished."""
+        """Stop watching; a repair in progress has a moment to finish."""
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join(timeout=STOPPED_WITHIN_SECONDS)
@@ -119,11 +104,7 @@ class Supervisor:
         return self._failure is not None
 
     def wait(self) -> None:
-        """Wait until told to stop.
-
-        Raises:
-            ServerError: tritonserver has ended by itself, or crashed too often.
-        """
+        """Wait until stopped; raises if tritonserver ends by itself, or crashes too often."""
         self._ended.wait()
         if self._failure is not None:
             raise self._failure
@@ -137,16 +118,16 @@ class Supervisor:
                     self._end_retired()
                     self._repair()
                     self._follow_record()
-            except Exception:  # without this thread nobody repairs
+            except Exception:  # repairs depend on this thread
                 logger.exception("unexpected error in the supervisor")
 
     def _check_ensembles(self, release: int, until: float = math.inf) -> None:
-        """Ask the golden request; models that rank by themselves have done so when they were loaded."""
+        """Send each ensemble the golden request; other models have checked it when they were loaded."""
         for ensemble in self._ensembles:
             self._check_golden(ensemble.name, ensemble, release, until)
 
     def _check_golden(self, name: str, ensemble: ModelSpec, release: int, until: float = math.inf) -> None:
-        """Ask an ensemble, under whatever name, the golden request of a release."""
+        """Send an ensemble, under its own or a trial name, the golden request of a release."""
         golden = read_golden(self._store.find_folder(ensemble.steps[0], release))
         self._do_watching(lambda: self._admin.check_golden(name, golden), needed=ensemble.steps, until=until)
 
@@ -157,24 +138,24 @@ class Supervisor:
         needed: Collection[str] = (),
         until: float = math.inf,
     ) -> None:
-        """Do what takes a while, and look at the processes meanwhile.
+        """Run an action in a thread, and check the processes meanwhile.
 
         Args:
-            action: what to do.
-            being_loaded: a model whose processes come and go with that.
-            needed: models without whose processes Triton may never be done.
-            until: when it must be done.
+            action: what to run.
+            being_loaded: a model whose processes come and go with it.
+            needed: models without whose processes Triton may never finish.
+            until: the deadline.
 
         Raises:
-            DiedMeanwhileError: a process of one that is needed has died meanwhile.
-            HangsError: it is not done in time.
+            DiedMeanwhileError: a process of a needed model has died.
+            HangsError: the deadline has passed.
         """
         done: Future[None] = Future()
 
         def work() -> None:
             try:
                 action()
-            except BaseException as error:  # noqa: BLE001 it is raised where it is waited for
+            except BaseException as error:  # noqa: BLE001 raised again by `result`
                 done.set_exception(error)
             else:
                 done.set_result(None)
@@ -187,13 +168,13 @@ class Supervisor:
                 if self.state.deaths.get(model, 0) != known[model]:
                     raise DiedMeanwhileError(f"a process of {model} died during the golden request")
             if time.monotonic() > until:
-                raise HangsError("tritonserver is not done with it")
+                raise HangsError("tritonserver has not finished in time")
         done.result()
 
     # -- dead processes
 
     def _restart(self, status: int) -> None:
-        """Start tritonserver again after a crash, but not for ever: something can be wrong that no start mends."""
+        """Start tritonserver again after a crash, a limited number of times."""
         now = time.monotonic()
         self._crashes = [each for each in self._crashes if now - each < CRASH_WINDOW_SECONDS] + [now]
         name = signal.Signals(-status).name if status < 0 else f"status {status}"
@@ -211,7 +192,7 @@ class Supervisor:
             self._triton.restart(RESTARTED_WITHIN_SECONDS)
             self._watched, self._retired, self._held = list_stubs(self._triton.pid), {}, {}
             self._check_ensembles(self.state.release_number)
-        except (ServerError, ArtefactError) as error:
+        except KvcastError as error:
             logger.warning(f"{error}")
             self._tell(reason=str(error))
             self._ended.wait(min(2.0 ** len(self._crashes), LONGEST_PAUSE_SECONDS))
@@ -228,7 +209,7 @@ class Supervisor:
             self._replace(self.state.broken)
 
     def _notice_dead(self, being_loaded: str = "") -> None:
-        """Say whose process has died; not of a model that is being loaded, whose processes come and go."""
+        """Publish which processes have died, those of a model that is being loaded excepted."""
         dead = [stub for stub in self._find_dead() if stub.model != being_loaded]
         for stub in dead:
             logger.warning(f"process {stub.pid} of {stub.model} died; replacing it")
@@ -240,12 +221,12 @@ class Supervisor:
             self._tell_broken({*self.state.broken, *(stub.model for stub in dead)}, deaths=deaths)
 
     def _tell_broken(self, broken: Collection[str], **changes: object) -> None:
-        """Say which models have a dead process now."""
+        """Publish which models have a dead process."""
         reason = f"model processes are being replaced: {', '.join(sorted(broken))}" if broken else ""
         self._tell(is_ready=not broken, reason=reason, broken=tuple(sorted(broken)), **changes)
 
     def _find_dead(self) -> list[Stub]:
-        """Return watched processes that are gone; end those that are held first."""
+        """Return watched processes that have ended; kill those that are stopped first."""
         now, living = time.monotonic(), list_stubs(self._triton.pid)
         held = {pid for pid in self._watched if pid in living and living[pid].is_stopped}
         self._held = {pid: self._held.get(pid, now) for pid in held}
@@ -271,7 +252,7 @@ class Supervisor:
             logger.warning(f"{', '.join(models)} not replaced in {seconds:.0f} s: tritonserver hangs; ending it")
             self._triton.kill()
             return
-        except (ServerError, ArtefactError) as error:
+        except KvcastError as error:
             self._pause = min(max(1.0, 2 * self._pause), LONGEST_PAUSE_SECONDS)
             self._not_before = time.monotonic() + self._pause
             logger.warning(f"{error}; next try in {self._pause:.0f} s")
@@ -283,7 +264,7 @@ class Supervisor:
         self._tell_broken({*self.state.broken} - {*models}, repairs=self.state.repairs + 1)
 
     def _load(self, model: str, until: float = math.inf) -> None:
-        """Load a model as the view has it; watch its new processes, and no longer those that they replace."""
+        """Load a model as the view has it; watch its new processes instead of those that they replace."""
         old = list_stubs(self._triton.pid)
         self._do_watching(lambda: self._admin.load(model), being_loaded=model, until=until)
         shared_memory.hide_regions(self._triton.instance)
@@ -338,7 +319,7 @@ class Supervisor:
             logger.warning(f"release {number} could not be tried, and will be again: {error}")
             self._record_seen = None
             return
-        except (ServerError, ArtefactError) as error:
+        except KvcastError as error:
             logger.warning(f"release {number} is refused, {self.state.release_number} stays: {error}")
             self._tell(refused_release=number, refused_reason=str(error))
             return
@@ -347,10 +328,10 @@ class Supervisor:
         self._tell(release_number=number, release_id=release_id, refused_release=0, refused_reason="")
 
     def _switch(self, number: int) -> None:
-        """Load a release beside the one that is served, try it, move the traffic, let the old one go.
+        """Load a release beside the one that is served, try it, switch, unload the old one.
 
         Raises:
-            ServerError, ArtefactError: it cannot be loaded, or computes something else; the old one is served then.
+            KvcastError: it cannot be loaded, or its scores are wrong; the old one is still served.
         """
         old = self.state.release_number
         try:
@@ -360,13 +341,13 @@ class Supervisor:
                 self._try(ensemble, number)
             for ensemble in self._ensembles:
                 self._pin(ensemble, number)
-        except (ServerError, ArtefactError):
-            self._settle(old)  # if Triton has crashed, its next start finds the old release
+        except KvcastError:
+            self._settle(old)  # if Triton has crashed, its next start loads the old release
             raise
         self._settle(number)
 
     def _settle(self, number: int) -> None:
-        """Let Triton have one release alone, as far as it still listens; what it sees is right in any case."""
+        """Load one release alone; if Triton does not respond, its next start finds the view right."""
         for ensemble in self._ensembles:
             with contextlib.suppress(ServerError):
                 self._pin(ensemble, number)
@@ -375,12 +356,12 @@ class Supervisor:
                 self._expose(model, (number,))
 
     def _pin(self, ensemble: ModelSpec, number: int) -> None:
-        """Have an ensemble's steps be of a release."""
+        """Load an ensemble with the steps of a release."""
         self._view.pin(ensemble.name, dict.fromkeys(ensemble.steps, number))
         self._admin.load(ensemble.name)
 
     def _try(self, ensemble: ModelSpec, number: int) -> None:
-        """Ask the golden request of an ensemble of a release that no caller sees yet."""
+        """Check an ensemble of a release under a trial name, before callers reach it."""
         trial = ensemble.name + TRIAL_SUFFIX
         self._view.pin(ensemble.name, dict.fromkeys(ensemble.steps, number), trial)
         try:
@@ -392,7 +373,7 @@ class Supervisor:
             self._view.remove(trial)
 
     def _expose(self, model: str, numbers: tuple[int, ...]) -> None:
-        """Let Triton have these releases of a model."""
+        """Load these releases of a model."""
         self._view.link(model, {number: self._store.find_folder(model, number) for number in numbers})
         self._load(model)
 

@@ -1,4 +1,4 @@
-"""The tritonserver process: its command line, its log, its start and end, and its next start if it crashes."""
+"""The tritonserver process: its start, its log, its end, and its restart after a crash."""
 
 import contextlib
 import ctypes
@@ -31,14 +31,10 @@ class TritonProcess:
     def __init__(self, flags: Sequence[str], models: Sequence[str], instance: str, admin: Admin) -> None:
         """Set up what `start` runs.
 
-        Args:
-            flags: of the command line, but for where its backends are.
-            models: those that must be ready.
-            instance: names this server's shared memory.
-            admin: asks it.
+        flags: of the command line, without its backends' folder. models: those that must be ready. instance: the name
+        of this server's shared memory.
         """
-        self._flags, self._models, self._instance = list(flags), list(models), instance
-        self._admin = admin
+        self._flags, self._models, self._admin, self.instance = list(flags), list(models), admin, instance
         self.start_seconds = 0.0
         self._process: subprocess.Popen[str] | None = None
         self._tail: deque[str] = deque(maxlen=400)
@@ -48,19 +44,9 @@ class TritonProcess:
         self._environment: dict[str, str] = {}
 
     @property
-    def instance(self) -> str:
-        """What names this server's shared memory."""
-        return self._instance
-
-    @property
     def pid(self) -> int:
         """The process id; 0 before the start."""
         return self._process.pid if self._process is not None else 0
-
-    @property
-    def command(self) -> list[str]:
-        """The command line."""
-        return self._command
 
     @property
     def status(self) -> int | None:
@@ -68,41 +54,29 @@ class TritonProcess:
         return self._process.poll() if self._process is not None else None
 
     def start(self, workspace: Path, timeout_seconds: float) -> None:
-        """Start it, and wait until every model is loaded.
-
-        Args:
-            workspace: a private folder, for links to the backends.
-            timeout_seconds: within which it has to be ready.
-
-        Raises:
-            ServerError: it cannot be run, stopped, or is not ready in time.
-        """
+        """Start it, and wait until every model is loaded; workspace: a private folder, for links to the backends."""
         installation = find_installation(workspace)
         self._command = [str(installation.binary), *installation.flags, *self._flags]
         # The stubs must not leave compiled files in a repository that is only read.
         self._environment = {**os.environ, **installation.environment, "PYTHONDONTWRITEBYTECODE": "1"}
-        self._claim = shared_memory.claim(self._instance)
+        self._claim = shared_memory.claim(self.instance)
         self._run(timeout_seconds)
 
     def kill(self) -> None:
-        """End it at once, as a crash would."""
+        """End it at once, like a crash."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
 
     def restart(self, timeout_seconds: float) -> None:
-        """Start it again after it has crashed.
-
-        Raises:
-            ServerError: as `start`.
-        """
+        """Start it again after a crash."""
         self._end_group()
-        shared_memory.remove_regions(self._instance)
+        shared_memory.remove_regions(self.instance)
         self._tail.clear()
         self._run(timeout_seconds)
 
     def stop(self, seconds: float) -> None:
-        """Ask it to end within so many seconds, then make it; remove its shared memory."""
+        """Terminate it, kill it after so many seconds; remove its shared memory."""
         if self._process is not None:
             if self._process.poll() is None:
                 self._process.send_signal(signal.SIGTERM)
@@ -110,7 +84,7 @@ class TritonProcess:
                     self._process.wait(seconds)
             self._end_group()
         if self._claim is not None:
-            shared_memory.release(self._instance)
+            shared_memory.release(self.instance)
             os.close(self._claim)
             self._claim = None
 
@@ -125,7 +99,7 @@ class TritonProcess:
                 text=True,
                 errors="replace",
                 pass_fds=() if self._claim is None else (self._claim,),
-                start_new_session=True,  # Ctrl-C reaches the launcher alone, which then stops the server
+                start_new_session=True,  # Ctrl-C reaches only the launcher, which then stops the server
                 preexec_fn=prepare_process,  # noqa: PLW1509 two system calls, nothing is imported or allocated
             )
         except OSError as error:
@@ -144,7 +118,7 @@ class TritonProcess:
                 raise ServerError(f"tritonserver stopped at start-up: {explain(list(self._tail))}")
             if self._admin.is_ready():
                 missing = self._admin.find_missing(self._models)
-                shared_memory.hide_regions(self._instance)
+                shared_memory.hide_regions(self.instance)
                 if missing:  # ready servers can lack a model
                     raise ServerError(f"tritonserver is up without {', '.join(missing)}: {explain(list(self._tail))}")
                 return
@@ -152,15 +126,14 @@ class TritonProcess:
         raise ServerError(f"tritonserver was not ready after {seconds:.0f} s")
 
     def _read_log(self) -> None:
-        if self._process is None or self._process.stdout is None:
-            return
-        with self._process.stdout as lines:
-            for line in lines:
-                self._tail.append(line.rstrip())
-                log_triton(line.rstrip())
+        if self._process is not None and self._process.stdout is not None:
+            with self._process.stdout as lines:
+                for line in map(str.rstrip, lines):
+                    self._tail.append(line)
+                    log_triton(line)
 
     def _end_group(self) -> None:
-        """End what is left of the server and the stubs of its models, and wait until they are gone."""
+        """Kill what is left of the server and its stubs, and wait until they are gone."""
         if self._process is None:
             return
         deadline = time.monotonic() + GONE_WITHIN_SECONDS
@@ -178,9 +151,9 @@ class TritonProcess:
 
 
 def prepare_process() -> None:
-    """Have the kernel end this process with the one that started it, even if killed, and let the gateway run first.
+    """Terminate this process when its parent ends, even if killed, and give the gateway a higher priority.
 
-    Refusing costs little, but it has to be done in time, also while the models have every core busy.
+    The gateway refuses requests in time only if it runs while the models have every core busy.
     """
     LIBC.prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
     LIBC.nice(NICENESS)
@@ -196,7 +169,7 @@ def has_members(group: int) -> bool:
 
 
 def explain(log: list[str]) -> str:
-    """Return the one sentence of a server's log that says why it stopped."""
+    """Return the sentence of a server's log that is the reason for its stop."""
     for pattern in (
         r"error while loading shared libraries: (.+)",
         r"failed to load '.+?' version \d+: (?:\w+(?: \w+)?: )?(.+)",

@@ -15,28 +15,21 @@ from kvcast.protocol.tensors import MODELS, ModelSpec
 from kvcast.server.installation import ServerError
 
 CONFIG_FILE = "config.pbtxt"
-# Triton takes ensembles for models with a version too.
+# Triton expects a version of an ensemble too.
 ENSEMBLE_VERSION = "1"
-# Triton loads a model anew, in the background and with nobody refused, if a parameter has changed.
+# If a parameter has changed, Triton loads a model again in the background, without refusing requests.
 LOADED_PARAMETER = "KVCAST_LOADED"
 
 
 class View:
-    """A folder that Triton takes for its model repository."""
+    """The folder that Triton gets as its model repository."""
 
     def __init__(
         self, repository: Path, folder: Path, models: Iterable[ModelSpec], parameters: Mapping[str, str] | None = None
     ) -> None:
-        """Lay out the models without any version.
+        """Create the folder with the models' configurations, without any version.
 
-        Args:
-            repository: the operator's repository, whose configurations are used.
-            folder: the folder of the view; made.
-            models: ensembles and models with artefacts.
-            parameters: values instead of those in the configurations, for each model that has such a parameter.
-
-        Raises:
-            ServerError: a configuration cannot be read, or no model has such a parameter.
+        parameters: values instead of those in the configurations, for each model that has such a parameter.
         """
         self.folder, self.models = folder, list(models)
         self._repository = repository.resolve()
@@ -52,7 +45,7 @@ class View:
                 self.renew(model.name)
 
     def link(self, model: str, artefacts: Mapping[int, Path]) -> None:
-        """Let a model have exactly these versions."""
+        """Link exactly these versions of a model."""
         for link in (self.folder / model).iterdir():
             if link.is_symlink() and int(link.name) not in artefacts:
                 link.unlink()
@@ -62,15 +55,15 @@ class View:
                 link.symlink_to(artefact.resolve())
 
     def renew(self, model: str) -> None:
-        """Change a model's configuration so that the next load starts its processes anew."""
+        """Change a model's configuration so that the next load starts new processes."""
         self._loads[model] = self._loads.get(model, 0) + 1
         config = self._read(model)
-        config.version_policy.all.SetInParent()  # those that lie here
+        config.version_policy.all.SetInParent()  # all that are linked
         config.parameters[LOADED_PARAMETER].string_value = str(self._loads[model])
         self._write(model, config)
 
     def pin(self, ensemble: str, versions: Mapping[str, int], name: str | None = None) -> None:
-        """Let an ensemble's steps be of these versions, under its own name or, to be tried first, under another."""
+        """Set the versions of an ensemble's steps, under its own name or, for a trial, under another."""
         config = self._read(ensemble)
         for step in config.ensemble_scheduling.step:
             step.model_version = versions.get(step.model_name, step.model_version)
@@ -84,18 +77,14 @@ class View:
         shutil.rmtree(self.folder / name)
 
     def _check_parameters(self) -> None:
-        """Check that each parameter is one of some model's.
-
-        Raises:
-            ServerError: one is not.
-        """
+        """Check that each parameter is one of some model's."""
         known = dict.fromkeys(name for model in self.models for name in sorted(self._read(model.name).parameters))
         unknown = [name for name in self._parameters if name not in known]
         if unknown:
             raise ServerError(f"parameter {unknown[0]}: expected one of {', '.join(known)}")
 
     def _read(self, model: str) -> ModelConfig:
-        """Return a model's configuration with the parameters that were asked for."""
+        """Return a model's configuration with the parameters replaced."""
         path = self._repository / model / CONFIG_FILE
         config = ModelConfig()
         try:
@@ -109,18 +98,14 @@ class View:
         return config
 
     def _write(self, model: str, config: ModelConfig) -> None:
-        # Outside the view, then moved: Triton never sees half of it.
+        # Written outside the view, then moved: Triton never reads half of it.
         new = self.folder.parent / f"{model}.{CONFIG_FILE}"
         new.write_text(text_format.MessageToString(config))
         new.replace(self.folder / model / CONFIG_FILE)
 
 
 def find_models(names: Iterable[str]) -> list[ModelSpec]:
-    """Return the models that have to be there to serve those named: the steps of ensembles too.
-
-    Raises:
-        ServerError: there is no such model, or none was named.
-    """
+    """Return the models that are needed to serve those named: the steps of ensembles too."""
     known = {model.name: model for model in MODELS}
     names = list(names)
     unknown = [name for name in names if name not in known]
