@@ -33,8 +33,7 @@ from kvcast.train.errors import TrainingError
 from kvcast.train.log import write_log
 from kvcast.train.metrics import measure_ranking
 from kvcast.train.objective import make_optimiser, shape_rate
-from kvcast.train.plots import read_rows
-from kvcast.train.speed import compare_ways, draw_requests, learn_grouped, measure_speed
+from kvcast.train.speed import Regime, compare_ways, draw_requests, learn_grouped, measure_speed
 from kvcast.train.trainer import (
     EVALUATIONS,
     Controls,
@@ -62,6 +61,10 @@ def make_trainer(folder: Path, settings: Settings = SHORT, parts: Parts = PARTS,
     return Trainer(
         CONFIG, settings, parts, RunFiles(folder / "w.safetensors"), CPU, Controls(**{"say": lambda _: None} | controls)
     )
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def drop_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -438,13 +441,9 @@ def test_a_write_that_fails_leaves_the_old_checkpoint_and_nothing_else(tmp_path,
 def test_grouped_steps_and_row_steps_agree_and_are_timed():
     result = measure_speed(
         CONFIG,
-        users=2,
-        history=20,
-        candidates=6,
-        rounds=2,
-        rows_at_once=5,
+        Regime(users=2, history=20, candidates=6, rounds=2, rows_at_once=5),
+        CPU,
         with_monolith=True,
-        device=CPU,
         say=lambda _: None,
     )
     assert result["largest_difference"] < 1e-4
@@ -462,7 +461,7 @@ def test_a_way_that_learns_something_else_is_not_timed():
         learn_grouped(network, batch)
         return learn_grouped(network, batch)
 
-    with pytest.raises(TrainingError, match=r"twice: expected .* as grouped has it"):
+    with pytest.raises(TrainingError, match=r"twice: expected .* of grouped"):
         compare_ways(network, batch, {"grouped": learn_grouped, "twice": learn_twice})
 
 

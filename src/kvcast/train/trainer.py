@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -180,8 +181,8 @@ class Controls:
     clock: Callable[[], float] = time.monotonic
 
 
-class Interrupted(Exception):  # noqa: N818 not an error
-    """Someone asked the run to end; its checkpoint is written."""
+class Interrupted(TrainingError):  # noqa: N818 not an error
+    """The run was asked to end; its checkpoint is written."""
 
 
 class Trainer:
@@ -218,7 +219,7 @@ class Trainer:
         self._evaluated = self._evaluation_seconds = 0.0
         self._sizes = measure_sizes(parts.training)
         self._epoch_steps = len(self._plan_epoch(0))
-        self.steps = count_steps(settings, self._epoch_steps)
+        self.steps = min(settings.epochs * self._epoch_steps, settings.steps or sys.maxsize)
         self.network = make_trainable(config, settings.seed).to(device)
         self._optimiser = make_optimiser(self.network, settings.learning_rate, settings.weight_decay)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimiser, self._shape_rate)
@@ -462,12 +463,6 @@ def choose_device(name: str) -> torch.device:
             f"--device cuda: PyTorch {torch.__version__} finds no GPU here; --device auto takes the CPU then"
         )
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def count_steps(settings: Settings, batches: int) -> int:
-    """Return the steps of a run with so many batches an epoch."""
-    steps = settings.epochs * batches
-    return steps if settings.steps is None else min(steps, settings.steps)
 
 
 def describe_run(config: ModelConfig, settings: Settings, parts: Parts) -> dict[str, Any]:
