@@ -22,7 +22,7 @@ PORTS = --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRI
 # Known vulnerabilities that are accepted, a line each: its id, and in a comment the date and the reason.
 ACCEPTED_VULNERABILITIES :=
 
-.PHONY: help setup setup-perf setup-deploy export serve demo test test-chaos test-deploy perf check format clean
+.PHONY: help setup setup-perf setup-deploy export serve demo test test-fast test-chaos test-deploy perf check format clean
 .PHONY: check-manifests check-pins check-vulnerabilities
 
 help: ## this list
@@ -73,6 +73,9 @@ test: $(READY) ## every test, those against a real tritonserver included
 	@$(MAKE) --no-print-directory setup-perf || echo "make: the test that runs perf_analyzer will be skipped" >&2
 	@$(MAKE) --no-print-directory setup-deploy || echo "make: tests that run haproxy, prometheus or kubectl will be skipped" >&2
 	$(BIN)/python -m pytest
+
+test-fast: $(READY) ## unit and parity tests, which need no server: 3 minutes on 2 cores
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/unit tests/parity
 
 test-chaos: $(READY) ## tens of thousands of hostile requests, and faults for longer than `test` takes
 	KVCAST_THOROUGH=1 KVCAST_FUZZ_REQUESTS=20000 KVCAST_OVERLOAD_SECONDS=120 $(BIN)/python -m pytest tests/chaos

@@ -1,4 +1,4 @@
-"""Fixtures that cost seconds, made once a session: exports of `tiny` and `demo`, a tritonserver on the first."""
+"""Session-scoped fixtures: an export, a tritonserver that serves it, and `make demo`."""
 
 import io
 import os
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from kvcast.export.pipeline import WeightsSource, export_release
 from kvcast.export.release import fingerprint_release
@@ -21,16 +22,19 @@ from kvcast.protocol.manifest import read_manifest
 from kvcast.protocol.tensors import USER_ENCODER
 from kvcast.server import ServeConfig, TritonServer
 from kvcast.server.log import open_log
-from tests.support import find_free_ports
+from tests.support import EXPORTED_TOML, find_free_ports
 
 ROOT = Path(__file__).parents[1]
+# Tensors here are small: several threads wait for each other most of the time, on a busy machine above all. One thread
+# also makes training repeatable bit for bit.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def tiny_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model repository with the `tiny` export."""
+    """A model repository with the export of `tests/tiny.toml`."""
     repository = tmp_path_factory.mktemp("tiny") / "repository"
-    export_release(load_config("tiny"), WeightsSource(seed=0), repository, say=lambda _: None)
+    export_release(load_config(str(EXPORTED_TOML)), WeightsSource(seed=0), repository, say=lambda _: None)
     return repository
 
 
@@ -42,7 +46,7 @@ def own_repository(tiny_repository: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def server(tiny_repository: Path) -> Iterator[TritonServer]:
-    """A real tritonserver with all models of the `tiny` export."""
+    """A real tritonserver with all models of that export."""
     with open_log(stream=(stream := io.StringIO())), TritonServer(make_settings(tiny_repository)) as running:
         running.log = stream  # type: ignore[attr-defined]
         yield running

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from kvcast.server.repository import find_free_ports as find_free_ports  # noqa:
 
 Ids = npt.NDArray[np.int64]
 TOLERANCE = 1e-5  # on scores, in fp32; nothing here is looser
+# What `tiny_repository` holds: the fields, limits and workload of `tiny`, and fewer layers.
+EXPORTED_TOML = Path(__file__).parent / "tiny.toml"
 
 
 def make_config(

@@ -29,6 +29,7 @@ from kvcast.server.stubs import list_stubs
 from tests.chaos.load import Load, draw_requests, expect, record_answers
 from tests.conftest import make_settings
 from tests.processes import read_state, wait_until
+from tests.support import EXPORTED_TOML
 
 SWITCHES = 20
 
@@ -37,7 +38,7 @@ SWITCHES = 20
 def other_export(tmp_path_factory):
     """An export with other weights: other scores."""
     folder = tmp_path_factory.mktemp("other") / "export"
-    export_release(load_config("tiny"), WeightsSource(seed=1), folder, say=lambda _: None)
+    export_release(load_config(str(EXPORTED_TOML)), WeightsSource(seed=1), folder, say=lambda _: None)
     return folder
 
 
@@ -178,10 +179,12 @@ def test_a_reader_never_sees_half_a_release(tiny_repository, other_export, tmp_p
     store = ReleaseStore(tmp_path / "repository")
     store.publish(tiny_repository)
     problems: list[str] = []
+    seen: list[int] = []
     stopping = threading.Event()
 
     def read() -> None:
         while not stopping.is_set():
+            seen.append(len(store.read().releases))
             for each in store.read().releases:
                 try:
                     store.check(each)
@@ -192,7 +195,7 @@ def test_a_reader_never_sees_half_a_release(tiny_repository, other_export, tmp_p
     reader.start()
     try:
         store.publish(other_export)
-        time.sleep(0.3)
+        wait_until(lambda: 2 in seen[:-1], 30)  # it has been read and checked once more
     finally:
         stopping.set()
         reader.join()

@@ -16,7 +16,7 @@ from kvcast.protocol.config import load_config
 from kvcast.protocol.request import RankRequest
 from kvcast.protocol.tensors import USER_ENCODER
 from kvcast.synthetic import ClickLog
-from kvcast.train.study_command import write_table
+from kvcast.train.study import write_table
 from perf.report import write_headline, write_reuse_headline
 from tests.conftest import make_environment
 from tests.support import TOLERANCE

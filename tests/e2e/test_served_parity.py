@@ -11,9 +11,9 @@ from kvcast.protocol.config import load_config
 from kvcast.server import TritonServer
 from kvcast.synthetic import ClickLog
 from tests.parity.reference import score_candidates
-from tests.support import TOLERANCE, make_network
+from tests.support import EXPORTED_TOML, TOLERANCE, make_network
 
-CONFIG = load_config("tiny")
+CONFIG = load_config(str(EXPORTED_TOML))
 PROTOCOLS = ("grpc", "http")
 
 

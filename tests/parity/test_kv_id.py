@@ -1,20 +1,22 @@
 """Releases that share a `kv_id` read each other's user KV, and each gives its own scores; others refuse it."""
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir
 import pytest
 import torch
 
-from kvcast.export.graphs import describe_graphs, export_graph
+from kvcast.export.graphs import WEIGHTS_PREFIX, TracedGraph, describe_graphs, export_graph
 from kvcast.export.pipeline import _describe
 from kvcast.export.release import fingerprint_kv, fingerprint_release
 from kvcast.networks.interface import SHORT_NAMES, RankingNetwork
 from kvcast.protocol.config import ModelConfig
 from kvcast.protocol.errors import InvalidRequestError
-from kvcast.protocol.manifest import MANIFEST_FILE, ONNX_FILE, Parity
+from kvcast.protocol.manifest import MANIFEST_FILE, ONNX_FILE, RELEASE_METADATA_KEY, Parity
 from kvcast.serving import DocFusion, UserEncoder
 from kvcast.serving.artefact import SessionOptions
 from kvcast.serving.model import Request
@@ -51,36 +53,48 @@ class Side:
         return self.network(torch.from_numpy(history[None]), torch.from_numpy(candidates[None]))[0].numpy()
 
 
-@torch.inference_mode()
-def export_side(config: ModelConfig, folder: Path, changed: str = "") -> Side:
-    """Export what the two models need; the weight of that name is another than in other sides."""
+def export_sides(config: ModelConfig, folder: Path, *changed: str) -> list[Side]:
+    """Export a network, and again with another value for each of these weights in turn; trace it only once."""
     network = make_network(config)
-    for name, weight in network.named_parameters():
-        if name == changed:
-            weight.mul_(1.5)
-    release, traced = fingerprint_release(network), {}
-    for graph in describe_graphs(network)[:2]:
-        (folder / graph.model).mkdir(parents=True)
-        traced[graph.model] = export_graph(graph, release, folder / graph.model / ONNX_FILE)
-    kv_id = fingerprint_kv(network, traced["user_encoder"].program)
-    for model in traced:
-        manifest = _describe(network, release, kv_id, Parity(0, 0, 0, 0), model, folder / model)
-        (folder / model / MANIFEST_FILE).write_text(manifest.to_json())
-    open_options = SessionOptions(provider="cpu")
-    return Side(
-        network,
-        UserEncoder.open(folder / "user_encoder", open_options),
-        DocFusion.open(folder / "doc_fusion", open_options),
-    )
+    (folder / "traced").mkdir()
+    traced = [
+        export_graph(graph, fingerprint_release(network), folder / "traced" / f"{graph.model}.onnx")
+        for graph in describe_graphs(network)[:2]
+    ]
+    sides = [write_side(network, traced, folder / "old")]
+    for name in changed:
+        weight = network.get_parameter(name)
+        before = weight.clone()
+        weight.mul_(1.5)
+        sides.append(write_side(network, traced, folder / name))
+        weight.copy_(before)
+    return sides
+
+
+def write_side(network: RankingNetwork, traced: list[TracedGraph], folder: Path) -> Side:
+    """Write what the two models need, with the network's present weights."""
+    release, kv_id = fingerprint_release(network), fingerprint_kv(network, traced[0].program)
+    for each in traced:
+        model, own = each.graph.model, folder / each.graph.model
+        own.mkdir(parents=True)
+        program = each.unoptimised.clone()
+        for name, weight in network.named_parameters(WEIGHTS_PREFIX):
+            if name in program.graph.initializers:
+                program.graph.initializers[name].const_value = onnx_ir.tensor(weight.numpy().copy(), name=name)
+        program.metadata_props[RELEASE_METADATA_KEY] = release
+        onnx_ir.save(program, own / ONNX_FILE)
+        manifest = _describe(network, release, kv_id, Parity(0, 0, 0, 0), model, own)
+        (own / MANIFEST_FILE).write_text(manifest.to_json())
+    options = SessionOptions(provider="cpu")
+    encoder, fusion = UserEncoder.open(folder / "user_encoder", options), DocFusion.open(folder / "doc_fusion", options)
+    return Side(copy.deepcopy(network), encoder, fusion)
 
 
 @pytest.mark.parametrize("family", SHORT_NAMES)
 @torch.inference_mode()
 def test_user_kv_is_read_by_the_releases_of_its_kv_id_and_by_no_other(family, tmp_path):
     config = dataclasses.replace(CONFIG, network=dataclasses.replace(CONFIG.network, family=family))
-    old = export_side(config, tmp_path / "old")
-    other_scoring = export_side(config, tmp_path / "scoring", "types.weight")
-    other_user = export_side(config, tmp_path / "user", "embeddings.event_1.weight")
+    old, other_scoring, other_user = export_sides(config, tmp_path, "types.weight", "embeddings.event_1.weight")
     assert old.ids[0] != other_scoring.ids[0]
     assert old.ids[1] == other_scoring.ids[1]
     assert not set(old.ids) & set(other_user.ids)

@@ -1,9 +1,8 @@
 """The load tests' own parts: arithmetic, reading perf_analyzer, the peers' scores, reports and plots."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,13 +10,14 @@ import pytest
 from kvcast.protocol.config import load_config
 from kvcast.protocol.request import RankRequest
 from kvcast.synthetic import ClickLog, Visit
-from perf import cost_model
 from perf.__main__ import main, write_files
 from perf.affinity import read_trace
 from perf.analyzer import PerfError, read_report, write_input_data
-from perf.baselines.race import Field, RaceError, _summarise, race, start_workers
+from perf.baselines.race import WARM_UPS, Field, RaceError, Worker, race, start_workers
+from perf.baselines.worker import make_peer
 from perf.cost_model import CostModel, claimed_gain, claimed_speedup, throughput_drop
 from perf.reuse import simulate_lru
+from tests.support import EXPORTED_TOML, TOLERANCE
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,26 +82,49 @@ def test_input_data_has_shapes_without_the_batch_axis(tmp_path):
     assert len(entry["candidates"]["content"]) == 8
 
 
-def test_all_peers_give_the_same_scores(tiny_repository):
-    """Each in its own process, as `make perf` races them; but for the compiled one, which takes a minute to make."""
-    names = ("shared", "traditional", "ort_expanded", "torch_expanded", "torch_flash")
-    field = Field("tiny", tiny_repository, threads=1, seed=0)
-    with start_workers(names, field) as workers:
+@pytest.mark.parametrize("name", ["traditional", "ort_expanded", "torch_expanded", "torch_flash"])
+def test_a_peer_gives_our_scores(tiny_repository, name):
+    """The compiled one is left out: it takes a minute to make."""
+    field = Field(str(EXPORTED_TOML), tiny_repository, threads=1, seed=0)
+    ours, peer = (make_peer(each, field) for each in ("shared", name))
+    request = ClickLog(load_config(field.config).schema, seed=1).draw_request(30, 7)
+    expected, got = (each.fuse(each.encode(request.history), request.candidates) for each in (ours, peer))
+    np.testing.assert_allclose(got, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_peers_race_in_processes_of_their_own(tiny_repository):
+    field = Field(str(EXPORTED_TOML), tiny_repository, threads=1, seed=0)
+    with start_workers(["shared", "torch_flash"], field) as workers:
         results = race(workers, history=30, candidates=7, rounds=1)
-    assert set(results) == set(names)
+    assert set(results) == {"shared", "torch_flash"}
     for result in results.values():
-        assert result["score_difference"] <= 1e-5
+        assert result["score_difference"] <= TOLERANCE
         assert result["total"] > 0
 
 
-def test_a_peer_with_other_scores_ends_the_race(tiny_repository):
-    field = Field("tiny", tiny_repository, threads=1, seed=1)  # the export has the weights of seed 0
-    with start_workers(("shared", "torch_flash"), field) as workers, pytest.raises(RaceError, match="torch_flash"):
-        race(workers, history=10, candidates=3, rounds=1)
+class FakeWorker(Worker):
+    """A peer that answers the same each time; no process."""
+
+    def __init__(self, name: str, **answer: Any) -> None:
+        self.name, self.answer, self.asked = name, {"encode": 1.0, "fuse": 2.0, "added_bytes": 3} | answer, 0
+
+    def ask(self, history: int, candidates: int, seed: int) -> dict[str, Any]:
+        self.asked += 1
+        return self.answer
 
 
-def test_a_peer_that_failed_is_reported_as_failed():
-    assert _summarise("peer", [{"error": "MemoryError: too much"}], []) == {"error": "MemoryError: too much"}
+def test_a_peer_with_other_scores_ends_the_race():
+    peers = [FakeWorker("shared", scores=[0.5, 1.0]), FakeWorker("torch_flash", scores=[0.5, 1.00002])]
+    with pytest.raises(RaceError, match="torch_flash"):
+        race(peers, history=10, candidates=2, rounds=1)
+
+
+def test_a_peer_that_fails_is_reported_as_failed_and_not_asked_again():
+    peers = [FakeWorker("shared", scores=[0.5]), FakeWorker("peer", error="MemoryError: too much")]
+    results = race(peers, history=10, candidates=1, rounds=3)
+    assert results["peer"] == {"error": "MemoryError: too much"}
+    assert results["shared"]["total"] == 3.0
+    assert (results["shared"]["rounds"], peers[0].asked, peers[1].asked) == (3, WARM_UPS + 3, 1)
 
 
 def test_a_worker_that_dies_is_an_error(tmp_path):
@@ -121,10 +144,10 @@ def test_committed_reports_are_those_of_their_results(path, tmp_path):
         assert (path.parent / plot.name).exists()
 
 
-def test_the_perf_command_explains_itself():
-    done = subprocess.run([sys.executable, "-m", "perf", "run", "--help"], capture_output=True, text=True, check=True)
-    assert "--traditional-limit" in done.stdout
-    assert cost_model.__doc__ is not None
+def test_the_perf_command_explains_itself(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["run", "--help"])
+    assert "--traditional-limit" in capsys.readouterr().out
 
 
 def test_a_plain_lru_counts_the_hits_that_its_budget_allows():

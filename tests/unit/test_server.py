@@ -21,6 +21,7 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+from kvcast.protocol.errors import KvcastError
 from kvcast.protocol.manifest import read_manifest
 from kvcast.server import ServeConfig, ServerError, TritonServer, shared_memory
 from kvcast.server.__main__ import make_parser
@@ -381,7 +382,7 @@ def test_a_parameter_is_found_however_it_is_written(tiny_repository, tmp_path):
 )
 def test_numbers_out_of_range_are_refused_before_anything_starts(tmp_path, changes, words):
     settings = dataclasses.replace(ServeConfig(tmp_path), **changes)
-    with pytest.raises(ServerError, match=re.escape(words)):
+    with pytest.raises(KvcastError, match=re.escape(words)):
         TritonServer(settings).start()
 
 

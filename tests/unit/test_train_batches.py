@@ -1,7 +1,5 @@
 """Batches: a user's candidates together, padding that changes nothing, and gradients that are those of the monolith."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -34,15 +32,6 @@ BATCHES = {
     "new users": [(0, 3), (5, 6), (0, 1)],
     "only new users": [(0, 3), (0, 2)],
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other are slow on a busy machine, and these tensors are small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def draw_batch(name: str, seed: int = 0) -> list[TrainingRequest]:

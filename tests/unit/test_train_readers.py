@@ -9,8 +9,8 @@ import pytest
 
 from kvcast.protocol.errors import KvcastError
 from kvcast.protocol.schema import FeatureSchema, Field, Limits
+from kvcast.train import log_command
 from kvcast.train.log import LogError, read_log, write_log
-from kvcast.train.log_command import add_log_parser, run_log
 from kvcast.train.readers import READERS, make_log, read_kuairand, read_movielens
 from kvcast.train.readers.vocabulary import MadeLog
 from kvcast.train.requests import Requests
@@ -223,8 +223,8 @@ candidates = 4
 
 def run(*arguments: str | Path) -> int:
     parser = argparse.ArgumentParser()
-    add_log_parser(parser.add_subparsers(dest="command", required=True))
-    return run_log(parser.parse_args(["log", *map(str, arguments)]))
+    log_command.add_options(parser)
+    return log_command.run(parser.parse_args([*map(str, arguments)]))
 
 
 @pytest.mark.parametrize("name", ["log.parquet", "log.csv"])

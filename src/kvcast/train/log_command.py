@@ -1,4 +1,7 @@
-"""`kvcast train log`: say what is in a log, or make one from a public data set in a local folder."""
+"""Print what a log contains and whether it fits a model, or make one from a data set in a local folder.
+
+Data sets: docs/click-logs.md.
+"""
 
 import argparse
 import json
@@ -12,19 +15,15 @@ from kvcast.train.requests import Requests
 from kvcast.train.splits import split_by_shares
 
 
-def add_log_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add `log` to the commands of `kvcast train`."""
-    parser = commands.add_parser(
-        "log",
-        help="check a log, or make one from a data set",
-        description="Say what is in a log and whether it fits a model, or make one from a data set in a local folder "
-        "(docs/training.md).",
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `log`."""
     parser.add_argument("source", type=Path, metavar="SOURCE", help="a log, or with --from the data set's folder")
-    parser.add_argument("--config", required=True, help=f"whose fields: {', '.join(list_configs())}, or a TOML file")
+    parser.add_argument("--config", required=True, help=f"{', '.join(list_configs())}, or the path of a TOML file")
     parser.add_argument("--from", dest="reader", choices=sorted(READERS), help="the data set")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the log to make: *.parquet or *.csv")
-    parser.add_argument("--bad-rows", choices=("stop", "skip"), default="stop", help="(%(default)s)")
+    parser.add_argument(
+        "--bad-rows", choices=("stop", "skip"), default="stop", help="bad rows of the log (%(default)s)"
+    )
     parser.add_argument(
         "--pause",
         type=int,
@@ -34,7 +33,7 @@ def add_log_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser
     )
 
 
-def run_log(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Check or make a log; return the exit status.
 
     Raises:

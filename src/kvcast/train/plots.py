@@ -1,6 +1,5 @@
 """Plots: of a run, how loss and metrics went and which weights were kept; of a study, what each way reaches."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,6 @@ mpl.use("agg")
 GREEN, RED, BLUE, GREY, AMBER = "#0b6e4f", "#b23a48", "#3d5a80", "#8d99ae", "#e09f3e"
 # The ways of a study that are trained.
 WAY_COLOURS = {"no_history": AMBER, "target_blind": GREEN, "undirected": RED}
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read a run's metrics."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def draw_run(rows: list[dict[str, Any]], title: str, regime: str, path: Path) -> None:
@@ -35,13 +29,8 @@ def draw_run(rows: list[dict[str, Any]], title: str, regime: str, path: Path) ->
     losses, rankings = figure.subplots(2, 1, sharex=True)
     draw_losses(losses, evaluations)
     draw_rankings(rankings, evaluations, rows[-1])
-    for axes in (losses, rankings):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", alpha=0.25)
     rankings.set_xlabel("step")
-    figure.suptitle(title, fontsize=13, fontweight="bold")
-    losses.set_title(regime, fontsize=8, color="#555555")
-    figure.savefig(path, dpi=130)
+    save(figure, title, regime, path)
 
 
 def draw_losses(axes: Axes, evaluations: list[dict[str, Any]]) -> None:
@@ -85,6 +74,16 @@ def draw_rankings(axes: Axes, evaluations: list[dict[str, Any]], last: dict[str,
     axes.legend(frameon=False, fontsize=8, ncols=2)
 
 
+def save(figure: Figure, title: str, regime: str, path: Path) -> None:
+    """Write a figure, with a title and how it was measured."""
+    for axes in figure.axes[:2]:  # the third of a run shares a frame with the first
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.25)
+    figure.suptitle(title, fontsize=13, fontweight="bold")
+    figure.supxlabel(regime, fontsize=8, color="#555555")
+    figure.savefig(path, dpi=130)
+
+
 def draw_study(result: dict[str, Any], names: Mapping[str, str], path: Path) -> None:
     """Draw a study into a PNG: what each way reaches, and how the masks got there.
 
@@ -97,18 +96,12 @@ def draw_study(result: dict[str, Any], names: Mapping[str, str], path: Path) -> 
     reached, learned = figure.subplots(1, 2, width_ratios=(1.25, 1))
     draw_reached(reached, result, names)
     draw_learned(learned, result, names)
-    for axes in (reached, learned):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
     runs = len([row for row in result["runs"] if row["way"] == "target_blind"])
-    figure.suptitle(f"{result['config']}: what the mask costs", fontsize=13, fontweight="bold")
-    figure.supxlabel(
+    regime = (
         f"{runs} runs of {result['steps']} steps of {result['batch_size']} requests, learning rate "
-        f"{result['learning_rate']:g}; bars: 95% intervals of the mean",
-        fontsize=8,
-        color="#555555",
+        f"{result['learning_rate']:g}; bars: 95% intervals of the mean"
     )
-    figure.savefig(path, dpi=130)
+    save(figure, f"{result['config']}: what the mask costs", regime, path)
 
 
 def draw_reached(axes: Axes, result: dict[str, Any], names: Mapping[str, str]) -> None:

@@ -1,15 +1,18 @@
-"""What grouping by user saves: a training step with one history for all candidates, against a row a candidate.
+"""Time training steps with each history encoded once against steps with a row a candidate.
 
-Both ways take the same batch through the same calls and kernels to the same loss; they differ in whether a history is
-encoded once, or again for each of its candidates. A third, for small sizes, is the monolith, every candidate a full
-sequence. They alternate, and every way's loss and gradients must be those of the first.
+All ways take the same batch through the same kernels to the same loss and gradients (checked), alternating; the third,
+for small sizes, is the monolith, every candidate a full sequence. Prints one JSON document.
 """
 
+import argparse
+import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,30 +22,42 @@ import torch
 from torch import Tensor
 
 from kvcast.networks.interface import RankingNetwork
-from kvcast.protocol.config import ModelConfig
+from kvcast.protocol.config import ModelConfig, load_config
 from kvcast.protocol.schema import Field
 from kvcast.train.batches import Batch, pad_requests, score_batch
 from kvcast.train.errors import TrainingError
 from kvcast.train.objective import make_optimiser
 from kvcast.train.requests import TrainingRequest
-from kvcast.train.trainer import make_trainable
+from kvcast.train.trainer import choose_device, make_trainable
 
 # A way agrees if its loss and every gradient (relative to the largest) differ by no more than this, in fp32.
 TOLERANCE = 1e-4
 GROUPED, ROWS, MONOLITH = "grouped", "rows", "monolith"
+LOSS = "loss"  # beside the names of parameters
 Way = Callable[[RankingNetwork, Batch], float]
 
 
-def measure_speed(  # noqa: PLR0913 each is one thing that is varied
+@dataclass(frozen=True)
+class Regime:
+    """What is measured.
+
+    users: requests of a step; history, candidates: L and N of each. rounds: timed steps each way, after one that warms
+    up. rows_at_once: sequences in memory at once, where every candidate is a row; gradients are summed over them.
+    """
+
+    users: int
+    history: int
+    candidates: int
+    rounds: int = 3
+    rows_at_once: int = 16
+
+
+def measure_speed(
     config: ModelConfig,
-    *,
-    users: int,
-    history: int,
-    candidates: int,
-    rounds: int,
-    rows_at_once: int,
-    with_monolith: bool,
+    regime: Regime,
     device: torch.device,
+    *,
+    with_monolith: bool = False,
     clock: Callable[[], float] = time.perf_counter,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -50,13 +65,9 @@ def measure_speed(  # noqa: PLR0913 each is one thing that is varied
 
     Args:
         config: of the network.
-        users: requests of a step.
-        history: L of each.
-        candidates: N of each.
-        rounds: timed steps each way, after one that warms up.
-        rows_at_once: sequences that a row-a-candidate way has in memory at once; gradients are summed over them.
-        with_monolith: whether to time it too.
+        regime: sizes and rounds.
         device: where to compute.
+        with_monolith: whether to time it too.
         clock: what to time with; `time.process_time` where the machine is busy with other things.
         say: receives lines of progress.
 
@@ -64,12 +75,38 @@ def measure_speed(  # noqa: PLR0913 each is one thing that is varied
         TrainingError: the ways do not agree.
     """
     network = make_trainable(config, seed=0).to(device)
-    optimiser = make_optimiser(network, learning_rate=0.0, weight_decay=0.0)  # steps that change nothing
-    batch = pad_requests(draw_requests(config, users, history, candidates)).to(device)
-    ways: dict[str, Way] = {GROUPED: learn_grouped, ROWS: make_row_way(rows_at_once, score_calls)}
+    batch = pad_requests(draw_requests(config, regime.users, regime.history, regime.candidates)).to(device)
+    ways: dict[str, Way] = {GROUPED: learn_grouped, ROWS: make_row_way(regime.rows_at_once, score_calls)}
     if with_monolith:
-        ways[MONOLITH] = make_row_way(rows_at_once, score_monolith)
+        ways[MONOLITH] = make_row_way(regime.rows_at_once, score_monolith)
     agreement = compare_ways(network, batch, ways)
+    seconds = time_ways(network, batch, ways, regime.rounds, clock, say)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    return {
+        "config": config.name,
+        "layers": config.network.layers,
+        "width": config.network.width,
+        **vars(regime),
+        "clock": clock.__name__,
+        "machine": describe_machine(device),
+        "step_seconds": seconds,
+        "median_step_seconds": medians,
+        "candidates_per_second": {name: regime.users * regime.candidates / each for name, each in medians.items()},
+        "speedup": {name: each / medians[GROUPED] for name, each in medians.items() if name != GROUPED},
+        "largest_difference": agreement,
+    }
+
+
+def time_ways(
+    network: RankingNetwork,
+    batch: Batch,
+    ways: dict[str, Way],
+    rounds: int,
+    clock: Callable[[], float],
+    say: Callable[[str], None],
+) -> dict[str, list[float]]:
+    """Return the seconds of each step each way, alternating."""
+    optimiser = make_optimiser(network, learning_rate=0.0, weight_decay=0.0)  # steps that change nothing
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
         for name, way in ways.items():
@@ -77,28 +114,13 @@ def measure_speed(  # noqa: PLR0913 each is one thing that is varied
             started = clock()
             way(network, batch)
             optimiser.step()
-            _synchronise(device)
+            if batch.labels.is_cuda:
+                torch.cuda.synchronize()
             elapsed = clock() - started
             if turn:
                 seconds[name].append(elapsed)
             say(f"round {turn}/{rounds}, {name}: {elapsed:.3f} s{'' if turn else ' (warm-up)'}")
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    return {
-        "config": config.name,
-        "layers": config.network.layers,
-        "width": config.network.width,
-        "users": users,
-        "history": history,
-        "candidates": candidates,
-        "rows_at_once": rows_at_once,
-        "clock": clock.__name__,
-        "machine": describe_machine(device),
-        "step_seconds": seconds,
-        "median_step_seconds": medians,
-        "candidates_per_second": {name: users * candidates / median for name, median in medians.items()},
-        "speedup": {name: median / medians[GROUPED] for name, median in medians.items() if name != GROUPED},
-        "largest_difference": agreement,
-    }
+    return seconds
 
 
 def learn_grouped(network: RankingNetwork, batch: Batch) -> float:
@@ -136,36 +158,35 @@ def split_rows(batch: Batch, rows_at_once: int) -> Iterator[Batch]:
 
 
 def compare_ways(network: RankingNetwork, batch: Batch, ways: dict[str, Way]) -> float:
-    """Return the largest difference between the first way's loss and gradients and the others'.
+    """Return the largest difference between loss and gradients of `GROUPED` and those of the others.
 
     Raises:
         TrainingError: it is more than `TOLERANCE`.
     """
-    found = {}
-    for name, way in ways.items():
-        network.zero_grad()
-        loss = way(network, batch)
-        found[name] = (
-            loss,
-            {key: each.grad.clone() for key, each in network.named_parameters() if each.grad is not None},
-        )
-    network.zero_grad()
-    (loss, gradients), *others = found.values()
+    expected = collect_gradients(network, batch, ways[GROUPED])
+    scale = max(float(each.abs().max()) for name, each in expected.items() if name != LOSS)
     worst = 0.0
-    for name, (other_loss, other_gradients) in zip(list(ways)[1:], others, strict=True):
-        if gradients.keys() != other_gradients.keys():
+    for name, way in ways.items():
+        got = collect_gradients(network, batch, way)
+        if got.keys() != expected.keys():
             raise TrainingError(f"{name}: gradients of other parameters than {GROUPED}")
-        differences = {"loss": abs(loss - other_loss)}
-        scale = max(float(each.abs().max()) for each in gradients.values())
-        for key, gradient in gradients.items():
-            differences[key] = float((gradient - other_gradients[key]).abs().max()) / scale
+        differences = {
+            key: float((each - got[key]).abs().max()) / (1 if key == LOSS else scale) for key, each in expected.items()
+        }
         key = max(differences, key=differences.__getitem__)
         if not differences[key] <= TOLERANCE:
-            raise TrainingError(
-                f"{name}: expected {key} as {GROUPED} has it, got a difference of {differences[key]:.2g}"
-            )
+            raise TrainingError(f"{name}: expected {key} of {GROUPED}, got a difference of {differences[key]:.2g}")
         worst = max(worst, differences[key])
     return worst
+
+
+def collect_gradients(network: RankingNetwork, batch: Batch, way: Way) -> dict[str, Tensor]:
+    """Return the loss and the gradients of one step."""
+    network.zero_grad()
+    loss = torch.tensor(way(network, batch))
+    gradients = {name: each.grad.clone() for name, each in network.named_parameters() if each.grad is not None}
+    network.zero_grad()
+    return {LOSS: loss, **gradients}
 
 
 def draw_requests(config: ModelConfig, users: int, history: int, candidates: int) -> list[TrainingRequest]:
@@ -211,6 +232,62 @@ def _learn(scores: Tensor, batch: Batch, count: Tensor) -> float:
     return float(loss.item())
 
 
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `speed`."""
+    parser.add_argument("--config", default="bench")
+    parser.add_argument("--candidates", metavar="N,N,…", help="of a request (the configuration's workload)")
+    parser.add_argument("--history", type=int, metavar="L", help="events of a request (the configuration's workload)")
+    parser.add_argument("--users", type=int, default=2, help="requests of a step (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=Regime.rounds, help="timed steps each way (%(default)s)")
+    parser.add_argument(
+        "--rows-at-once",
+        type=int,
+        default=Regime.rows_at_once,
+        metavar="ROWS",
+        help="sequences in memory, a row a candidate (%(default)s)",
+    )
+    parser.add_argument("--monolith", action="store_true", help="time the monolith too, without fast attention")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(%(default)s)")
+    parser.add_argument("--threads", type=int, help="of the CPU")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count the process's CPU seconds: for a machine that is not idle"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure and print; return the exit status."""
+    config = load_config(arguments.config)
+    history, workload = arguments.history or config.workload.history, config.workload
+    results = [
+        measure_speed(
+            config,
+            Regime(arguments.users, history, int(count), arguments.rounds, arguments.rows_at_once),
+            choose_device(arguments.device),
+            with_monolith=arguments.monolith,
+            clock=time.process_time if arguments.cpu_time else time.perf_counter,
+            say=lambda line: print(line, file=sys.stderr, flush=True),
+        )
+        for count in str(arguments.candidates or workload.candidates).split(",")
+    ]
+    text = json.dumps(
+        {"command": describe_command(arguments, without=("device", "json")), "results": results}, indent=2
+    )
+    if arguments.json:
+        arguments.json.write_text(text + "\n")
+    print(text)
+    return 0
+
+
+def describe_command(arguments: argparse.Namespace, without: tuple[str, ...] = ()) -> str:
+    """Return the command, options that are not set left out and files by their names."""
+    parts = [f"kvcast train {arguments.command}"]
+    for name, value in vars(arguments).items():
+        if name not in ("command", *without) and value is not None and value is not False:
+            values = value if isinstance(value, list) else [] if value is True else [value]
+            texts = [each.name if isinstance(each, Path) else str(each) for each in values]
+            parts += [f"--{name.replace('_', '-')}", *texts]
+    return " ".join(parts)

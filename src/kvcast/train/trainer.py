@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -170,16 +171,18 @@ class Controls:
 
     say: receives lines of progress. should_stop: asked after each step; if so a checkpoint is written and the run ends.
     seconds: the time after which a run ends. Where that is sooner than its steps, learning rate and evaluations follow
-    the time instead of the steps, so that the run comes to a low rate; it is not the same twice then.
+    the time instead of the steps, so that the run comes to a low rate; it is not the same twice then. clock: gives
+    seconds, from any zero on.
     """
 
     say: Callable[[str], None] = print
     should_stop: Callable[[], bool] = lambda: False
     seconds: float = math.inf
+    clock: Callable[[], float] = time.monotonic
 
 
-class Interrupted(Exception):  # noqa: N818 not an error
-    """Someone asked the run to end; its checkpoint is written."""
+class Interrupted(TrainingError):  # noqa: N818 not an error
+    """The run was asked to end; its checkpoint is written."""
 
 
 class Trainer:
@@ -209,14 +212,14 @@ class Trainer:
         """
         self.identity = describe_run(config, settings, parts)
         self.settings, self.files, self.progress = settings, files, Progress()
-        self._run_started = self._saved = self._said = time.monotonic()
-        self._evaluated = self._evaluation_seconds = 0.0
         self._config, self._parts, self._device = config, parts, device
         self._controls = controls or Controls()
-        self._say = self._controls.say
+        self._say, self._clock = self._controls.say, self._controls.clock
+        self._run_started = self._saved = self._said = self._clock()
+        self._evaluated = self._evaluation_seconds = 0.0
         self._sizes = measure_sizes(parts.training)
         self._epoch_steps = len(self._plan_epoch(0))
-        self.steps = count_steps(settings, self._epoch_steps)
+        self.steps = min(settings.epochs * self._epoch_steps, settings.steps or sys.maxsize)
         self.network = make_trainable(config, settings.seed).to(device)
         self._optimiser = make_optimiser(self.network, settings.learning_rate, settings.weight_decay)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimiser, self._shape_rate)
@@ -268,7 +271,7 @@ class Trainer:
         return True
 
     def _count_seconds(self) -> float:
-        return time.monotonic() - self._run_started
+        return self._clock() - self._run_started
 
     def _find_place(self, step: int) -> int:
         """Return how far the run is, in steps: as many as were taken, or more if its time passes faster."""
@@ -282,7 +285,7 @@ class Trainer:
 
     def _take_step(self, indices: Ids) -> None:
         """Learn from one batch."""
-        started = time.monotonic()
+        started = self._clock()
         batch = pad_requests([self._parts.training[index] for index in indices]).to(self._device)
         loss = measure_loss(score_batch(self.network, batch, self.settings.scheme), batch, self.settings.loss)
         self._optimiser.zero_grad()
@@ -295,10 +298,10 @@ class Trainer:
         progress.step, progress.batch = progress.step + 1, progress.batch + 1
         progress.loss_sum, progress.loss_count = progress.loss_sum + loss.item(), progress.loss_count + 1
         progress.candidates += int(self._sizes[indices, 1].sum())
-        progress.step_seconds += time.monotonic() - started
-        if time.monotonic() - self._said > SECONDS_BETWEEN_LINES:
+        progress.step_seconds += self._clock() - started
+        if self._clock() - self._said > SECONDS_BETWEEN_LINES:
             self._say(self._describe_progress())
-            self._said = time.monotonic()
+            self._said = self._clock()
 
     def _expect_finite(self, loss: Tensor, norm: Tensor) -> None:
         if loss.isfinite() and norm.isfinite():
@@ -385,7 +388,7 @@ class Trainer:
         return measure_ranking([request.labels for request in requests], scores)
 
     def _save_if_due(self) -> None:
-        is_due = time.monotonic() - self._saved > SECONDS_BETWEEN_CHECKPOINTS
+        is_due = self._clock() - self._saved > SECONDS_BETWEEN_CHECKPOINTS
         should_stop = self._controls.should_stop()
         if self.progress.is_finished or not (is_due or should_stop):
             return
@@ -409,7 +412,7 @@ class Trainer:
             "schedule": self._schedule.state_dict(),
         }
         Checkpoint(tensors, state).write(self.files.checkpoint)
-        self._saved = time.monotonic()
+        self._saved = self._clock()
 
     def _write_weights(self) -> None:
         config, settings = self._config, self.settings
@@ -460,12 +463,6 @@ def choose_device(name: str) -> torch.device:
             f"--device cuda: PyTorch {torch.__version__} finds no GPU here; --device auto takes the CPU then"
         )
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def count_steps(settings: Settings, batches: int) -> int:
-    """Return the steps of a run with so many batches an epoch."""
-    steps = settings.epochs * batches
-    return steps if settings.steps is None else min(steps, settings.steps)
 
 
 def describe_run(config: ModelConfig, settings: Settings, parts: Parts) -> dict[str, Any]:
