@@ -54,10 +54,7 @@ def fake(tiny_repository, monkeypatch) -> FakeServer:
     """The server that every new gRPC client talks to."""
     server = FakeServer(read_manifest(tiny_repository / "user_encoder" / "1"))
 
-    def open_fake(client: RankerClient) -> None:
-        client._transport = server
-
-    monkeypatch.setattr(RankerClient, "_open", open_fake)
+    monkeypatch.setattr("kvcast.client.clients.open_transport", lambda *_: server)
     return server
 
 

@@ -92,15 +92,11 @@ def ask(request, script) -> Ask:
 
     def call(method: str, *arguments: Any, deadline: float = 5.0, retry: RetryPolicy = QUICK) -> Any:
         if request.param == "sync":
-            with RankerClient(retry=retry) as client:
-                client._transport.close()
-                client._transport = ScriptTransport(script)
+            with RankerClient(retry=retry, transport=ScriptTransport(script)) as client:
                 return getattr(client, method)(*arguments, deadline=deadline)
 
         async def run() -> Any:
-            async with AsyncRankerClient(retry=retry) as client:
-                await client._transport.close()
-                client._transport = AsyncScriptTransport(script)
+            async with AsyncRankerClient(retry=retry, transport=AsyncScriptTransport(script)) as client:
                 return await getattr(client, method)(*arguments, deadline=deadline)
 
         return asyncio.run(run())
@@ -164,9 +160,7 @@ def test_an_empty_budget_ends_it(ask, script):
 
 
 def test_a_wrong_request_is_refused_without_waiting_for_a_server_that_is_away(script):
-    with RankerClient(retry=RetryPolicy()) as client:
-        client._transport.close()
-        client._transport = ScriptTransport(script)
+    with RankerClient(retry=RetryPolicy(), transport=ScriptTransport(script)) as client:
         client.get_manifest()
         script.errors = away(100)
         with pytest.raises(InvalidRequestError, match="N = 1 to 64"):
@@ -178,9 +172,8 @@ def test_a_cancelled_call_is_over(script):
     script.errors = away(10_000)
 
     async def run() -> None:
-        async with AsyncRankerClient(retry=RetryPolicy(first_pause=0.01)) as client:
-            await client._transport.close()
-            client._transport = AsyncScriptTransport(script)
+        policy, transport = RetryPolicy(first_pause=0.01), AsyncScriptTransport(script)
+        async with AsyncRankerClient(retry=policy, transport=transport) as client:
             task = asyncio.create_task(client.rank(HISTORY, CANDIDATES))
             await asyncio.sleep(0.05)
             task.cancel()

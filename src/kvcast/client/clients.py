@@ -97,11 +97,11 @@ class Conversation:
         return Call(self.model, inputs, outputs, {REPORT_PARAMETER: True}, routing_key=key)
 
     def ask_prefetch(self, history: npt.ArrayLike, *, user_id: UserId | None = None) -> Call:
-        """Return the call that encodes and keeps a user: no KV comes back.
+        """Return the call that encodes and caches a user: no KV comes back.
 
         Raises:
             InvalidRequestError: the history is not what the server's manifest says.
-            ValueError: the model keeps no users.
+            ValueError: the model has no cache of its own.
         """
         inputs: Tensors = {HISTORY.name: self._check_history(history)}
         key = choose_routing_key(user_id, inputs[HISTORY.name])
@@ -153,6 +153,7 @@ class _Settings:
         deadline: float = DEFAULT_DEADLINE,
         retry: RetryPolicy = DEFAULT_RETRY,
         tls: TlsOptions | None = None,
+        transport: Any = None,
     ) -> None:
         """Prepare a client; nothing is sent before the first call.
 
@@ -164,6 +165,7 @@ class _Settings:
                 them, and asking for the manifest, which the first call does.
             retry: when to send again what the server could not answer; `NO_RETRIES` is never.
             tls: encrypt the connection (gRPC only).
+            transport: a `Transport` (`AsyncTransport`) of one's own, instead of one to the address.
 
         Raises:
             ValueError: the protocol is another, or the deadline not a positive number, or TLS is asked of HTTP.
@@ -177,10 +179,10 @@ class _Settings:
         self._tls = tls
         self._retries = Retries(retry, self._address)
         self._manifest: Manifest | None = None
-        self._open()
+        self._transport = transport or self._open()
 
-    def _open(self) -> None:
-        """Make the transport."""
+    def _open(self) -> Any:
+        """Return a transport to the address."""
         raise NotImplementedError
 
     def _start(self, deadline: float | None) -> Deadline:
@@ -240,8 +242,10 @@ class _Settings:
 class RankerClient(_Settings):
     """Ranks candidates on one server; safe to use from several threads, and a context manager."""
 
-    def _open(self) -> None:
-        self._transport: Transport = open_transport(self._protocol, self._address, self._tls)
+    _transport: Transport
+
+    def _open(self) -> Transport:
+        return open_transport(self._protocol, self._address, self._tls)
 
     def __enter__(self) -> Self:
         """Return the client."""
@@ -280,7 +284,7 @@ class RankerClient(_Settings):
             history: integers `[L, history_fields]`, oldest event first; L = 0 is a new user.
             candidates: integers `[N, T]`, N at least 1.
             user_id: whose history it is; where a proxy stands before several servers, it sends a user to the one
-                that keeps the user's KV. Only a hash of it is sent. Without it, equal histories go to one server.
+                that has cached the user. Only a hash of it is sent. Without it, equal histories go to one server.
             deadline: seconds that the whole call may take, with all its attempts.
             report: ask the server how it made the scores; the answer is the ranking's `report`.
 
@@ -298,7 +302,7 @@ class RankerClient(_Settings):
     def prefetch(
         self, history: npt.ArrayLike, *, user_id: UserId | None = None, deadline: float | None = None
     ) -> Report:
-        """Encode a user now and keep the KV on the server, while retrieval still runs: a later `rank` finds it.
+        """Encode and cache a user now, while retrieval still runs: a later `rank` is a cache hit.
 
         Args:
             history: integers `[L, history_fields]`, oldest event first, as `rank` will be given it.
@@ -307,11 +311,11 @@ class RankerClient(_Settings):
 
         Returns:
             `cache` is `miss` if the user was encoded now, `hit` if the KV was there already, and `off` if the server
-            cannot keep it: then nothing was computed.
+            cannot cache it: then nothing was computed.
 
         Raises:
             InvalidRequestError, TryAgainError, ServerFaultError: as `rank`.
-            ValueError: this client's model keeps no users.
+            ValueError: this client's model has no cache.
         """
         return self._follow(self._prefetch(history, user_id, deadline))
 
@@ -342,8 +346,10 @@ class AsyncRankerClient(_Settings):
     It is made inside a running event loop.
     """
 
-    def _open(self) -> None:
-        self._transport: AsyncTransport = open_async_transport(self._protocol, self._address, self._tls)
+    _transport: AsyncTransport
+
+    def _open(self) -> AsyncTransport:
+        return open_async_transport(self._protocol, self._address, self._tls)
 
     async def __aenter__(self) -> Self:
         """Return the client."""
@@ -378,7 +384,7 @@ class AsyncRankerClient(_Settings):
     async def prefetch(
         self, history: npt.ArrayLike, *, user_id: UserId | None = None, deadline: float | None = None
     ) -> Report:
-        """Encode a user now and keep the KV on the server, as `RankerClient.prefetch`."""
+        """Encode and cache a user now, as `RankerClient.prefetch`."""
         return await self._follow(self._prefetch(history, user_id, deadline))
 
     async def _follow(self, steps: Steps[Result]) -> Result:

@@ -18,7 +18,7 @@ from aiohttp.web_protocol import RequestHandler
 
 from kvcast.gateway.admission import Admission
 from kvcast.gateway.errors import HTTP_STATUS, UNREACHABLE, StatusError, conceal, hide, spell
-from kvcast.gateway.http_inference import ReplyFormat, parse_json_object, read_header_length, read_request, write_reply
+from kvcast.gateway.http_inference import ReplyFormat, parse_json, read_header_length, read_request, write_reply
 from kvcast.gateway.inference import TRACE_HEADERS, Inference, InferencePath, read_timeout
 from kvcast.gateway.triton import Metadata
 from kvcast.protocol.errors import REASON_FIELD, BusyError, InvalidRequestError, ServerFaultError, TryAgainError
@@ -269,7 +269,7 @@ class HttpServer:
         """Send on with the caller's headers: Triton itself asks for the admin key."""
         body = await self.bodies.read(request, self._max_body_bytes)
         if body.strip():
-            parse_json_object(body, "body")
+            parse_json(body, dict)
         headers = {name: value for name, value in request.headers.items() if name.lower() not in NOT_FORWARDED}
         return await self._forward(request, path, headers, body)
 
