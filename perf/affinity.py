@@ -38,7 +38,7 @@ from kvcast.server.repository import find_free_ports
 from kvcast.serving.options import CACHE_BUDGET
 from kvcast.serving.user_kv_cache import ENTRY_OVERHEAD_BYTES
 from kvcast.synthetic import ClickLog
-from kvcast.synthetic.stock import zipf_shares
+from kvcast.synthetic.shop import zipf_shares
 from perf.analyzer import PerfError
 from perf.harness import Harness, Record, keep_sending
 from perf.processes import Counters

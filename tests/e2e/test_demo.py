@@ -21,7 +21,6 @@ from kvcast.protocol.config import load_config
 from kvcast.protocol.request import RankRequest
 from kvcast.server import TritonServer
 from kvcast.synthetic import Habits, PlantedLog, PlantedRows, Shop
-from kvcast.synthetic.log_file import write_rows
 from kvcast.train.batches import score_requests
 from kvcast.train.log import read_log
 from kvcast.train.metrics import score_by_popularity
@@ -53,7 +52,7 @@ def rows() -> PlantedRows:
 def requests(rows: PlantedRows, tmp_path_factory: pytest.TempPathFactory) -> Requests:
     """The requests of that log, read as training reads them."""
     path = tmp_path_factory.mktemp("held-out") / "log.parquet"
-    write_rows(path, rows)
+    rows.write(path)
     return Requests(read_log(path, CONFIG.schema), CONFIG.schema, CONFIG.limits)
 
 

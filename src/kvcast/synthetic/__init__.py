@@ -1,6 +1,6 @@
-"""Synthetic click logs: the seeded generators behind example request, tests and load tests, and of logs to train on.
+"""Synthetic click logs: seeded generators for the example request, tests and load tests, and of logs to train on.
 
-It knows the feature schema and numpy; it knows nothing of models, servers or training.
+They depend on the feature schema and numpy alone.
 """
 
 from kvcast.synthetic.generator import ClickLog

@@ -1,7 +1,7 @@
 """`python -m kvcast.synthetic`: print a request (`client/request.json` is user 1's), or write a log."""
 
 import argparse
-import importlib
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -69,15 +69,14 @@ def _make_log(arguments: argparse.Namespace, schema: FeatureSchema) -> PlantedLo
 
 
 def _write_log(arguments: argparse.Namespace, schema: FeatureSchema) -> int:
-    try:
-        log_file = importlib.import_module("kvcast.synthetic.log_file")
-    except ModuleNotFoundError as error:
-        print(f"kvcast clicklog: {error.name} is not installed: pip install 'kvcast[train]'", file=sys.stderr)
+    if importlib.util.find_spec("pyarrow") is None:
+        print("kvcast clicklog: pyarrow is not installed: pip install 'kvcast[train]'", file=sys.stderr)
         return 1
-    log_file.check_name(arguments.log)
+    if arguments.log.suffix not in (".parquet", ".csv"):
+        raise ValueError(f"{arguments.log}: expected a file *.parquet or *.csv")
     log = _make_log(arguments, schema)
     rows = log.draw_rows()
-    log_file.write_rows(arguments.log, rows, with_truth=arguments.with_truth)
+    rows.write(arguments.log, with_truth=arguments.with_truth)
     labels = rows.columns[LABEL]
     print(
         f"{arguments.log}: {len(labels)} rows of {log.habits.users} users, {labels.mean():.1%} clicked; "

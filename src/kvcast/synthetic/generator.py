@@ -1,8 +1,8 @@
-"""A small shop, drawn from a seed: items with attributes that hang together, and users who browse it in sessions.
+"""Click logs of a small shop, drawn from a seed: items with related attributes, and users who browse in sessions.
 
 Popularity follows Zipf's law. A category has its own brands and its own price level. A user likes a few categories,
 stays within one for a session, comes back to items seen before, and acts in a funnel (view, click, cart, buy).
-Field names that the shop does not know get uniform random ids, so any schema can be served.
+Fields with other names get uniform random ids, so any schema can be filled.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from kvcast.protocol.request import RankRequest
 from kvcast.protocol.schema import FeatureSchema, Field
-from kvcast.synthetic.stock import draw_brands, zipf_shares
+from kvcast.synthetic.shop import draw_brands, zipf_shares
 
 Ids = npt.NDArray[np.int64]
 
@@ -29,14 +29,14 @@ class ClickLog:
 
         Args:
             schema: the fields of a history event and of a candidate.
-            seed: decides everything.
+            seed: of everything that is drawn.
         """
         self.schema = schema
         self._generator = np.random.default_rng(seed)
         sizes = {field.name: field.vocab_size for field in schema.history_fields + schema.candidate_fields}
         items = sizes.get("item", 2)
         self._attributes = self._stock_items(items, sizes)  # field name → [items], index 0 unused
-        # Popular items are spread over the ids, as in a catalogue that grew over the years.
+        # Popular items are spread over the ids, as in a catalogue that grew over years.
         self._popularity = self._generator.permutation(zipf_shares(items - 1))  # [items - 1]
         self._by_category = self._shelve(self._attributes["category"])
 

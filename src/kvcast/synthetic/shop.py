@@ -1,14 +1,13 @@
-"""The shop of the logs with known truth: items with planted quality, and names for people to read.
+"""Items: popularity by Zipf's law, brands of a category, and the shop of the logs with known truth.
 
-The shop has a seed of its own. Logs of other users in the same shop are about the same items, so a model that is
-trained on one can be judged on another. It knows the feature schema; it knows nothing of users.
+A shop has a seed of its own: logs of other users of the same shop have the same items, so a model that is trained on
+one can be evaluated on another.
 """
 
 import numpy as np
 import numpy.typing as npt
 
 from kvcast.protocol.schema import FeatureSchema
-from kvcast.synthetic.stock import draw_brands, zipf_weights
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -27,6 +26,8 @@ SYLLABLES = (
 )
 # A brand's name is one of each.
 FIRST, MIDDLE, LAST = (tuple(part.split()) for part in SYLLABLES.split(", "))
+ZIPF_EXPONENT = 1.05
+BRANDS_PER_CATEGORY = 12
 # How far apart brands, and the prices of one category, are.
 BRAND_SPREAD = 0.4
 PRICE_SPREAD = 0.2
@@ -96,7 +97,7 @@ class Shop:
         return items
 
     def name_category(self, category: int) -> str:
-        """Return a category's name, which the vocabulary's own ids mean as long as the shop has them."""
+        """Return a category's name."""
         return CATEGORY_NAMES[category - 1] if 1 <= category <= len(CATEGORY_NAMES) else f"category {category}"
 
     def name_brand(self, brand: int) -> str:
@@ -110,3 +111,31 @@ class Shop:
             return f"Item {item}: unknown"
         category, brand = self.name_category(int(self.category[item])), self.name_brand(int(self.brand[item]))
         return f"Item {item}: {category}, {brand}"
+
+
+def zipf_weights(count: int, exponent: float = ZIPF_EXPONENT) -> Floats:
+    """Return the weights of ranks 1 … count by Zipf's law."""
+    weights: Floats = 1 / np.arange(1, count + 1) ** exponent
+    return weights
+
+
+def zipf_shares(count: int, exponent: float = ZIPF_EXPONENT) -> Floats:
+    """Return the weights as probabilities."""
+    weights = zipf_weights(count, exponent)
+    shares: Floats = weights / weights.sum()
+    return shares
+
+
+def draw_brands(draw: np.random.Generator, category: Ids, categories: int, brands: int) -> Ids:
+    """Return a brand for each item: a category has its own, and a few of them sell most of its items.
+
+    Args:
+        draw: the source.
+        category: of each item, below `categories`.
+        categories: how many ids there are, that of the unknown one included.
+        brands: likewise.
+    """
+    own: Ids = draw.integers(1, brands, (categories, BRANDS_PER_CATEGORY))
+    rank = np.minimum(draw.geometric(0.3, len(category)) - 1, BRANDS_PER_CATEGORY - 1)
+    chosen: Ids = own[category, rank]
+    return chosen

@@ -1,8 +1,7 @@
-"""Visits of a shop's users in order of time: who comes, who comes back at once, whose history has grown meanwhile.
+"""Requests of returning users in order of time, for tests and measurements of the user KV cache.
 
-A few users come often and most come rarely (Zipf's law). A visitor looks at more than one page: the next request, a
-little later and between those of others, has the same history. Between visits users act elsewhere, so histories grow,
-and the window of events that a model sees moves on.
+A few users return often and most rarely (Zipf's law). A visit has several pages: the next request, between those of
+other users, has the same history. Between visits histories grow, and the window of events that a model gets moves on.
 """
 
 from collections import deque
@@ -15,7 +14,7 @@ import numpy.typing as npt
 
 from kvcast.protocol.request import RankRequest
 from kvcast.synthetic.generator import ClickLog
-from kvcast.synthetic.stock import zipf_shares
+from kvcast.synthetic.shop import zipf_shares
 
 Ids = npt.NDArray[np.int64]
 
@@ -25,12 +24,12 @@ STREAM_EVENTS = 256
 
 @dataclass(frozen=True)
 class Traffic:
-    """What decides how often a server sees the same history again.
+    """The parameters that determine how often a history is requested again.
 
     history, candidates: the window of events, and the candidates, of a request. shortest: users start with `shortest`
-    to `history` events, uniformly. users: how many there are. exponent: of Zipf's law over them. return_probability:
-    that the next request is another page of a recent visitor, whose history is unchanged. recent: how many visitors
-    may do so. growth: mean number of events between two visits of a user.
+    to `history` events, uniformly. users: their number. exponent: of Zipf's law over them. return_probability: that the
+    next request is another page of a recent visitor, whose history is unchanged. recent: the number of recent visitors.
+    growth: mean number of events between two visits of a user.
     """
 
     history: int
@@ -44,7 +43,7 @@ class Traffic:
 
 
 class Visit(NamedTuple):
-    """One request, and whose it is."""
+    """A request and its user."""
 
     user: int
     request: RankRequest
@@ -57,12 +56,12 @@ class Trace:
         self._log, self._traffic = log, traffic
         self._generator = np.random.default_rng(seed)
         self._popularity = zipf_shares(traffic.users, traffic.exponent)  # [users]
-        self._events: dict[int, Ids] = {}  # what each user will ever have done, as far as drawn
-        self._ends: dict[int, int] = {}  # how much of it has happened
+        self._events: dict[int, Ids] = {}  # all events of each user, as far as drawn
+        self._ends: dict[int, int] = {}  # how many of them are in the past
         self._recent: deque[int] = deque(maxlen=traffic.recent)
 
     def __iter__(self) -> Iterator[Visit]:
-        """Draw visits for ever."""
+        """Draw visits without end."""
         while True:
             user = self._draw_user()
             events = self._events[user][: self._ends[user]]

@@ -1,21 +1,22 @@
-"""Click logs with known truth: every click is drawn with a probability that is written down.
+"""Click logs with known truth: every click is drawn with a recorded probability.
 
-A user likes a few categories and a price level; a share of the users come to like others on the way; and what a user
-acted on lately counts more for a while. The probability of a click is a sigmoid of these and of the item's quality
-(`Effects`). Ranking by the true probability is the best that any model can do: its AUC and NDCG on a sample are the
-bound. It knows tastes that a model has to guess from what a user did, so even a perfect model stays a little below.
+A user prefers a few categories and a price level; the preferences of a share of the users change at some time; recent
+actions raise the probability for a while. The probability of a click is a sigmoid of these and of the item's quality
+(`Effects`). Ranking by the true probability gives the highest possible AUC and NDCG: the upper bound. It uses
+preferences that a model has to infer from the history, so even a perfect model stays a little below.
 
-Tastes differ between users and are evenly spread over categories, so that they can only be learnt from a user's history
-held against the candidate. The module knows the feature schema and numpy; it knows nothing of models and files.
+Preferences differ between users and are spread evenly over categories, so they can only be learnt by comparing a user's
+history with the candidate.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from kvcast.protocol.log import LABEL, TIME, USER, event_fields
+from kvcast.protocol.log import LABEL, TIME, TRUTH, USER, event_fields
 from kvcast.synthetic.shop import Shop
 
 Ids = npt.NDArray[np.int64]
@@ -25,7 +26,7 @@ START = 1_700_000_000  # the time of the first day, seconds
 HOUR, DAY = 3600, 86_400
 NEVER = np.iinfo(np.int64).max
 FAVOURITES = 4
-DRIFTING_SHARE = 0.4  # of the users, whose favourites become others at some time
+DRIFTING_SHARE = 0.4  # of the users, whose favourites change at some time
 RETRIEVED_SHARE = 0.5  # of what is shown, chosen from the user's favourites; the rest is of any category
 # Of an event's weight, what is left after the next one; and what an action weighs. Ids: 2 click, 3 add to cart, 4 buy.
 RECENCY_DECAY = 0.8
@@ -51,7 +52,7 @@ class Effects:
 
 @dataclass(frozen=True)
 class Habits:
-    """How often users come and what they are shown: users, days, mean visits a day, items of a visit."""
+    """The size of a log: users, days, mean visits a day, items shown in a visit."""
 
     users: int = 2000
     days: float = 30
@@ -65,18 +66,27 @@ class PlantedRows(NamedTuple):
     columns: dict[str, npt.NDArray[Any]]
     truth: Floats
 
+    def write(self, path: Path, *, with_truth: bool = False) -> None:
+        """Write a CSV or else a Parquet file, by its name; `with_truth` adds the probabilities as a column."""
+        import pyarrow.csv  # noqa: PLC0415 nothing else in this package needs it
+        import pyarrow.parquet  # noqa: PLC0415
+
+        table = pyarrow.table(self.columns | ({TRUTH: self.truth} if with_truth else {}))
+        write = pyarrow.csv.write_csv if path.suffix == ".csv" else pyarrow.parquet.write_table
+        write(table, path)
+
 
 class PlantedLog:
-    """Users of a shop and what they did, the same for the same seed. `price_level` is 0 to 1 a user, the first at 0."""
+    """Users of a shop and their clicks, the same for the same seed. `price_level`: 0 to 1 a user, user 1 at index 0."""
 
     def __init__(self, shop: Shop, habits: Habits = Habits(), seed: int = 0, effects: Effects = Effects()) -> None:
-        """Draw the users; `draw_rows` lets them visit.
+        """Draw the users; `draw_rows` draws their visits.
 
         Args:
-            shop: what they are shown.
-            habits: how many they are and how often they come.
-            seed: decides the users and what they do; the shop has its own.
-            effects: what makes them click.
+            shop: the items.
+            habits: how many users and visits.
+            seed: of the users and their clicks; the shop has its own.
+            effects: what the probability of a click depends on.
         """
         self.shop, self.habits, self.effects, self._seed = shop, habits, effects, seed
         draw = np.random.default_rng([seed, 1])
@@ -97,7 +107,7 @@ class PlantedLog:
         return [int(category) for category in self._favourites[int(has_changed), user - 1]]
 
     def draw_rows(self) -> PlantedRows:
-        """Let all users visit, and return the rows. Users are the integers from 1 on."""
+        """Draw all visits of all users; return the rows. Users are the integers from 1 on."""
         draw = np.random.default_rng([self._seed, 2])
         times = self._draw_times(draw)  # [users, most visits]
         recency = np.zeros((self.habits.users, self.shop.categories + 1))
@@ -108,12 +118,12 @@ class PlantedLog:
         return self._tabulate(draw, parts)
 
     def draw_visit(self, rows: PlantedRows, user: int, shown: int) -> PlantedRows:
-        """Let a user come once more, an hour after the last of `rows`, and return the rows of that visit.
+        """Draw one more visit of a user, an hour after the last of `rows`.
 
         Args:
-            rows: all that happened, as `draw_rows` returns it; the shop's schema must have an item and an action.
-            user: who comes.
-            shown: how many items they are shown.
+            rows: the log, as `draw_rows` returns it; the shop's schema must have an item and an action.
+            user: whose visit.
+            shown: how many items are shown.
         """
         draw = np.random.default_rng([self._seed, 3, user])
         own = rows.columns[USER] == user
@@ -137,7 +147,7 @@ class PlantedLog:
         return PlantedRows({**columns, LABEL: rows[LABEL]}, truth)
 
     def _draw_times(self, draw: np.random.Generator) -> Ids:
-        """Return when each visit is; no user comes twice at one time."""
+        """Return the time of each visit; a user's visits have different times."""
         most = int(self._visits.max())
         times = draw.integers(0, self._span - most, (self.habits.users, most))
         # Only the first `visits` of a user count.
@@ -147,7 +157,7 @@ class PlantedLog:
     def _visit(
         self, draw: np.random.Generator, who: Ids, time: Ids, recency: Floats, shown: int
     ) -> dict[str, npt.NDArray[Any]]:
-        """Let users visit once and act; `recency` is what they acted on lately, and is brought up to date."""
+        """Draw one visit of each of these users; `recency`, their recent actions by category, is updated."""
         favourites = self._favourites[(time >= self._changes[who]).astype(np.int64), who]  # [A, FAVOURITES]
         items = self._choose_shown(draw, favourites, shown)  # [A, shown]
         truth = self._compute_truth(items, favourites, self.price_level[who], recency[who])
@@ -179,7 +189,7 @@ class PlantedLog:
             repeated = _find_repeated(items)
             if not repeated.any():
                 break
-            # A few items may be most of what is shown: in the end anything will do.
+            # In a small shop a few items may be most of what is shown: in the end any item is taken.
             anything = draw.integers(1, self.shop.items + 1, count)
             items = np.where(repeated, draw_items() if attempt < 10 else anything, items)
         return items
@@ -199,7 +209,7 @@ class PlantedLog:
         return truth
 
     def _fill_events(self, draw: np.random.Generator, actions: Ids) -> dict[str, Ids]:
-        """Return a column for each field that only an event has: 0 where nobody acted."""
+        """Return a column for each field that only an event has: 0 where there was no action."""
         columns = {}
         for field in event_fields(self.shop.schema):
             if field.name == "action":
@@ -220,12 +230,12 @@ def compute_best_auc(truth: Floats) -> float:
 
 
 def _follow(recency: Floats, category: Ids, action: Ids) -> Floats:
-    """Return what users acted on lately after more events, in their order: weights of categories, at most 2 in all."""
-    everybody = np.arange(len(recency))
+    """Return the recent actions after more events, in their order: weights of categories, at most 2 in all."""
+    every_user = np.arange(len(recency))
     for column in range(category.shape[1]):
         acted = action[:, column] > 0
         recency = np.where(acted[:, None], recency * RECENCY_DECAY, recency)
-        recency[everybody, category[:, column]] += (1 - RECENCY_DECAY) * ACTION_WEIGHTS[action[:, column]]
+        recency[every_user, category[:, column]] += (1 - RECENCY_DECAY) * ACTION_WEIGHTS[action[:, column]]
     return recency
 
 

@@ -1,7 +1,6 @@
-"""A user of a log with known truth who comes once more, and a ranking of what they are shown, in words.
+"""One more visit of a user of a log with known truth, and a text that explains a ranking of the items shown.
 
-The log decides who it is: with another seed than the log that a model was trained on it is somebody new in the same
-shop. The module knows scores as numbers; it knows nothing of models and servers.
+With another seed than that of the log that a model was trained on, it is a new user of the same shop.
 """
 
 from dataclasses import dataclass
@@ -28,9 +27,9 @@ _COLUMNS = f"{'item':>5}  {'brand':<10}    {'category':<13}  {'price':>5}"
 class Visitor:
     """A user at the time of a visit.
 
-    tastes: the categories that they like. price_level: 0 to 1. events, actions: what they did before, `[L]`, oldest
-    first. items: what they are shown, `[N]`; outcomes: what they then do with it, 0 if nothing. truth: the probability
-    that they click on it. request: what a model gets of all this.
+    tastes: the preferred categories. price_level: 0 to 1. events, actions: the history, `[L]`, oldest first. items:
+    those shown, `[N]`; outcomes: the user's action on each, 0 for none; truth: the probability of a click on each.
+    request: the part of this that a model gets.
     """
 
     user: int
@@ -45,12 +44,12 @@ class Visitor:
     request: RankRequest
 
     def likes(self, item: int) -> bool:
-        """Say whether an item is of a category that the user likes."""
+        """Whether an item is of a preferred category."""
         return int(self.shop.category[item]) in self.tastes
 
 
 def draw_visitor(log: PlantedLog, user: int, events: int, shown: int) -> Visitor:
-    """Let a user of a log come once more.
+    """Draw one more visit of a user of a log.
 
     Args:
         log: whose user.
@@ -88,7 +87,7 @@ def draw_visitor(log: PlantedLog, user: int, events: int, shown: int) -> Visitor
 
 
 def describe_visitor(visitor: Visitor) -> str:
-    """Return who it is and what they did, for people."""
+    """Return a description of the user and the latest events."""
     shop, history = visitor.shop, visitor.request.history
     lines = [
         f"A shop of {shop.items} items in {shop.categories} categories, and a user whom the model has never seen:",
@@ -109,7 +108,7 @@ def describe_visitor(visitor: Visitor) -> str:
 
 
 def describe_ranking(visitor: Visitor, scores: Scores) -> str:
-    """Return a ranking beside the user's tastes, for people: the first, the last, and what it is worth."""
+    """Return a table of a ranking, its first and last places, and its quality in sentences."""
     order = np.argsort(-scores, kind="stable")
     lines = [f"rank   score  {_COLUMNS}  what the user then did"]
     for place, index in enumerate(order):
@@ -128,7 +127,7 @@ def measure_auc(labels: npt.NDArray[np.bool_], scores: Scores) -> float:
 
 
 def _judge(visitor: Visitor, scores: Scores, top: Ids) -> list[str]:
-    """Return what the ranking is worth, in sentences."""
+    """Return the quality of the ranking, in sentences."""
     shown, first = f"{len(scores)} candidates", f"the top {len(top)}"
     liked = np.array([visitor.likes(int(item)) for item in visitor.items])
     clicked = visitor.outcomes > 0
