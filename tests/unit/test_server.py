@@ -21,7 +21,9 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from kvcast.protocol.errors import KvcastError
+from kvcast.protocol.config import CONFIGS
+from kvcast.protocol.errors import ConfigError, KvcastError
+from kvcast.protocol.locate import locate
 from kvcast.protocol.manifest import read_manifest
 from kvcast.server import ServeConfig, ServerError, TritonServer, shared_memory
 from kvcast.server.__main__ import make_parser
@@ -141,9 +143,10 @@ def test_shared_memory_holds_two_requests_of_the_workload(tiny_repository):
 def test_the_name_of_a_configuration(tmp_path):
     assert read_config_name(None) is None
     assert read_config_name("bench") == "bench"
-    (tmp_path / "own.toml").write_text('name = "own"')
-    assert read_config_name(str(tmp_path / "own.toml")) == "own"
-    with pytest.raises(ServerError, match="cannot be read"):
+    text = (locate(CONFIGS) / "tiny.toml").read_text()
+    (tmp_path / "my.toml").write_text(text.replace('name = "tiny"', 'name = "own"'))
+    assert read_config_name(str(tmp_path / "my.toml")) == "own"
+    with pytest.raises(ConfigError, match=r"the path of a TOML file, got .*missing\.toml"):
         read_config_name(str(tmp_path / "missing.toml"))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
 import msgspec
@@ -11,6 +12,14 @@ T = TypeVar("T")
 LONGEST_VALUE = 200
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Id = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+
+
+def read_file(path: Path, remedy: str, error_type: type[Exception]) -> str:
+    """Return a file's text."""
+    try:
+        return path.read_text()
+    except OSError as error:
+        raise error_type(f"{path}: cannot be read ({error.strerror}): {remedy}") from error
 
 
 def decode_json(text: str | bytes, kind: type[T], name: str, error_type: type[Exception]) -> T:

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from kvcast.protocol.decoding import Id, decode_json
+from kvcast.protocol.decoding import Id, decode_json, read_file
 from kvcast.protocol.errors import ArtefactError
 from kvcast.protocol.tensors import SCORE_TOLERANCE, SCORES
 
@@ -84,9 +84,4 @@ class Golden:
 
 def read_golden(folder: Path) -> Golden:
     """Read the golden request beside an artefact; raises ArtefactError if there is none that can be used."""
-    path = folder / GOLDEN_FILE
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise ArtefactError(f"{path}: cannot be read ({error.strerror}): export again") from error
-    return Golden.from_json(text)
+    return Golden.from_json(read_file(folder / GOLDEN_FILE, "export again", ArtefactError))

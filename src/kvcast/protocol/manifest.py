@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from kvcast.protocol.config import Option
-from kvcast.protocol.decoding import decode_json
+from kvcast.protocol.decoding import decode_json, read_file
 from kvcast.protocol.errors import ArtefactError
 from kvcast.protocol.schema import FeatureSchema, Field, KVLayout, Limits, Workload
 
@@ -103,12 +103,7 @@ def parse_manifest(text: str) -> Manifest:
 
 def read_manifest(folder: Path) -> Manifest:
     """Read the manifest in `folder`; raises ArtefactError if there is none that can be used."""
-    path = folder / MANIFEST_FILE
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise ArtefactError(f"{path}: cannot be read ({error.strerror}): run the export first") from error
-    return parse_manifest(text)
+    return parse_manifest(read_file(folder / MANIFEST_FILE, "run the export first", ArtefactError))
 
 
 def hash_file(path: Path) -> str:

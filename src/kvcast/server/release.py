@@ -70,20 +70,17 @@ def main(argv: list[str] | None = None) -> int:
         elif arguments.command == "list":
             print(to_json(store.read()) if arguments.json else to_table(store.read()))
         else:
-            activate(store, choose(store.read(), arguments), arguments.server or [], arguments.wait)
+            record = store.read()
+            number = record.previous
+            if arguments.command == "activate":
+                number = record.find(arguments.release).release_number
+            if number is None:
+                raise ServerError("no release was active before the one that is: `kvcast release list` shows them")
+            activate(store, number, arguments.server or [], arguments.wait)
     except (KvcastError, OSError) as error:
         print(f"kvcast release {arguments.command}: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def choose(record: Record, arguments: argparse.Namespace) -> int:
-    """Return the number of the release to activate, or to go back to."""
-    if arguments.command == "activate":
-        return record.find(arguments.release).release_number
-    if record.previous is None:
-        raise ServerError("no release was active before the one that is: `kvcast release list` shows what there is")
-    return record.previous
 
 
 def activate(store: ReleaseStore, number: int, named: list[str], seconds: float) -> None:

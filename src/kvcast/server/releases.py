@@ -22,7 +22,7 @@ from kvcast.protocol.tensors import EXPORTED_MODELS, MODELS
 from kvcast.server.installation import ServerError
 from kvcast.server.view import CONFIG_FILE, ENSEMBLE_VERSION
 
-# Keys in files of version 0.1.
+# Keys in files of earlier versions.
 OLD_KEYS = {b'"fingerprint":': b'"release_id":', b'"number":': b'"release_number":'}
 STAGING_PREFIX = ".publishing-"
 READ_ONLY_FILE, READ_ONLY_FOLDER, WRITABLE_FOLDER = 0o444, 0o555, 0o755

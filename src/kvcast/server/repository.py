@@ -7,9 +7,9 @@ import errno
 import socket
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
+from kvcast.protocol.config import load_config
 from kvcast.protocol.errors import KvcastError
 from kvcast.protocol.manifest import Manifest, read_manifest
 from kvcast.protocol.tensors import DOC_FUSION, USER_ENCODER
@@ -37,13 +37,8 @@ def check_repository(repository: Path, models: list[str], config: str | None) ->
 
 
 def read_config_name(config: str | None) -> str | None:
-    """Return a configuration's name: the argument itself, or the `name` in the TOML file that it is the path of."""
-    if config is None or not config.endswith(".toml"):
-        return config
-    try:
-        return str(tomllib.loads(Path(config).read_text())["name"])
-    except (OSError, tomllib.TOMLDecodeError, KeyError) as error:
-        raise ServerError(f"config {config}: cannot be read ({error}): expected a TOML file with a name") from error
+    """Return a configuration's name: the argument itself, or the `name` in a TOML file."""
+    return load_config(config).name if config is not None and config.endswith(".toml") else config
 
 
 def ensure_exported(repository: Path, models: list[str], config: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+from kvcast.protocol.decoding import read_file
 from kvcast.protocol.tensors import MODELS, ModelSpec
 from kvcast.server.installation import ServerError
 
@@ -86,11 +87,8 @@ class View:
     def _read(self, model: str) -> ModelConfig:
         """Return a model's configuration with the parameters replaced."""
         path = self._repository / model / CONFIG_FILE
-        config = ModelConfig()
         try:
-            text_format.Parse(path.read_text(), config)
-        except OSError as error:
-            raise ServerError(f"{path}: cannot be read ({error.strerror}): run `make export` again") from error
+            config = text_format.Parse(read_file(path, "run `make export` again", ServerError), ModelConfig())
         except text_format.ParseError as error:
             raise ServerError(f"{path}:{error}: expected the fields of tritonclient's ModelConfig") from error
         for name in config.parameters.keys() & self._parameters:
