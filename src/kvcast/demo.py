@@ -34,7 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
         "belong together, the output is ids and scores",
     )
     parser.add_argument(
-        "--user", type=int, metavar="NUMBER", help=f"whom to rank for, with demo: 1 to {Habits().users} (1)"
+        "--user", type=int, metavar="NUMBER", help=f"the user to rank for, with demo: 1 to {Habits().users} (1)"
     )
     parser.add_argument("--http-port", type=int, default=8000, metavar="PORT")
     parser.add_argument("--grpc-port", type=int, default=8001, metavar="PORT")

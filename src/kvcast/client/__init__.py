@@ -3,7 +3,7 @@
     with RankerClient("127.0.0.1:8001") as client:
         print(client.rank(history, candidates).top(10))
 
-Errors say whose move it is: `InvalidRequestError` (fix the request), `TryAgainError` (send it again, later),
+Errors say who has to act: `InvalidRequestError` (fix the request), `TryAgainError` (send it again, later),
 `ServerFaultError` (call the operator). What can be sent again is, within the call's deadline (`RetryPolicy`). No torch,
 no onnxruntime.
 """

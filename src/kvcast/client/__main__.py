@@ -15,9 +15,9 @@ from kvcast.protocol.report import CacheResult, Report
 from kvcast.protocol.request import RankRequest
 from kvcast.protocol.tensors import RANKER
 
-# A person looks at the screen: long enough for a model to be replaced, short enough not to look stuck.
+# Long enough for a model to be replaced, short enough not to look stuck.
 RETRY_SECONDS = 3.0
-# Exit statuses, by whose move it is; 0 is a ranking and 1 is left to Python.
+# Exit statuses, by who has to act; 0 is a ranking and 1 is left to Python.
 WRONG_REQUEST, TRY_AGAIN, SERVER_FAULT = 2, 3, 4
 
 EXAMPLE = """\
@@ -47,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--user",
         metavar="ID",
-        help="whose history it is: a proxy before several servers finds the one that keeps this user (sent hashed)",
+        help="whose history it is: a proxy before several servers finds the one that has cached the user (sent hashed)",
     )
     parser.add_argument(
         "--report", action="store_true", help="ask how the scores were made: cache, encode and fuse time"
@@ -71,9 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def add_tls_option(parser: argparse.ArgumentParser) -> None:
     """Add `--tls-ca`, which `make_tls` reads."""
-    parser.add_argument(
-        "--tls-ca", metavar="FILE", help="encrypt gRPC; PEM file of who may have signed the server's certificate"
-    )
+    parser.add_argument("--tls-ca", metavar="FILE", help="encrypt gRPC; PEM file of the CA of the server's certificate")
 
 
 def make_tls(arguments: argparse.Namespace) -> TlsOptions | None:
@@ -121,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def to_table(ranking: Ranking, top: int, events: int, where: str, manifest: Manifest) -> str:
-    """Return the ranking for people."""
+    """Return the ranking as a table."""
     lines = [
         f"{len(ranking.scores)} candidates after {events} events, ranked in {1e3 * ranking.seconds:.1f} ms by {where}",
         f"model {manifest.config}, release {manifest.release[:12]}",
@@ -152,7 +150,7 @@ def to_json(ranking: Ranking, top: int, events: int, where: str, manifest: Manif
 
 
 def say_report(report: Report) -> str:
-    """Return how the scores were made, for people."""
+    """Return a sentence on how the scores were made."""
     encode, fuse = 1e3 * report.encode_seconds, 1e3 * report.fuse_seconds
     if report.encode_seconds and not report.fuse_seconds:
         return f"cache {report.cache}: encoded and scored in one run of {encode:.1f} ms"
@@ -160,7 +158,7 @@ def say_report(report: Report) -> str:
 
 
 def say_prefetch(report: Report, events: int) -> str:
-    """Return what came of a prefetch, for people."""
+    """Return a sentence on the outcome of a prefetch."""
     return {
         CacheResult.MISS: f"{events} events encoded in {1e3 * report.encode_seconds:.1f} ms and cached",
         CacheResult.HIT: f"{events} events were cached already",

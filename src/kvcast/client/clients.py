@@ -1,7 +1,7 @@
 """`RankerClient` and `AsyncRankerClient`: check a request, send it (again, if need be), check the answer.
 
 What both do is written once: what is said in `Conversation`, in which order in `_Settings`, as steps that each class
-takes in its own way of waiting. Neither knows how bytes travel (`transport`) or when to try again (`retry`).
+takes in its own way of waiting. How bytes travel is in `transport`, when to try again in `retry`.
 """
 
 import asyncio

@@ -2,7 +2,7 @@
 
 A server can say that it is ready while no request comes through: Triton's own endpoints answer 200 when the process of
 a Python model is dead. A probe ranks: two candidates together, then each alone, which must come to the same scores.
-It ranks once, without sending again, over a new connection, as a caller would who has just arrived.
+It ranks once, without sending again, over a new connection, as a new caller would.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from kvcast.protocol.manifest import Manifest
 from kvcast.protocol.schema import Field
 from kvcast.protocol.tensors import RANKER, SCORE_TOLERANCE
 
-# Ready is ready soon. Alive is patient: whoever restarts a server that is merely overloaded makes it worse.
+# Readiness is checked within seconds. Liveness is patient: restarting an overloaded server makes it worse.
 READY_DEADLINE, LIVE_DEADLINE = 2.0, 10.0
 # Seconds between the probes of --wait.
 WAIT_STEP = 0.25

@@ -91,7 +91,7 @@ class RetryBudget:
         self._filled = clock()
 
     def deposit(self) -> None:
-        """Take note of an exchange that is sent for the first time."""
+        """Count an exchange that is sent for the first time."""
         with self._lock:
             self._add(self._policy.budget_share)
 

@@ -50,7 +50,7 @@ ERRORS_BY_STATUS: dict[str | int, type[KvcastError]] = {
 class TlsOptions:
     """Encrypt gRPC. Paths of PEM files.
 
-    ca_file: who may have signed the server's certificate; None is whom gRPC trusts by itself.
+    ca_file: CA of the server's certificate; None is what gRPC trusts by itself.
     certificate_file, key_file: the client's own certificate and its key, for a server that asks for one (mutual TLS).
     """
 
@@ -97,7 +97,7 @@ class Transport(abc.ABC):
             deadline: seconds within which the answer must be here; most of it travels to the server's queue too.
 
         Raises:
-            InvalidRequestError, TryAgainError, ServerFaultError: by whose move it is.
+            InvalidRequestError, TryAgainError, ServerFaultError: by who has to act.
         """
 
     @abc.abstractmethod

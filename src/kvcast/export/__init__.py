@@ -1,7 +1,7 @@
 """From a configuration and weights to proved ONNX artefacts in a model repository.
 
 `graphs` traces, `proofs` refuses what is not exact, `release` names the result, `pipeline` runs it all and writes.
-The room knows torch and ONNX; it knows nothing of how the artefacts are served.
+Torch and ONNX; nothing here depends on how the artefacts are served.
 """
 
 import os

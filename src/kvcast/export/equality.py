@@ -1,7 +1,7 @@
 """Property 0: every exported graph computes what the torch network computes.
 
 The other properties judge the network by itself and the graphs by themselves, and hold in graphs that are wrong alike.
-PyTorch's exporter and ONNX Runtime do differ from PyTorch on valid inputs, silently, and a network that somebody brings
+PyTorch's exporter and ONNX Runtime do differ from PyTorch on valid inputs, silently, and a network that a user brings
 may contain any operator. So every graph is run beside the network: scores, and user KV layer by layer.
 
 Weights decide whether an input reaches an operator's weak spot (an exponential overflows at 88). The graphs are

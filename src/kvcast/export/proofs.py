@@ -2,7 +2,7 @@
 
 The proofs see a network only through `Calls`, numpy in and out, so the same code judges the torch network and the
 ONNX graphs. A property that does not hold raises `ProofError` naming it, and so does a call that fails while one is
-looked at. The module knows no family and no file.
+looked at. Independent of families and files.
 """
 
 import abc

@@ -54,12 +54,12 @@ class Admission:
             gate.set_broken({name} & self.broken, sum(state.deaths.get(step, 0) for step in self._steps[name]))
 
     def drain(self) -> None:
-        """Let nobody in any more."""
+        """Admit no further requests."""
         for gate in self.gates.values():
             gate.is_draining = True
 
     def give_up(self) -> None:
-        """Refuse those who are still there."""
+        """Refuse the requests that have no answer yet."""
         for gate in self.gates.values():
             gate.give_up()
 

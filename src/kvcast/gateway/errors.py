@@ -70,7 +70,7 @@ class StatusError(KvcastError):
 
 
 def spell(error: Exception) -> tuple[str, str, str]:
-    """Return an error as gRPC spells it: status name, reason, message. One that nobody expected is hidden."""
+    """Return an error as gRPC spells it: status name, reason, message. An unexpected one is hidden."""
     if isinstance(error, StatusError):
         return error.status, error.status, str(error)
     if not isinstance(error, KvcastError):

@@ -24,7 +24,7 @@ SENT_AT_MOST = 3
 REPLACED_WITHIN_SECONDS = 30.0
 # Weight of the newest gap between two answers in the estimate of how long an answer takes.
 NEWEST = 0.1
-# What does not fit the estimate with this much to spare is refused: a late answer is work for nobody.
+# What does not fit the estimate with this much to spare is refused: a late answer is wasted work.
 MARGIN = 1.25
 # A model process is said to be dead by Triton before the launcher says so by at most this.
 NOTICED_WITHIN_SECONDS = 2.0
@@ -108,7 +108,7 @@ class Gate:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nobody is inside or waits."""
+        """Whether no request is in flight or waits."""
         return not self.in_flight and not self._waiting
 
     def set_broken(self, models: Collection[str], incidents: int) -> None:
@@ -121,12 +121,12 @@ class Gate:
                 self._leave_last(sending)
 
     def give_up(self) -> None:
-        """Refuse those who wait, and those whom Triton still has."""
+        """Refuse the requests that wait, and those that Triton still has."""
         self.is_draining = self._has_given_up = True
         for turn in self._waiting:
             if not turn.done():
                 turn.set_exception(self.count_refusal("stopping", TryAgainError(GIVEN_UP)))
-                turn.exception()  # it may be that nobody looks
+                turn.exception()  # retrieved, or asyncio would log it
         self._waiting.clear()
         self._changed.set()
 
@@ -164,7 +164,7 @@ class Gate:
             self._observe(self._clock() - begun)
 
     async def _enter(self, deadline: float) -> None:
-        """Wait for a turn; whoever returns from here has been counted in."""
+        """Wait for a place; a request that returns from here has been counted in."""
         if self.is_draining:
             raise self.count_refusal(
                 "stopping", TryAgainError("the server is stopping: try again, elsewhere if you can")
@@ -179,7 +179,7 @@ class Gate:
         self._waiting.append(turn)
         try:
             async with asyncio.timeout(None if deadline == float("inf") else deadline - self._clock()):
-                await turn  # whoever leaves has counted this request in
+                await turn  # the request that leaves has counted this one in
             self._check_time(deadline, self.in_flight - 1)
         except TimeoutError:
             self._leave_queue(turn)
@@ -251,7 +251,7 @@ class Gate:
     async def _send(
         self, model: str, deadline: float, send: Callable[[float], Awaitable[Reply]], place: "_Place"
     ) -> Reply:
-        """Send a request, and again if it comes back unanswered, as from a process that dies; `place` knows what is."""
+        """Send a request, and again if it comes back unanswered, as from a process that dies; note it in `place`."""
         for attempt in range(SENT_AT_MOST):
             await self._wait_until_whole(model, deadline)
             self._check_goes_on()
@@ -314,7 +314,7 @@ class Gate:
                 raise self.count_refusal("broken", kind(f"{model} is being replaced: its process died")) from None
 
     async def _wait_until_noticed(self, incidents: int) -> None:
-        """Triton has said that a process is dead: wait until the launcher, who replaces it, has said so too."""
+        """Triton has said that a process is dead: wait until the launcher, which replaces it, has said so too."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(NOTICED_WITHIN_SECONDS):
                 while self._incidents == incidents and not self._has_given_up:
@@ -322,6 +322,6 @@ class Gate:
 
 
 def _look_at(sending: asyncio.Future[Any]) -> None:
-    """Have asyncio know that somebody has seen how it ended, also where nobody waits for it any more."""
+    """Retrieve the outcome, so that asyncio does not log it where nothing waits for it any more."""
     if not sending.cancelled():
         sending.exception()

@@ -29,7 +29,7 @@ BODY_SECONDS = 30
 # Also the time in which the headers of a request have to arrive.
 KEEP_ALIVE_SECONDS = 75
 CONNECT_SECONDS = 5
-# What a caller who was refused for overload is told to wait, in seconds.
+# After a refusal for overload, in seconds.
 RETRY_AFTER = "1"
 
 NAME = r"[A-Za-z0-9_.\-]{1,256}"
@@ -204,7 +204,7 @@ class HttpServer:
         self.is_stopping = False
 
     async def answer(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Answer any request; nothing but a caller who has gone escapes as an exception."""
+        """Answer any request; the only exception that escapes is that of a caller who has disconnected."""
         try:
             response = await self._route(request)
         except (ConnectionError, asyncio.CancelledError):

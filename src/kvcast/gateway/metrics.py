@@ -88,7 +88,7 @@ class GatewayMetrics(Collector):
 
 
 def collect_shared_memory() -> Iterable[Metric]:
-    """Return how large shared memory is, and what is left of it, for whoever uses it; nothing where there is none."""
+    """Return the size of shared memory and what is left of it; nothing where there is none."""
     try:
         usage = shutil.disk_usage(SHARED_MEMORY)
     except OSError:

@@ -23,7 +23,7 @@ from kvcast.gateway.errors import spell
 from kvcast.protocol.errors import KvcastError
 from kvcast.protocol.tensors import CANDIDATES, HISTORY
 
-# Inputs whose second axis is a size worth telling, and how it is called.
+# Inputs whose second axis is logged, and the name of the field.
 SIZES = {HISTORY.name: "events", CANDIDATES.name: "candidates"}
 WAITING_LINES = 1000
 MAX_ID = 128
@@ -32,7 +32,7 @@ TRACE_PARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}"
 
 @dataclass
 class Entry:
-    """What is to be said of one request; whoever handles it fills it in."""
+    """The line of one request, filled in while it is handled."""
 
     fields: dict[str, Any]
     started: float = field(default_factory=time.monotonic)

@@ -1,4 +1,4 @@
-"""Who may attend to whom in a monolithic sequence `[item tokens | history tokens]`.
+"""Which tokens may attend to which in a monolithic sequence `[item tokens | history tokens]`.
 
 `target_blind` is the mask that is served: history never looks at the candidate, so its keys and values are the
 same for every candidate. `undirected` is the reference of the source documents: every token sees every token.

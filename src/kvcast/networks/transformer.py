@@ -70,7 +70,7 @@ def _attend_made(past: KV, made: KV, item: Item) -> Tensor:  # noqa: ARG001
 
 
 def _attend_items_past(past: KV, made: KV, item: Item, user: User) -> tuple[Tensor, Tensor]:
-    """Item tokens over past KV; nobody reads what the user tokens get."""
+    """Item tokens over past KV; what the user tokens get is not read."""
     return user[0] * 0, _attend_past(past, made, item)
 
 

@@ -1,7 +1,4 @@
-"""An exported model on disk, opened: manifest checked, files unaltered, an ORT session on the best provider.
-
-It knows manifests and ONNX Runtime; it does not know what the graphs compute.
-"""
+"""An exported model on disk, opened: manifest checked, files unaltered, an ORT session on the best provider."""
 
 import os
 from collections.abc import Mapping, Sequence

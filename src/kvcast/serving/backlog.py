@@ -27,7 +27,7 @@ PATIENCE_SECONDS = 0.005
 
 
 def never() -> bool:
-    """A caller who does not go away."""
+    """The default: the caller does not cancel."""
     return False
 
 
@@ -85,7 +85,7 @@ class Backlog(Generic[Job, Ticket]):
         return None
 
     def step(self) -> Iterator[tuple[Ticket, Reply]]:
-        """Answer those who are too late, then run the next group, and answer it."""
+        """Refuse expired requests, then run the next group, and answer it."""
         now = self._clock()
         late = [each for each in self._waiting if now >= each.deadline]
         window = [each for each in self._waiting if now < each.deadline][:WINDOW]

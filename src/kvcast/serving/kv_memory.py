@@ -1,8 +1,8 @@
-"""One region of memory for cached user KV, given out in blocks that come back when nobody reads them any more.
+"""One region of memory for cached user KV, allocated in blocks that are freed after their last reader.
 
 KV of different lengths comes and goes for weeks. An allocator that grows leaves holes (measured: 40% over what was
 held, after a thousand histories of random length); here the holes are inside the region and the region never grows.
-The module knows bytes and who still refers to them; it does not know what is cached, or for how long.
+Bytes and references only; what is cached, and for how long, is the cache's.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """What a model tells Prometheus through Triton's metrics endpoint: its cache, its stages, its errors by code.
 
-Triton itself counts a returned error as a success, and knows nothing of users that were cached. The numbers gather in
+Triton itself counts a returned error as a success, and has no metrics of the cache. The numbers gather in
 plain Python and are published before the reply that they belong to leaves, so a reader of both sees them agree.
 Only the thread that serves may publish: the metrics of tritonserver 2.51 are not made for several threads.
 """
@@ -50,7 +50,7 @@ class Metrics:
     """One instance's metrics. Families are made when first written to, and stay."""
 
     def __init__(self, pb_utils: Any, labels: dict[str, str]) -> None:
-        """Take note of Triton's module, and of the labels that tell this instance from others."""
+        """Take Triton's module, and the labels of this instance."""
         self._triton = pb_utils
         self._labels = labels
         self._families: dict[str, Any] = {}  # Triton drops a family's metrics when nobody holds the family

@@ -1,7 +1,4 @@
-"""What every served model is: a request checked into a job, jobs planned into groups, groups run.
-
-It knows tensors by name; it does not know where requests come from, or who waits.
-"""
+"""What every served model is: a request checked into a job, jobs planned into groups, groups run."""
 
 import abc
 from collections.abc import Iterable, Mapping, Sequence

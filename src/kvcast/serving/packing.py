@@ -1,6 +1,6 @@
 """Packing users of different lengths into runs of one graph, and taking padding out first.
 
-A run is a padded rectangle of users. It knows lengths and arrays; it does not know what the graph does with them.
+A run is a padded rectangle of users: lengths and arrays only, whatever the graph does with them.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """The `ranker_resident` model: encoder, cache and fusion in one process, so that user KV never moves.
 
-A user who is not cached is encoded and scored in one run of one graph, which leaves the KV in the cache; a user who is
-cached is only scored. Both are the same session, so every weight is in memory once.
+On a cache miss a user is encoded and scored in one run of one graph, which leaves the KV in the cache; on a hit the
+candidates are only scored. Both are the same session, so every weight is in memory once.
 """
 
 import time
@@ -124,7 +124,7 @@ class ResidentRanker(ServedModel[ResidentJob]):
         return ResidentJob(users, request.asks_for(REPORT_PARAMETER))
 
     def plan(self, jobs: Sequence[ResidentJob]) -> list[list[int]]:
-        """Users who are cached first, then the others; each in turn, packed where that pays."""
+        """Cache hits first, then misses; each in turn, packed where that pays."""
         groups = []
         slow = {
             place
@@ -231,9 +231,9 @@ class ResidentRanker(ServedModel[ResidentJob]):
         self, histories: Ids, candidates: list[Ids], past: list[UserKV], space: Arrays | None, *, use_past: bool
     ) -> Tensors:
         """Run the graph once. User KV comes out, into `space` if it is given, unless it was given (`use_past`)."""
-        # A run scores somebody: for a user without candidates one unknown item, whose score nobody reads.
-        nobody = np.zeros((1, len(self.artefact.manifest.candidate_fields)), np.int64)
-        rows = stack_padded([each if len(each) else nobody for each in candidates])  # [users, N, T]
+        # A run needs a candidate: for a user without any, one unknown item, whose score is not read.
+        unknown = np.zeros((1, len(self.artefact.manifest.candidate_fields)), np.int64)
+        rows = stack_padded([each if len(each) else unknown for each in candidates])  # [users, N, T]
         feeds: Tensors = {
             HISTORY.name: histories,
             CANDIDATES.name: np.ascontiguousarray(rows),

@@ -5,7 +5,7 @@ request gets exactly one reply, as soon as it is there; a bad request spoils no 
 
 Why not Triton's own dynamic batcher: with a queue policy (a deadline, a bound), which it needs, Triton 2.51 does not
 wake its batcher for a request that comes while the model is busy, which then waits until the next one comes, or for
-half a second. It also answers a batch all at once, so that a user who is cached would wait for one who is not.
+half a second. It also answers a batch all at once, so that a cache hit would wait for a miss.
 """
 
 import functools
@@ -52,7 +52,7 @@ class Service:
 
         Args:
             pb_utils: Triton's module.
-            model: who answers.
+            model: runs the requests.
             metrics: written to by the new thread alone.
         """
         self._triton, self.model, self._metrics = pb_utils, model, metrics
@@ -82,11 +82,11 @@ class Service:
                 self._take_in()
                 for request, reply in self._backlog.step():
                     self._reply(request, reply)
-            except Exception as problem:  # noqa: BLE001 without this thread nobody is answered any more
+            except Exception as problem:  # noqa: BLE001 without this thread no request is answered any more
                 hide_unexpected(problem, self._log_error)
 
     def _take_in(self) -> None:
-        """Take in all that has arrived; wait for a first one if nobody waits."""
+        """Take in all that has arrived; wait for a first one if none is queued."""
         while self._is_open and not (self._arrivals.empty() and len(self._backlog)):
             request = self._arrivals.get()
             if request is None:
@@ -102,7 +102,7 @@ class Service:
                 self._reply(request, error)
 
     def _reply(self, request: Any, reply: Reply) -> None:
-        """Send one reply; count it first, so that whoever has it finds it counted."""
+        """Send one reply; count it first, so that metrics read after a reply include it."""
         if not isinstance(reply, KvcastError):
             reply = take_reports(self.model.spec.name, read_parameters(request), reply)
         response, error = self._make_response(reply)
@@ -115,7 +115,7 @@ class Service:
             hide_unexpected(problem, self._log_error)
         try:
             request.get_response_sender().send(response, flags=self._triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-        except Exception as problem:  # noqa: BLE001 whoever it was for, the others want theirs
+        except Exception as problem:  # noqa: BLE001 the replies to others must not be lost
             hide_unexpected(problem, self._log_error)
 
     def _make_response(self, reply: Reply) -> tuple[Any, KvcastError | None]:

@@ -85,7 +85,7 @@ class UserEncoder(ServedModel[EncodeJob]):
         return EncodeJob([strip_padding(user) for user in ids], wanted, wants_report)
 
     def plan(self, jobs: Sequence[EncodeJob]) -> list[list[int]]:
-        """Users who are cached first, each request alone; then the others in turn, packed where that pays."""
+        """Cache hits first, each request alone; then misses in turn, packed where that pays."""
         slow = [place for place, job in enumerate(jobs) if any(self._is_missing(job, user) for user in job.histories)]
         sizes = [sum(len(history) for history in jobs[place].histories) for place in slow]
         runs = plan_groups(sizes, self._events_per_run)

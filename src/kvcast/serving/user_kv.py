@@ -1,7 +1,4 @@
-"""User KV of several users as arrays: taking one user out, putting several into one padded rectangle.
-
-It moves slots by the contract's layout; it does not know what their numbers mean.
-"""
+"""User KV of several users as arrays: taking one user out, putting several into one padded rectangle."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

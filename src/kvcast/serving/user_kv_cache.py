@@ -3,7 +3,7 @@
 A user comes back within seconds with the same history: next page, next stage, another surface. What is cached is keyed
 by everything that went into it, never by a user's name, so a corrected event, a slid window or other weights on the
 user's side make another key.
-The module knows histories, bytes and time; it does not know what a score is, nor what encodes.
+Histories, bytes and time only; what encodes is handed in.
 """
 
 import threading
@@ -66,7 +66,7 @@ class Counts:
 
 
 class EncodingFailedError(Exception):
-    """Whoever claimed a user could not encode it; told to those who wait for it."""
+    """The encoding that other requests wait for has failed."""
 
 
 @dataclass
@@ -78,7 +78,7 @@ class _Entry:
 
 @dataclass
 class _Flight:
-    """An encoding under way. The future gives the arrays to those who wait for it."""
+    """An encoding under way. The future gives the arrays to the requests that wait for it."""
 
     size: int
     space: Arrays | None
@@ -163,7 +163,7 @@ class UserKVCache:
         try:
             with self._lock:
                 self._expire()
-                # Hits first, so that a claim evicts nobody who is asked for here.
+                # Hits first, so that a claim evicts no entry that is asked for here.
                 found = {place: self._hit(key) for place, key in enumerate(keys) if key in self._entries}
                 waiting = self._claim_missing(keys, histories, found, claims)
             made = _encode_all(encode, list(claims), [flight.space for flight in claims.values()])
@@ -217,7 +217,7 @@ class UserKVCache:
     def _claim_missing(
         self, keys: list[HistoryKey], histories: Sequence[Ids], found: dict[int, Found], claims: dict[int, _Flight]
     ) -> dict[int, _Flight]:
-        """Claim, into `claims`, what nobody has or makes; return the flights of the others."""
+        """Claim, into `claims`, what is neither cached nor under way; return the flights of the others."""
         waiting = {}
         for place, key in enumerate(keys):
             if place in found:
@@ -231,7 +231,7 @@ class UserKVCache:
         return waiting
 
     def _claim(self, key: HistoryKey, length: int, asked: set[HistoryKey]) -> _Flight:
-        """Make room for a user's KV: nobody who is asked for gives way, and nobody for one who is too large.
+        """Make room for a user's KV: no entry that is asked for is evicted, and none for a user who is too large.
 
         Where room does not come, because what was evicted is still being read, the user is encoded and not cached.
         """
@@ -261,7 +261,7 @@ class UserKVCache:
             self._evict(oldest)
 
     def _evict_neighbours(self, length: int, asked: set[HistoryKey]) -> bool:
-        """Evict users who lie side by side over `length` bytes; of all such, those not used for longest."""
+        """Evict entries that lie side by side over `length` bytes; of all such, those not used for longest."""
         ages = {key: age for age, key in enumerate(self._entries)}  # 0: least recently used
         blocks = [(*self._memory.locate(entry.arrays), key) for key, entry in self._entries.items() if key not in asked]
         spans = sorted(
@@ -284,7 +284,7 @@ class UserKVCache:
         return best is not None
 
     def _give_up(self, keys: list[HistoryKey], claims: dict[int, _Flight]) -> None:
-        """Keep nothing of a call that failed, and wake those who wait for it: they try themselves."""
+        """Cache nothing of a call that failed, and wake the requests that wait for it: they encode themselves."""
         with self._lock:
             for place, flight in claims.items():
                 del self._flights[keys[place]]
@@ -296,7 +296,7 @@ class UserKVCache:
             flight.future.set_exception(EncodingFailedError())
 
     def _land(self, keys: list[HistoryKey], claims: dict[int, _Flight], made: list[Arrays]) -> None:
-        """Keep what was encoded into room of ours, and hand everything to those who wait."""
+        """Cache what was encoded into our memory, and hand everything to the requests that wait."""
         with self._lock:
             for (place, flight), arrays in zip(claims.items(), made, strict=True):
                 key = keys[place]
