@@ -122,15 +122,15 @@ WRONG_KV: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray], list[str]]] =
     "numbers that overflow": ("user_keys", lambda array: array * 0 + 3e38, ["user KV", "overflow"]),
     "a layer too few": (
         "user_keys",
-        lambda array: array[:, :2],
-        ["user_keys", "[1, 3, 2, 18, 21]", "[1, 2, 2, 18, 21]"],
+        lambda array: array[:, :1],
+        ["user_keys", "[1, 2, 2, 18, 21]", "[1, 1, 2, 18, 21]"],
     ),
     "a layer too many": (
         "user_values",
         lambda array: np.repeat(array, 2, axis=1),
-        ["user_values", "[1, 6, 2, 21, 17]"],
+        ["user_values", "[1, 4, 2, 21, 17]"],
     ),
-    "slots that disagree": ("user_values", lambda array: array[:, :, :, :-1], ["user_values", "[1, 3, 2, 20, 17]"]),
+    "slots that disagree": ("user_values", lambda array: array[:, :, :, :-1], ["user_values", "[1, 2, 2, 20, 17]"]),
     "no slots": ("user_keys", lambda array: array[..., :0], ["user_keys", "slots"]),
     "another kv_id": ("kv_id", lambda array: array ^ 1, ["kv_id", "encode the history again"]),
 }
@@ -144,6 +144,23 @@ def test_wrong_user_kv_sent_straight_to_fusion(send, name):
     untouched = send("doc_fusion", {**encoded, "candidates": CANDIDATES})["scores"]
     np.testing.assert_allclose(untouched, expected, rtol=0, atol=TOLERANCE)
     expect_refusal(send, "doc_fusion", {**damage(encoded, tensor, change), "candidates": CANDIDATES}, *words)
+
+
+def test_the_proof_of_origin_stays_within_the_server(server, send):
+    """Who could send it would have KV fused that was not scanned."""
+    for outputs in (("kv_origin",), ("user_keys", "kv_origin")):
+        with pytest.raises(InferenceServerException, match="kv_origin: expected it within the server alone"):
+            send("user_encoder", {"history": HISTORY}, outputs)
+    encoded = send("user_encoder", {"history": HISTORY}, ("user_keys", "user_values", "kv_id"))
+    sent = {**encoded, "candidates": CANDIDATES, "kv_origin": np.zeros((1, 16), np.uint8)}
+    expect_refusal(send, "doc_fusion", sent, "kv_origin")
+    inputs = [tritonclient.grpc.InferInput("history", list(HISTORY.shape), "INT64")]
+    inputs[0].set_data_from_numpy(HISTORY)
+    named = [tritonclient.grpc.InferRequestedOutput("kv_origin")]
+    with tritonclient.grpc.InferenceServerClient(server.grpc_address) as client:
+        assert not client.infer("user_encoder", inputs).as_numpy("kv_origin").any()
+    with tritonclient.grpc.InferenceServerClient(server.direct_grpc_address) as client:
+        assert client.infer("user_encoder", inputs, outputs=named).as_numpy("kv_origin").any(), "the ensemble has it"
 
 
 def test_one_wrong_request_spoils_no_other_in_its_batch(server):

@@ -7,7 +7,15 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from kvcast.protocol.tensors import MAX_BATCH_SIZE, MODELS, RANKER_RESIDENT, USER_ENCODER, ModelSpec, TensorSpec
+from kvcast.protocol.tensors import (
+    KV_ORIGIN,
+    MAX_BATCH_SIZE,
+    MODELS,
+    RANKER_RESIDENT,
+    USER_ENCODER,
+    ModelSpec,
+    TensorSpec,
+)
 from kvcast.serving.options import CACHE_PARAMETERS, SESSION_PARAMETERS
 
 ROOT = Path(__file__).parents[2]
@@ -34,6 +42,9 @@ def test_config_says_what_the_contract_says(spec: ModelSpec):
         assert [(each.name, names(each.data_type), list(each.dims)) for each in tensors] == [
             describe(each) for each in specs
         ]
+    assert [each.name for each in config.input if each.optional] == [
+        each.name for each in spec.inputs if each is KV_ORIGIN
+    ]
     if spec.steps:
         assert config.platform == "ensemble"
         assert tuple(step.model_name for step in config.ensemble_scheduling.step) == spec.steps

@@ -19,7 +19,8 @@ from kvcast.protocol.errors import (
 )
 from kvcast.protocol.manifest import parse_manifest
 from kvcast.protocol.schema import KVLayout
-from kvcast.serving import UserEncoder
+from kvcast.protocol.tensors import KV_SECRET_VARIABLE
+from kvcast.serving import DocFusion, UserEncoder
 from kvcast.serving.artefact import SessionOptions, open_artefact
 from kvcast.serving.backlog import PASSED_OVER_AT_MOST, Backlog
 from kvcast.serving.metrics import Metrics, Stopwatch
@@ -305,3 +306,34 @@ def test_artefacts_that_do_not_belong_are_refused(own_repository):
     (folder / "manifest.json").write_text(manifest.to_json().replace(manifest.release, "cd" * 32))
     with pytest.raises(ArtefactError, match="expected release cdcdcdcdcdcd, as the manifest says"):
         open_artefact(folder, "doc_fusion", SessionOptions())
+
+
+@pytest.mark.parametrize("secret", ["ab" * 16, "cd" * 16, "", "ab"])
+def test_only_kv_with_this_servers_secret_is_not_scanned(tiny_repository, monkeypatch, secret):
+    monkeypatch.setenv(KV_SECRET_VARIABLE, "ab" * 16)
+    encoder = UserEncoder.open(tiny_repository / "user_encoder" / "1", SessionOptions())
+    fusion = DocFusion.open(tiny_repository / "doc_fusion" / "1", SessionOptions())
+    wanted = ["user_keys", "user_values", "kv_id", "kv_origin"]
+    (kv,) = encoder.run([encoder.check(Request({"history": np.ones((1, 5, 2), np.int64)}, wanted))])
+    assert bytes(kv["kv_origin"][0]).hex() == "ab" * 16
+    kv["candidates"] = np.ones((1, 3, 4), np.int64)
+    kv["user_values"] = np.full_like(kv["user_values"], np.nan)
+    monkeypatch.setenv(KV_SECRET_VARIABLE, secret)
+    if secret == "ab" * 16:
+        with pytest.raises(InvalidRequestError, match="numbers so large that scores overflow"):
+            fusion.run([fusion.check(Request(kv, ["scores"]))])
+        for origin in (kv["kv_origin"] ^ 1, kv["kv_origin"] * 0, np.concatenate([kv["kv_origin"]] * 2) * [[1], [0]]):
+            with pytest.raises(InvalidRequestError, match="user_values: expected finite numbers"):
+                fusion.check(Request({**kv, "kv_origin": origin.astype(np.uint8)}, ["scores"]))
+        del kv["kv_origin"]
+    with pytest.raises(InvalidRequestError, match="user_values: expected finite numbers"):
+        fusion.check(Request(kv, ["scores"]))
+
+
+def test_a_caller_who_names_no_outputs_gets_no_proof_of_origin(tiny_repository, monkeypatch):
+    monkeypatch.setenv(KV_SECRET_VARIABLE, "ab" * 16)
+    encoder = UserEncoder.open(tiny_repository / "user_encoder" / "1", SessionOptions())
+    wanted = [tensor.name for tensor in encoder.spec.outputs]
+    (kv,) = encoder.run([encoder.check(Request({"history": np.ones((2, 5, 2), np.int64)}, wanted))])
+    assert kv["kv_origin"].shape == (2, 16)
+    assert not kv["kv_origin"].any()

@@ -16,7 +16,7 @@ from kvcast.gateway.request_log import Entry, RequestLog
 from kvcast.gateway.shadow import Shadow
 from kvcast.gateway.triton import Metadata, Triton
 from kvcast.protocol.errors import InvalidRequestError
-from kvcast.protocol.tensors import LOG_PARAMETER
+from kvcast.protocol.tensors import KV_ORIGIN, LOG_PARAMETER
 
 # An error repeats names, in metadata, whose size gRPC limits.
 MAX_TEXT = 1024
@@ -102,6 +102,8 @@ def check_infer(message: Any) -> None:
         named = [name for name in tensor.parameters if name.startswith(SHARED_MEMORY)]
         if named:
             raise InvalidRequestError(f"{tensor.name}: parameter {named[0]}: client shared memory is not offered")
+    if KV_ORIGIN.name in {tensor.name for tensor in (*message.inputs, *message.outputs)}:
+        raise InvalidRequestError(f"{KV_ORIGIN.name}: expected it within the server alone")
     for tensor in message.inputs:
         if not all(0 <= axis < LARGEST_AXIS for axis in tensor.shape):
             raise InvalidRequestError(f"{tensor.name}: expected axes of 0 to 2^31 - 1, got {list(tensor.shape)[:16]}")

@@ -37,6 +37,10 @@ USER_KEYS = TensorSpec("user_keys", "FP32", ("M", "H", "key_rows", "slots"))
 USER_VALUES = TensorSpec("user_values", "FP32", ("M", "H", "slots", "value_columns"))
 # What user KV depends on, 32 raw bytes of SHA-256: fusion refuses KV that carries another one.
 KV_ID = TensorSpec("kv_id", "UINT8", ("32",))
+# A secret of this server, from its encoder to its fusion: such KV needs no scan for NaN. Callers can
+# not ask for it: the gateway refuses that, and who names no outputs gets zeros. KV without it is scanned.
+KV_ORIGIN = TensorSpec("kv_origin", "UINT8", ("16",))
+KV_SECRET_VARIABLE = "KVCAST_KV_SECRET"  # noqa: S105 the name of an environment variable; its value is hexadecimal
 # The manifest as JSON, made only when asked for: how a client learns fields, vocabularies and limits.
 MANIFEST = TensorSpec("manifest", "STRING", ("1",))
 # How the reply was made, as JSON (protocol/report.py), made only when REPORT_PARAMETER asks for it.
@@ -53,8 +57,10 @@ PREFETCH_PARAMETER = "kvcast_prefetch"
 LOG_PARAMETER = "kvcast_log"
 FLAGS = (REPORT_PARAMETER, PREFETCH_PARAMETER)
 
-USER_ENCODER = ModelSpec("user_encoder", (HISTORY,), (USER_KEYS, USER_VALUES, KV_ID, MANIFEST, ENCODE_REPORT))
-DOC_FUSION = ModelSpec("doc_fusion", (USER_KEYS, USER_VALUES, KV_ID, CANDIDATES), (SCORES, FUSE_REPORT))
+USER_ENCODER = ModelSpec(
+    "user_encoder", (HISTORY,), (USER_KEYS, USER_VALUES, KV_ID, KV_ORIGIN, MANIFEST, ENCODE_REPORT)
+)
+DOC_FUSION = ModelSpec("doc_fusion", (USER_KEYS, USER_VALUES, KV_ID, CANDIDATES, KV_ORIGIN), (SCORES, FUSE_REPORT))
 RANKER = ModelSpec(
     "ranker",
     (HISTORY, CANDIDATES),

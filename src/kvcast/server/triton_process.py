@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import re
+import secrets
 import signal
 import subprocess
 import threading
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import psutil
 
+from kvcast.protocol.tensors import KV_ORIGIN, KV_SECRET_VARIABLE
 from kvcast.server import shared_memory
 from kvcast.server.admin import Admin
 from kvcast.server.installation import ServerError, find_installation
@@ -58,7 +60,8 @@ class TritonProcess:
         installation = find_installation(workspace)
         self._command = [str(installation.binary), *installation.flags, *self._flags]
         # The stubs must not leave compiled files in a repository that is only read.
-        self._environment = {**os.environ, **installation.environment, "PYTHONDONTWRITEBYTECODE": "1"}
+        own = {"PYTHONDONTWRITEBYTECODE": "1", KV_SECRET_VARIABLE: secrets.token_hex(int(KV_ORIGIN.axes[0]))}
+        self._environment = {**os.environ, **installation.environment, **own}
         self._claim = shared_memory.claim(self.instance)
         self._run(timeout_seconds)
 

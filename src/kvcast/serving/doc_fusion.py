@@ -14,6 +14,7 @@ from kvcast.protocol.tensors import (
     DOC_FUSION,
     FUSE_REPORT,
     KV_ID,
+    KV_ORIGIN,
     REPORT_PARAMETER,
     SCORES,
     USER_KEYS,
@@ -26,6 +27,7 @@ from kvcast.protocol.validation import (
     check_same_users,
     check_user_kv,
 )
+from kvcast.serving.kv_origin import is_own_kv
 from kvcast.serving.model import Request, ServedModel, Tensors, write_strings
 from kvcast.serving.packing import plan_groups, plan_runs, stack_padded
 from kvcast.serving.user_kv import UserKV, stack_user_kv
@@ -58,7 +60,8 @@ class DocFusion(ServedModel[FusionJob]):
         manifest, tensors = self.artefact.manifest, request.tensors
         keys, values = tensors[USER_KEYS.name], tensors[USER_VALUES.name]
         check_kv_id(tensors[KV_ID.name], len(keys), manifest.kv_id)
-        check_user_kv(keys, values, manifest.user_kv, manifest.limits)
+        is_own = is_own_kv(tensors.get(KV_ORIGIN.name))
+        check_user_kv(keys, values, manifest.user_kv, manifest.limits, is_own=is_own)
         candidates = check_candidates(tensors[CANDIDATES.name], manifest.candidate_fields, manifest.limits)
         check_same_users(USER_KEYS.name, len(keys), CANDIDATES.name, len(candidates))
         return FusionJob(UserKV(keys, values), candidates, request.asks_for(REPORT_PARAMETER))

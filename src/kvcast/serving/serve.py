@@ -225,9 +225,8 @@ def read_request(pb_utils: Any, model: ServedModel[Any], request: Any) -> Reques
     Raises:
         InvalidRequestError: it has a parameter with our prefix that is not ours, or neither true nor false.
     """
-    tensors = {
-        spec.name: pb_utils.get_input_tensor_by_name(request, spec.name).as_numpy() for spec in model.spec.inputs
-    }
+    given = {spec.name: pb_utils.get_input_tensor_by_name(request, spec.name) for spec in model.spec.inputs}
+    tensors = {name: tensor.as_numpy() for name, tensor in given.items() if tensor is not None}
     parameters = read_parameters(request)
     known = (*FLAGS, LOG_PARAMETER)
     unknown = [name for name in parameters if name.startswith(PARAMETER_PREFIX) and name not in known]

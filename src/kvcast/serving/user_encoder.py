@@ -15,6 +15,7 @@ from kvcast.protocol.tensors import (
     ENCODE_REPORT,
     HISTORY,
     KV_ID,
+    KV_ORIGIN,
     MANIFEST,
     REPORT_PARAMETER,
     USER_ENCODER,
@@ -23,6 +24,7 @@ from kvcast.protocol.tensors import (
 )
 from kvcast.protocol.validation import check_history
 from kvcast.serving.artefact import Artefact
+from kvcast.serving.kv_origin import make_kv_origin
 from kvcast.serving.model import Request, ServedModel, Tensors, write_strings
 from kvcast.serving.options import CACHE_OFF, CacheOptions
 from kvcast.serving.packing import plan_groups, plan_runs, stack_padded, strip_padding
@@ -164,6 +166,8 @@ class UserEncoder(ServedModel[EncodeJob]):
         tensors: Tensors = {}
         if KV_ID.name in job.wanted:
             tensors[KV_ID.name] = np.tile(self._kv_id, (count, 1))
+        if KV_ORIGIN.name in job.wanted:
+            tensors[KV_ORIGIN.name] = make_kv_origin(count, job.wanted)
         if MANIFEST.name in job.wanted:
             tensors[MANIFEST.name] = np.tile(self._manifest, (count, 1))
         if job.wants_kv:
