@@ -1,4 +1,4 @@
-"""`python -m perf run`: the proof, side by side, with report and plots; `python -m perf model`: arithmetic alone."""
+"""`python -m perf run`: measure side by side, with report and plots; `python -m perf model`: only compute FLOPs."""
 
 import argparse
 import datetime
@@ -20,7 +20,7 @@ from kvcast.server import ServeConfig, ServerError
 from kvcast.server.repository import ensure_exported, read_config_name
 from perf import affinity, cost_model, guard_cost, reuse, soak
 from perf.analyzer import PerfError, find_analyzer
-from perf.baselines.race import Field, RaceError
+from perf.baselines.race import Field
 from perf.experiments import COLD, measure_fusion_ratio, open_bench
 from perf.harness import Harness, Plan
 from perf.plots import draw_all, regime
@@ -39,8 +39,8 @@ SERVED: Mapping[str, Callable[[Harness], Any]] = {
 EXPERIMENTS = (*COLD, *SERVED)
 REGIME = """\
 regime: one machine serves and loads; requests are generated, never perf_analyzer's own random data; what is compared
-alternates within this run; figures are medians. "traditional" is `ranker_full`: the same weights and mask, every
-candidate a full sequence. There requests are cold: the cache is off. reuse, trace, endurance and soak turn it on."""
+alternates within this run; figures are medians. Full recomputation is `ranker_full`: the same weights and mask,
+every candidate a full sequence. Requests are cold (the cache is off) except in reuse, trace, endurance and soak."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -60,10 +60,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--counts", help="candidates in the table, e.g. 1,5,10 (1,5,10,50,100,1000)")
     run.add_argument(
+        "--full-limit",
         "--traditional-limit",
+        dest="traditional_limit",
         type=float,
         metavar="SECONDS",
-        help="measure a traditional request only if it takes less than this, else extrapolate (60; 5 if quick)",
+        help="measure full recomputation only if a request takes less than this, else extrapolate (60; 5 if quick)",
     )
     run.add_argument(
         "--endurance", type=float, default=soak.ENDURANCE_SECONDS, metavar="SECONDS", help="of the trace (%(default)s)"
@@ -98,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
             write_files(json.loads(arguments.result.read_text()), arguments.result.parent)
         else:
             run(arguments)
-    except (PerfError, RaceError, ServerError, KvcastError, OSError) as error:
+    except (KvcastError, ServerError, OSError) as error:
         print(f"perf: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -107,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure everything that was asked for, and write result, report and plots."""
+    """Run the chosen experiments, and write result, report and plots."""
     find_analyzer()
     signal.signal(signal.SIGTERM, _leave)  # the servers that it started end with it
     config = load_config(arguments.config)
@@ -136,7 +138,7 @@ def run(arguments: argparse.Namespace) -> None:
         http_port=arguments.http_port,
         grpc_port=arguments.grpc_port,
         metrics_port=arguments.metrics_port,
-        is_guarded=False,  # the models are measured; what the guard costs is a measurement of its own
+        is_guarded=False,  # the gateway's overhead is a measurement of its own
     )
     ensure_exported(arguments.repository, [*settings.models, RANKER_RESIDENT.name], arguments.config)
     field = Field(arguments.config, arguments.repository, cores, seed=0)
@@ -162,20 +164,17 @@ def measure(harness: Harness, chosen: list[str], notes: "Notes") -> None:
 
 def describe_command(arguments: argparse.Namespace) -> str:
     """Return the command that measures the same again; where it served and wrote is left out."""
-    measured = ("config", "experiments", "counts", "rounds", "requests", "traditional_limit", "endurance", "soak")
-    options = (*measured, "visits", "seed", "trace")
-    parser = make_parser()
-    default = parser.parse_args(["run"])
+    left_out = {"command", "quick", "name", "repository", "results", "http_port", "grpc_port", "metrics_port"}
+    default = vars(make_parser().parse_args(["run"]))
     parts = ["python -m perf run"] + (["--quick"] if arguments.quick else [])
-    for option in options:
-        value = getattr(arguments, option)
-        if option == "config" or value != getattr(default, option):
-            parts.append(f"--{option.replace('_', '-')} {value}")
+    for name, value in vars(arguments).items():
+        if name not in left_out and (name == "config" or value != default[name]):
+            parts.append(f"--{name.replace('_', '-')} {value}")
     return " ".join(parts)
 
 
 def make_plan(arguments: argparse.Namespace) -> Plan:
-    """Return how thorough the run is to be."""
+    """Return the plan that the options describe."""
     limit = arguments.traditional_limit or (5 if arguments.quick else 60)
     rounds, requests = (2, 8) if arguments.quick else (5, 30)
     return Plan(
@@ -193,7 +192,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
 
 
 class Notes:
-    """The result as it grows: each experiment announced, timed and saved, so that what is measured stays."""
+    """Adds experiments to the result: each is announced, timed, and saved at once."""
 
     def __init__(self, result: dict[str, Any], folder: Path, count: int) -> None:
         self.result = result

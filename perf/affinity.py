@@ -1,8 +1,8 @@
-"""Several real servers behind a real haproxy: are users found again, who moves when a server goes or comes?
+"""Cache hit rates behind a real haproxy with several real servers, and which users move when a server goes or comes.
 
 The proxy runs the shipped configuration, with nothing changed but addresses and, to compare, the way of balancing.
-Caches are small and the visitors follow Zipf's law, so that what is found depends on who is sent where. All of it runs
-on one machine, so times mean little here; hit rates and the shares of users who move do not depend on speed.
+Caches are small and the visitors follow Zipf's law, so that the hit rate depends on routing. All of it runs on one
+machine: times mean little here; hit rates and the shares of users who move do not depend on speed.
 """
 
 import contextlib
@@ -10,8 +10,6 @@ import csv
 import http.client
 import itertools
 import json
-import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import psutil
 
 from kvcast.client import RankerClient, RetryPolicy
 from kvcast.client.clients import DEFAULT_RETRY
@@ -92,7 +91,7 @@ class Member:
     addresses: Addresses = field(default_factory=find_addresses)
 
     def start(self) -> None:
-        """Start it, on the same ports each time; it is ready later."""
+        """Start it, on the same ports each time, without waiting until it is ready."""
         command = [sys.executable, "-m", "kvcast.server", "--repository", str(self.repository), "--models", MODEL]
         for kind, address in self.addresses.items():
             command += [f"--{kind}-port", address.rpartition(":")[2]]
@@ -110,11 +109,12 @@ class Member:
             raise ServerError(f"server {self.name} did not start: {last or 'it wrote nothing'}")
 
     def kill(self) -> None:
-        """Kill everything of it at once, as a machine that loses its power."""
+        """Kill all its processes at once, like a loss of power."""
         if self.process is not None:
-            for pid in [self.process.pid, *find_descendants(self.process.pid)]:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            for child in psutil.Process(self.process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
+            self.process.kill()
             self.process.wait()
 
     def stop(self) -> None:
@@ -152,7 +152,7 @@ def count_all(members: Members, metric: str) -> dict[str, float]:
     """Return a counter of the model's, by member.
 
     Raises:
-        PerfError: a member does not tell.
+        PerfError: a member has no metrics of the model.
     """
     found = {}
     for name, member in members.items():
@@ -231,17 +231,7 @@ def is_ready_within(seconds: float, addresses: Addresses, process: subprocess.Po
     return False
 
 
-def find_descendants(pid: int) -> list[int]:
-    """Return the process ids of all that a process has started, and they."""
-    found: list[int] = []
-    for path in Path("/proc").glob(f"{pid}/task/*/children"):
-        with contextlib.suppress(OSError):
-            for child in map(int, path.read_text().split()):
-                found += [child, *find_descendants(child)]
-    return found
-
-
-# ---- who is sent where ----------------------------------------------------------------------------------------------
+# ---- routing -------------------------------------------------------------------------------------------------------
 
 
 def map_users(proxy: Addresses, users: Iterable[int]) -> dict[int, str]:
@@ -298,11 +288,11 @@ def wait_for_servers(proxy: Addresses, names: set[str]) -> None:
     raise PerfError(f"the proxy does not send users to {', '.join(sorted(names))}: {found}")
 
 
-# ---- who is found again ---------------------------------------------------------------------------------------------
+# ---- hit rates ---------------------------------------------------------------------------------------------------
 
 
 def read_trace(path: Path) -> list[int]:
-    """Return whose each visit is, in order of time: a number for each name in the column `user`.
+    """Return the user of each visit, in order of time: a number for each name in the column `user`.
 
     Raises:
         PerfError: it is not a trace.
@@ -322,7 +312,7 @@ def read_trace(path: Path) -> list[int]:
 
 
 def draw_visitors(visits: int, seed: int) -> list[int]:
-    """Return whose each visit is: few users come often, most come rarely (Zipf's law)."""
+    """Return the user of each visit: a few return often, most rarely (Zipf's law)."""
     drawn = np.random.default_rng(seed).choice(USERS, size=visits, p=zipf_shares(USERS, EXPONENT))
     return [int(user) for user in drawn]
 
@@ -334,7 +324,7 @@ def draw_requests(config: ModelConfig, users: Iterable[int], seed: int) -> dict[
 
 
 class Load:
-    """Visits sent by several callers in order: their scores, what went wrong, the longest wait."""
+    """Visits sent by several threads in order: their scores or errors, and the longest latency."""
 
     def __init__(
         self, proxy: Addresses, protocol: Any, requests: dict[int, RankRequest], retry: RetryPolicy = DEFAULT_RETRY
@@ -365,7 +355,7 @@ class Load:
             list(pool.map(self.send, visits))
 
     def count(self, expected: dict[int, Any]) -> dict[str, int]:
-        """Return how many answers were right, and what became of the others."""
+        """Return how many answers were right, and the outcomes of the others."""
         outcomes = Counter({"right": 0, "wrong": 0})
         for user, answer, _ in self._answers:
             if isinstance(answer, str):
@@ -390,14 +380,14 @@ def keep_visiting(loads: Collection[Load], visits: Sequence[int]) -> Iterator[No
 
 
 def record_scores(member: Member, requests: dict[int, RankRequest]) -> dict[int, Any]:
-    """Return what one server alone answers each user."""
+    """Return the scores of one server alone for each user."""
     with RankerClient(member.addresses["grpc"], model=MODEL) as client:
         return {user: client.rank(each.history, each.candidates).scores for user, each in requests.items()}
 
 
 @dataclass(frozen=True)
 class HitRate:
-    """How many visits over one protocol found their user kept, and how they spread over the servers."""
+    """The share of visits over one protocol that were cache hits, and their spread over the servers."""
 
     protocol: str
     visits: int
@@ -414,14 +404,14 @@ def measure_hit_rate(
     requests: dict[int, RankRequest],
     in_flight: int = IN_FLIGHT,
 ) -> HitRate:
-    """Send visits; return how many found their user kept, how they spread over the servers, what was answered."""
+    """Send visits; return the hit rate, their spread over the servers and the outcomes."""
     before = [count_all(members, metric) for metric in CACHE_METRICS]
     with contextlib.closing(Load(proxy, protocol, requests)) as load:
         load.send_all(visits, in_flight)
     after = [count_all(members, metric) for metric in CACHE_METRICS]
     counts = [[now[name] - then[name] for name in members] for now, then in zip(after, before, strict=True)]
     answered = [sum(each) for each in zip(*counts, strict=True)]  # by each server
-    # Asked only now, so that nobody was kept because of it.
+    # Only now, because these requests fill a cache too.
     outcomes = load.count(record_scores(members[NAMES[0]], requests))
     total = max(1.0, sum(answered))
     spread = max(answered) * len(answered) / total
@@ -432,7 +422,7 @@ def measure_hit_rate(
 
 
 def run_affinity(harness: Harness) -> Record:
-    """Measure hit rates by policy and protocol, then lose a server under load and take it back."""
+    """Measure hit rates by policy and protocol, then kill a server under load and start it again."""
     plan = harness.plan
     if plan.trace is None:
         visitors = draw_visitors(plan.visits, plan.seed)
@@ -462,7 +452,7 @@ def measure_policies(harness: Harness, members: Members, folder: Path, visitors:
         with run_haproxy(members, folder, policy) as proxy:
             row = measure_hit_rate(members, proxy, protocol, visitors, requests)
         rows.append({"policy": policy, **vars(row)})
-        found, spread = f"{100 * row.hit_rate:.1f}% found", f"busiest {row.busiest_to_mean:.2f}× mean"
+        found, spread = f"{100 * row.hit_rate:.1f}% hits", f"busiest {row.busiest_to_mean:.2f}× mean"
         harness.say(f"    {policy}, {protocol}: {found}, {spread}")
     return rows
 
@@ -470,12 +460,12 @@ def measure_policies(harness: Harness, members: Members, folder: Path, visitors:
 def lose_a_server(
     members: Members, proxy: Addresses, config: ModelConfig, seed: int, say: Callable[[str], None]
 ) -> Record:
-    """Kill one server under load, see who moves; start it again, see who comes back."""
+    """Kill one server under load and start it again; return which users moved and which came back."""
     users, victim = range(MAPPED_USERS), members[NAMES[-1]]
     visitors = draw_visitors(MAPPED_USERS, seed)
     requests = draw_requests(config, visitors, seed=1000 * seed + 500)
     loads = {protocol: Load(proxy, protocol, requests) for protocol in ("grpc", "http")}
-    # Users are mapped without load: a server that has too much to do passes users on for as long.
+    # Users are mapped without load: an overloaded server passes users on to others.
     before = map_users(proxy, users)
     with keep_visiting(loads.values(), visitors):
         say(f"    server {victim.name} is killed under load")

@@ -1,4 +1,4 @@
-"""Drives the real perf_analyzer: finds it, gives it what it lacks, feeds it generated requests, reads its CSV.
+"""Runs the real perf_analyzer: finds it and its libraries, gives it generated requests, reads its CSV.
 
 The program comes in the tritonclient 2.51 wheel and needs two libraries beside it, which `make setup-perf` brings. It
 is never left to its own random inputs: they are drawn once and repeated, which flatters every cache.
@@ -12,8 +12,9 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from kvcast.protocol.errors import ErrorKind, KvcastError
 from kvcast.protocol.request import RankRequest
 from kvcast.protocol.tensors import CANDIDATES, HISTORY
 from perf import programs
@@ -22,13 +23,15 @@ LIBRARIES = Path("build/perf-libraries")
 MICROSECONDS = 1e6
 
 
-class PerfError(Exception):
+class PerfError(KvcastError):
     """A load test cannot run; the message is one sentence with the remedy."""
+
+    kind: ClassVar[ErrorKind] = ErrorKind.INTERNAL
 
 
 @dataclass(frozen=True)
 class Load:
-    """What perf_analyzer is asked for: a number of requests in flight, or arrivals a second (open loop, Poisson)."""
+    """The load to generate: a number of requests in flight, or arrivals a second (open loop, Poisson)."""
 
     requests: int
     concurrency: int | None = None
@@ -37,7 +40,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What it reports: seconds, except throughput (answers a second)."""
+    """The result: seconds, except throughput (answers a second)."""
 
     throughput: float
     mean: float

@@ -1,7 +1,7 @@
 """FLOPs, bytes and ideal speedups, computed from a configuration; and the source documents' own claims beside them.
 
-A multiply-add counts as 2 FLOPs, embeddings and normalisation are left out. What a layer costs is the network's to say
-(`RankingNetwork.count_layer_flops`); it is built without memory for its weights. Nothing is measured here.
+A multiply-add counts as 2 FLOPs; embeddings and normalisation are left out. The network states the cost of a layer
+(`RankingNetwork.count_layer_flops`); it is built without memory for its weights.
 """
 
 from dataclasses import dataclass
@@ -51,14 +51,14 @@ class CostModel:
         """FLOPs of a request in the shared scheme."""
         return self.user_flops() + candidates * self.fusion_flops()
 
-    def traditional_flops(self, candidates: int) -> float:
-        """FLOPs of a request in the traditional scheme: every candidate a full sequence."""
+    def full_flops(self, candidates: int) -> float:
+        """FLOPs of a request by full recomputation: every candidate a full sequence."""
         tokens = self.history + self.candidate_tokens
         return candidates * self.layers * self._count_layer(tokens, tokens)
 
     def ideal_speedup(self, candidates: int) -> float:
-        """Traditional ÷ shared, in FLOPs."""
-        return self.traditional_flops(candidates) / self.shared_flops(candidates)
+        """Full recomputation ÷ shared, in FLOPs."""
+        return self.full_flops(candidates) / self.shared_flops(candidates)
 
     def user_kv_bytes(self, itemsize: int = 4) -> int:
         """Bytes of one user's keys and values, without the layout's extra rows."""
@@ -87,12 +87,12 @@ def claimed_gain(candidates: int) -> float:
 
 
 def throughput_drop(cost_ratio: float) -> float:
-    """What the long history costs a service's throughput, by the documents' metric: 40% × shared ÷ traditional cost."""
+    """What the long history costs a service's throughput, by the documents' metric: 40% × shared ÷ full cost."""
     return CLAIMED_THROUGHPUT_DROP * cost_ratio
 
 
 def describe(config: ModelConfig, counts: tuple[int, ...] = (1, 5, 10, 50, 100, 1000)) -> str:
-    """Return the cost model as text, for people."""
+    """Return the cost model as text."""
     model = CostModel.of(config)
     kv = ", ".join(
         f"{name} {model.user_kv_bytes(size) / 1e6:.1f} MB" for name, size in (("fp32", 4), ("fp16", 2), ("int8", 1))
@@ -103,7 +103,7 @@ def describe(config: ModelConfig, counts: tuple[int, ...] = (1, 5, 10, 50, 100, 
         f"{config.name}: L={model.history} d={model.width} M={model.layers} H={model.heads} T={model.candidate_tokens}",
         f"  encode a user          {full:10.4g} GFLOP, {model.user_flops() / 1e9:.4g} with the last layer trimmed",
         f"  fuse a candidate       {fuse:10.4g} GFLOP, {share:.4f} of encoding (documents: {CLAIMED_FUSION_SHARE})",
-        f"  traditional, each      {model.traditional_flops(1) / 1e9:10.4g} GFLOP",
+        f"  recompute, each        {model.full_flops(1) / 1e9:10.4g} GFLOP",
         f"  user KV                {kv}",
         "",
         "     N   claimed speedup   ideal speedup   claimed drop   ideal drop   KV not copied",

@@ -1,7 +1,6 @@
 """The experiments on cold requests: each measures one claim, alternating what it compares, and returns its record.
 
-They see kvcast as a caller does (a running server), but for the peers and for bare ONNX Runtime. They draw no
-conclusions; `report` does.
+They use a running server, as callers do, except for the peers and for bare ONNX Runtime.
 """
 
 import contextlib
@@ -45,7 +44,7 @@ DIFFERENT_REQUESTS = 8
 
 @dataclass(frozen=True)
 class Comparison:
-    """`ranker` and `ranker_full` at one size; the latter is extrapolated where a request would take too long."""
+    """`ranker` and `ranker_full` (full recomputation) at one size; the latter extrapolated where it takes too long."""
 
     history: int
     candidates: int
@@ -60,7 +59,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Bench:
-    """A running server that keeps no users, and a folder for perf_analyzer's input files."""
+    """A running server without a cache, and a folder for perf_analyzer's input files."""
 
     harness: Harness
     server: TritonServer
@@ -80,23 +79,23 @@ class Bench:
         Args:
             history: L.
             candidates: N.
-            per_candidate: seconds a candidate in the traditional scheme, if known.
+            per_candidate: seconds a candidate of full recomputation, if known.
         """
         plan, expected = self.harness.plan, (per_candidate or 0) * candidates
         is_measured = per_candidate is None or expected <= plan.traditional_limit
         requests = max(3, min(plan.requests, int(plan.requests * 50 / candidates)))
         repeats = max(1, min(5, int(4 / expected))) if expected else 3
-        shared, traditional = [], []
+        shared, full = [], []
         for _ in range(plan.rounds if expected < 10 else 1):
             shared.append(self.measure(RANKER.name, history, candidates, Load(requests)).p50)
             if is_measured:
-                traditional.append(self.measure(RANKER_FULL.name, history, candidates, Load(repeats)).p50)
+                full.append(self.measure(RANKER_FULL.name, history, candidates, Load(repeats)).p50)
         fast = statistics.median(shared)
-        slow = statistics.median(traditional) if traditional else expected
-        ratios = [each / other for each, other in zip(traditional, shared, strict=False)]
+        slow = statistics.median(full) if full else expected
+        ratios = [each / other for each, other in zip(full, shared, strict=False)]
         speedup = statistics.median(ratios) if ratios else slow / fast
         self.harness.say(
-            f"    L={history} N={candidates}: shared {1e3 * fast:.1f} ms, traditional {1e3 * slow:.0f} ms"
+            f"    L={history} N={candidates}: shared {1e3 * fast:.1f} ms, full recomputation {1e3 * slow:.0f} ms"
             f"{'' if is_measured else ' (extrapolated)'}, {speedup:.1f}×"
         )
         return Comparison(
@@ -105,7 +104,7 @@ class Bench:
             shared_seconds=fast,
             shared_rounds=shared,
             traditional_seconds=slow,
-            traditional_rounds=traditional,
+            traditional_rounds=full,
             traditional_is_extrapolated=not is_measured,
             speedup=speedup,
             ideal_speedup=CostModel.of(self.harness.config, history).ideal_speedup(candidates),
@@ -163,14 +162,14 @@ def run_history_growth(bench: Bench) -> list[Comparison]:
     lengths = [length for length in HISTORY_LENGTHS if length <= config.limits.history]
     per_flop: float | None = None
     for length in bench.harness.choose(lengths, lengths[::2]):
-        flops = CostModel.of(config, length).traditional_flops(1)
+        flops = CostModel.of(config, length).full_flops(1)
         rows.append(bench.compare(length, GROWTH_CANDIDATES, per_flop * flops if per_flop else None))
         per_flop = rows[-1].traditional_seconds / GROWTH_CANDIDATES / flops
     return rows
 
 
 def rank_reported(client: RankerClient, request: RankRequest) -> tuple[float, Report]:
-    """Rank; return the seconds that it took and the server's own account of them."""
+    """Rank; return the seconds that it took and the server's report of them."""
     ranking = client.rank(request.history, request.candidates, report=True)
     if ranking.report is None:
         raise PerfError("the server sent no report: is it of this version?")
@@ -178,7 +177,7 @@ def rank_reported(client: RankerClient, request: RankRequest) -> tuple[float, Re
 
 
 def run_stages(bench: Bench) -> Record:
-    """Where the time of one cold request goes: the server's account, and bare ONNX Runtime beside it."""
+    """Where the time of one cold request goes: by the server's report, and by bare ONNX Runtime beside it."""
     config = bench.harness.config
     history, candidates = config.workload.history, config.workload.candidates
     log = ClickLog(config.schema, seed=5)
@@ -251,7 +250,7 @@ def run_peers(
     names: Sequence[str],
     say: Callable[[str], None],
 ) -> list[Record]:
-    """What people would otherwise write, in the same run and dtype; peers that cannot run this network are left out."""
+    """Baselines, in the same run and dtype; peers that cannot run this network are left out."""
     rows: list[Record] = []
     history, names = config.workload.history, leave_out(config, names, say)
     say(f"    starting {', '.join(names)} (compiling takes a minute)")
@@ -276,7 +275,7 @@ def _say_total(result: dict[str, Any]) -> str:
 
 
 def run_memory(bench: Bench) -> list[Record]:
-    """Peak memory that one request adds: traditional, expanded KV, shared; each in a fresh process."""
+    """Peak memory that one request adds: full recomputation, expanded KV, shared; each in a fresh process."""
     harness = bench.harness
     rows: list[Record] = []
     history, kv = harness.config.workload.history, CostModel.of(harness.config).user_kv_bytes()

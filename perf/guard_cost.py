@@ -1,4 +1,4 @@
-"""What the guard costs a request: the same requests to Triton's own gRPC port and through the guard, in turn."""
+"""Overhead of the gateway: the same requests to Triton's own gRPC port and through the gateway, in turn."""
 
 import statistics
 import tempfile
@@ -13,7 +13,7 @@ COUNTS = (1, 10, 50)
 
 
 def run_guard(harness: Harness) -> Record:
-    """Measure users who are kept, the quickest requests there are: of those the guard's share is largest."""
+    """Measure cache hits: they are the fastest requests, so the gateway's share is largest."""
     history, plan, rows = harness.config.workload.history, harness.plan, []
     log = ClickLog(harness.config.schema, seed=23)
     served = harness.serve([RANKER_RESIDENT.name], is_guarded=True)
@@ -22,12 +22,12 @@ def run_guard(harness: Harness) -> Record:
         for count in harness.keep_served(COUNTS):
             data = Path(folder) / f"{count}.json"
             write_input_data([log.draw_request(history, count) for _ in range(4)], data)
-            run_analyzer(RANKER_RESIDENT.name, server.grpc_address, data, Load(8))  # from here on all are kept
+            run_analyzer(RANKER_RESIDENT.name, server.grpc_address, data, Load(8))  # from here on all are hits
             rounds = [measure_round(addresses, data, 4 * plan.requests) for _ in range(plan.rounds)]
             row = {name: statistics.median(each[name] for each in rounds) for name in addresses}
             row["added"] = statistics.median(each["guarded"] - each["direct"] for each in rounds)
             rows.append({"candidates": count, "rounds": rounds, **row})
-            said = f"{1e3 * row['direct']:.2f} ms direct, {1e3 * row['added']:+.2f} ms through the guard"
+            said = f"{1e3 * row['direct']:.2f} ms direct, {1e3 * row['added']:+.2f} ms through the gateway"
             harness.say(f"    N={count}: {said}")
     return {"rows": rows, "history": history, "requests": 4 * plan.requests}
 

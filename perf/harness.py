@@ -18,7 +18,7 @@ from kvcast.serving.options import CACHE_BUDGET
 from perf.baselines.race import Field
 
 SAMPLES = 360
-# What an experiment gives to the result file: JSON, that nobody reads before it is written.
+# What an experiment adds to the result file: JSON.
 Record = dict[str, object]
 Item = TypeVar("Item")
 Choice = TypeVar("Choice")
@@ -29,8 +29,8 @@ Sample = TypeVar("Sample")
 class Plan:
     """How thorough a run is.
 
-    traditional_limit: seconds that one traditional request may take to be measured. counts: candidates asked for.
-    endurance, soak: seconds. visits, seed, trace: of the visitors in affinity.
+    traditional_limit: seconds that a request of full recomputation may take to be measured. counts: candidates, if
+    chosen. endurance, soak: seconds. visits, seed, trace: of the visitors in affinity.
     """
 
     rounds: int
@@ -47,7 +47,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Harness:
-    """Starts servers on one exported repository, with caches of any size; knows the plan, and whom to tell."""
+    """Starts servers on one exported repository, with caches of any size, by the plan; `say` receives progress."""
 
     settings: ServeConfig
     config: ModelConfig
@@ -82,7 +82,7 @@ class Harness:
         Args:
             models: what is served.
             megabytes: of each user KV cache, 0 for none; None: as the repository says.
-            is_guarded: whether callers ask the guard.
+            is_guarded: whether requests pass the gateway.
         """
         http, grpc, metrics = find_free_ports(3)
         own = replace(self.settings, models=list(models), http_port=http, grpc_port=grpc, metrics_port=metrics)
@@ -92,7 +92,7 @@ class Harness:
             yield server
 
     def sample(self, seconds: float, sample: Callable[[float], Sample]) -> list[Sample]:
-        """Return samples of so many seconds; each is told how many have passed."""
+        """Return samples taken over so many seconds; `sample` gets the seconds that have passed."""
         samples, started = [], time.monotonic()
         while (passed := time.monotonic() - started) < seconds:
             samples.append(sample(passed))
@@ -104,7 +104,7 @@ class Harness:
 
 @contextlib.contextmanager
 def keep_sending(items: Iterator[Item], send: Callable[[Item], object], callers: int) -> Iterator[None]:
-    """Let several callers send items, each item once, as long as the block runs."""
+    """Send items from several threads, each item once, as long as the block runs."""
     stop, lock = threading.Event(), threading.Lock()
 
     def work() -> None:

@@ -13,8 +13,10 @@ mpl.use("agg")
 Result = dict[str, Any]
 Series = tuple[str, str, list[float], list[str]]
 
-SHARED, TRADITIONAL, CLAIM, IDEAL = "#0b6e4f", "#b23a48", "#8d99ae", "#3d5a80"
+SHARED, FULL, CLAIM, IDEAL = "#0b6e4f", "#b23a48", "#8d99ae", "#3d5a80"
 PEER_COLOURS = (SHARED, "#b23a48", "#e09f3e", "#3d5a80", "#8d99ae")
+# The schemes of the memory measurement by their keys in result files.
+SCHEME_NAMES = {"shared": "shared", "traditional": "full recomputation", "ort_expanded": "ORT, expanded"}
 PEER_NAMES = {
     "shared": "kvcast",
     "ort_expanded": "ORT, past KV expanded",
@@ -86,8 +88,8 @@ def draw_speedup(axes: Axes, result: Result) -> None:
         place = (row["candidates"], row["speedup"])
         axes.annotate(text, place, textcoords="offset points", xytext=(6, -14), color=SHARED, fontweight="bold")
     use_log_scales(axes, counts)
-    axes.set_xlabel("candidates N" + "   (* traditional extrapolated)" * has_extrapolation(rows))
-    axes.set_ylabel("traditional ÷ shared")
+    axes.set_xlabel("candidates N" + "   (* full recomputation extrapolated)" * has_extrapolation(rows))
+    axes.set_ylabel("full recomputation ÷ shared")
 
 
 def draw_history_growth(axes: Axes, result: Result) -> None:
@@ -95,15 +97,15 @@ def draw_history_growth(axes: Axes, result: Result) -> None:
     rows = result["history_growth"]
     lengths = [row["history"] for row in rows]
     axes.set_title(f"Latency as the history grows, N = {rows[0]['candidates']}")
-    for label, colour in (("traditional", TRADITIONAL), ("shared", SHARED)):
-        seconds = [row[f"{label}_seconds"] for row in rows]
+    for key, label, colour in (("traditional", "full recomputation", FULL), ("shared", "shared", SHARED)):
+        seconds = [row[f"{key}_seconds"] for row in rows]
         axes.plot(lengths, seconds, marker="o", color=colour, label=label, linewidth=2.2)
         for length, value in zip(lengths, seconds, strict=True):
             text = f"{1e3 * value:.0f} ms" if value < 1 else f"{value:.1f} s"
             axes.annotate(text, (length, value), textcoords="offset points", xytext=(0, 8), ha="center", color=colour)
     use_log_scales(axes, lengths)
     axes.minorticks_off()
-    axes.set_xlabel("history L" + "   (traditional extrapolated where it takes too long)" * has_extrapolation(rows))
+    axes.set_xlabel("history L" + "   (full recomputation extrapolated if too slow)" * has_extrapolation(rows))
     axes.set_ylabel("seconds a request, served")
     axes.margins(y=0.2)
 
@@ -116,15 +118,15 @@ def use_log_scales(axes: Axes, ticks: list[int]) -> None:
 
 
 def has_extrapolation(rows: list[Result]) -> bool:
-    """Whether a traditional time was computed and not measured."""
+    """Whether a time of full recomputation was extrapolated."""
     return any(row["traditional_is_extrapolated"] for row in rows)
 
 
 def draw_memory(axes: Axes, result: Result) -> None:
     """What does a request add to memory?"""
     rows = result["memory"]
-    labels = [f"{row['scheme'].replace('_', ' ')}\nN = {row['candidates']}" for row in rows]
-    colours = {"traditional": TRADITIONAL, "ort_expanded": "#e09f3e", "shared": SHARED}
+    labels = [f"{SCHEME_NAMES[row['scheme']]}\nN = {row['candidates']}" for row in rows]
+    colours = {"traditional": FULL, "ort_expanded": "#e09f3e", "shared": SHARED}
     values = [(row["added_bytes"] or 0) / 1e6 for row in rows]
     axes.set_title("Peak memory that one request adds")
     bars = axes.bar(labels, values, color=[colours[row["scheme"]] for row in rows])
@@ -157,7 +159,7 @@ def draw_load(axes: Axes, result: Result) -> None:
     axes.set_title(f"Latency under load, N = {load['candidates']}")
     in_flight = "requests in flight: " + ", ".join(str(row["concurrency"]) for row in load["closed_loop"])
     for rows, x, label, colour in (
-        (load["closed_loop"], "throughput", in_flight, TRADITIONAL),
+        (load["closed_loop"], "throughput", in_flight, FULL),
         (load["open_loop"], "rate", "Poisson arrivals", SHARED),
     ):
         rates = [row[x] for row in rows]
@@ -180,9 +182,9 @@ def draw_bars(axes: Axes, groups: list[str], series: list[Series]) -> None:
 
 
 def draw_peers(axes: Axes, result: Result) -> None:
-    """How do other ways of writing it compare?"""
+    """How do baselines compare?"""
     rows = result["peers"]
-    axes.set_title("Encode a user and fuse N candidates: kvcast and what else one would write")
+    axes.set_title("Encode a user and fuse N candidates: kvcast and baselines")
     series = []
     for name, colour in zip(rows[0]["peers"], PEER_COLOURS, strict=False):
         values = [1e3 * row["peers"][name].get("total", 0) for row in rows]
@@ -194,12 +196,12 @@ def draw_peers(axes: Axes, result: Result) -> None:
 
 
 def draw_reuse(axes: Axes, result: Result) -> None:
-    """What is saved when a user comes back?"""
+    """What does a cache hit save?"""
     rows = result["reuse"]["rows"]
-    axes.set_title("The same user again: latency with the KV made, and with the KV kept")
+    axes.set_title("A returning user: latency on a cache miss (cold) and on a hit (warm)")
     series = []
     for key, label, colour in (
-        ("cold_ranker", "ranker, cold", TRADITIONAL),
+        ("cold_ranker", "ranker, cold", FULL),
         ("cold_ranker_resident", "ranker_resident, cold", "#e09f3e"),
         ("warm_ranker", "ranker, warm", IDEAL),
         ("warm_ranker_resident", "ranker_resident, warm", SHARED),
@@ -219,7 +221,7 @@ def draw_trace(axes: Axes, result: Result) -> None:
     rows = trace["rows"]
     axes.set_title(f"Returning users: latency and hits by cache budget, N = {trace['traffic']['candidates']}")
     labels = [f"{row['way']}\n{row['budget_bytes'] / 1e6:.0f} MB" if row["users"] else row["way"] for row in rows]
-    colours = {"no cache": TRADITIONAL, "ensemble": IDEAL, "resident": SHARED}
+    colours = {"no cache": FULL, "ensemble": IDEAL, "resident": SHARED}
     width = 0.4
     for offset, key, alpha in ((0, "p50", 1.0), (width, "p99", 0.45)):
         places = [place + offset for place in range(len(rows))]
@@ -236,16 +238,16 @@ def draw_trace(axes: Axes, result: Result) -> None:
 
 
 def draw_endurance(axes: Axes, result: Result) -> None:
-    """Does memory stay where it should?"""
+    """Does memory stay within the budget?"""
     endurance = result["endurance"]
     axes.set_title(f"Memory through {endurance['requests']} requests of changing users")
     samples = endurance["samples"]
-    for keeper, colour in zip(endurance["beyond_budget_bytes"], (IDEAL, SHARED), strict=True):
-        held = [sample["process_bytes"][keeper] - endurance["start_bytes"][keeper] for sample in samples]
-        draw_bytes(axes, samples, held, f"{keeper}: process, beyond its start", colour)
-        own = [sample["cache_bytes"][keeper] for sample in samples]
-        draw_bytes(axes, samples, own, f"{keeper}: cache, as it counts", colour, ":")
-    axes.axhline(endurance["budget_bytes"] / 1e6, color=TRADITIONAL, linestyle="--", label="budget")
+    for model, colour in zip(endurance["beyond_budget_bytes"], (IDEAL, SHARED), strict=True):
+        held = [sample["process_bytes"][model] - endurance["start_bytes"][model] for sample in samples]
+        draw_bytes(axes, samples, held, f"{model}: process, beyond its start", colour)
+        own = [sample["cache_bytes"][model] for sample in samples]
+        draw_bytes(axes, samples, own, f"{model}: cache, as it counts", colour, ":")
+    axes.axhline(endurance["budget_bytes"] / 1e6, color=FULL, linestyle="--", label="budget")
     axes.set_ylim(bottom=0)
 
 
@@ -258,7 +260,7 @@ def draw_soak(axes: Axes, result: Result) -> None:
         held = [sample["processes"][name]["memory_bytes"] for sample in samples]
         draw_bytes(axes, samples, held, name, colour)
     shared = [sample["shared_memory_bytes"] for sample in samples]
-    draw_bytes(axes, samples, shared, "shared memory", TRADITIONAL, ":")
+    draw_bytes(axes, samples, shared, "shared memory", FULL, ":")
     axes.set_ylim(bottom=0)
 
 
@@ -273,9 +275,9 @@ def draw_bytes(
 
 
 def draw_affinity(axes: Axes, result: Result) -> None:
-    """How many find their user again?"""
+    """How many requests hit the cache?"""
     affinity = result["affinity"]
-    axes.set_title(f"{affinity['servers']} servers behind haproxy: visits that find their user kept")
+    axes.set_title(f"{affinity['servers']} servers behind haproxy: cache hit rate")
     series = []
     for protocol, label, colour in (("grpc", "gRPC", SHARED), ("http", "HTTP", IDEAL)):
         rates = [100 * row["hit_rate"] for row in affinity["policies"] if row["protocol"] == protocol]

@@ -1,4 +1,4 @@
-"""What is known of a run from outside: the machine; a server's processes as the system counts them, and its metrics."""
+"""The machine; a server's processes as the system counts them; its metrics."""
 
 import contextlib
 import os
@@ -8,6 +8,7 @@ from collections import defaultdict
 from importlib import metadata
 from pathlib import Path
 
+import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvcast.server import TritonServer
@@ -37,22 +38,21 @@ def read_model_memory(server: TritonServer) -> dict[str, int]:
     """Return resident bytes by model: the Python-backend process of each, without shared memory and file pages."""
     found: dict[str, int] = defaultdict(int)
     for stub in list_stubs(server.pid).values():
-        with contextlib.suppress(OSError):
-            found[stub.model] += read_anonymous_memory(Path(f"/proc/{stub.pid}"))
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found[stub.model] += read_own_memory(psutil.Process(stub.pid))
     return dict(found)
 
 
 def read_uses(server: TritonServer) -> dict[str, dict[str, int]]:
-    """Return what each process uses: tritonserver, the guard, and each model's (of several instances, one)."""
+    """Return memory, open files and threads of tritonserver, the gateway and each model (of several instances, one)."""
     pids = {"tritonserver": server.pid, "guard": server.gateway_pid}
     pids |= {stub.model: stub.pid for stub in list_stubs(server.pid).values()}
-    return {name: read_use(Path(f"/proc/{pid}")) for name, pid in pids.items()}
-
-
-def read_use(folder: Path) -> dict[str, int]:
-    """Return what the process of a folder in `/proc` uses: bytes of its own, open file handles, threads."""
-    files, threads = (len(list((folder / kind).iterdir())) for kind in ("fd", "task"))
-    return {"memory_bytes": read_anonymous_memory(folder), "files": files, "threads": threads}
+    uses = {}
+    for name, pid in pids.items():
+        process = psutil.Process(pid)
+        memory = read_own_memory(process)
+        uses[name] = {"memory_bytes": memory, "files": process.num_fds(), "threads": process.num_threads()}
+    return uses
 
 
 def read_shared_memory(server: TritonServer) -> int:
@@ -60,9 +60,10 @@ def read_shared_memory(server: TritonServer) -> int:
     return sum(512 * region.stat().st_blocks for region in server.list_shared_memory())
 
 
-def read_anonymous_memory(folder: Path) -> int:
-    """Return the bytes of memory of its own that a process has touched."""
-    return 1024 * int(read_fields(folder / "status").get("RssAnon", "0").split()[0])
+def read_own_memory(process: psutil.Process) -> int:
+    """Return a process's resident bytes without shared memory and file pages."""
+    memory = process.memory_info()
+    return int(memory.rss - memory.shared)
 
 
 def describe_machine(threads: int) -> dict[str, object]:
@@ -73,19 +74,14 @@ def describe_machine(threads: int) -> dict[str, object]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = "not installed"
-    processor = read_fields(Path("/proc/cpuinfo"))
+    lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+    processor = {name.strip(): value.strip() for name, _, value in lines}
     wide = [flag for flag in ("avx2", "avx512f", "amx_tile") if flag in processor.get("flags", "").split()]
     return {
         "processor": f"{processor.get('model name', '')} ({', '.join(wide)})",
         "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": psutil.virtual_memory().total,
         "threads_per_session": threads,
         "dtype": "FP32",
         "versions": versions,
     }
-
-
-def read_fields(path: Path) -> dict[str, str]:
-    """Return the values by name of a file in `/proc`; of a name that comes twice the last."""
-    fields = (line.partition(":") for line in path.read_text().splitlines())
-    return {name.strip(): value.strip() for name, _, value in fields}

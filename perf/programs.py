@@ -20,7 +20,7 @@ def find_program(name: str) -> Path | None:
 
 
 def explain_absence(name: str) -> str:
-    """Return what to do about a program that is missing."""
+    """Return the remedy for a missing program."""
     return f"{name} is not installed: make setup-deploy, or apt-get install {PACKAGES.get(name, name)}"
 
 

@@ -1,11 +1,11 @@
-"""The Markdown report of a result file, by `report.md.j2`: what was measured, beside what was claimed."""
+"""The Markdown report of a result file, by `report.md.j2`: measurements beside claims."""
 
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from perf.plots import PEER_NAMES, regime
+from perf.plots import PEER_NAMES, SCHEME_NAMES, regime
 
 
 def write_report(result: dict[str, Any]) -> str:
@@ -14,7 +14,7 @@ def write_report(result: dict[str, Any]) -> str:
 
 
 def write_headline(result: dict[str, Any]) -> str:
-    """Return README's table of shared against traditional."""
+    """Return README's table of shared against full recomputation."""
     return str(_open_template().headline(result["table"])).rstrip()
 
 
@@ -44,7 +44,12 @@ def _open_template() -> Any:
         "times_of_peer": _say_times,
         "total": lambda counts: sum(counts.values()),
     }
-    environment.globals |= {"header": _make_header, "cells": _make_row, "peer_names": PEER_NAMES}
+    environment.globals |= {
+        "header": _make_header,
+        "cells": _make_row,
+        "peer_names": PEER_NAMES,
+        "scheme_names": SCHEME_NAMES,
+    }
     return environment.get_template("report.md.j2").module
 
 

@@ -1,4 +1,4 @@
-"""The experiments on user KV that is kept: warm against cold, and a trace of returning users.
+"""The experiments on the user KV cache: hits against misses, and a trace of returning users.
 
 They compare ways to serve the same requests: no cache, the ensemble with its encoder's cache, and `ranker_resident`.
 Every way has a server of its own, idle while another has its turn.
@@ -27,7 +27,7 @@ from perf.analyzer import Load, PerfError, run_analyzer, write_input_data
 from perf.baselines.race import Worker, start_workers
 from perf.harness import Harness, Record
 from perf.processes import Counters, read_model_memory
-from perf.soak import KEPT_BY, MODELS
+from perf.soak import CACHED_BY, MODELS
 
 REUSE_COUNTS, QUICK_REUSE_COUNTS = (10, 50, 100), (50,)
 BUDGETS, QUICK_BUDGETS = (8, 32, 128), (32,)  # users of the expected history that fit
@@ -68,18 +68,16 @@ def run_reuse(harness: Harness) -> Record:
 def measure_round(
     server: TritonServer, requests: Sequence[RankRequest], data: Path, worker: Worker
 ) -> dict[str, float]:
-    """Send the same new users twice to each model: seconds (medians) of the first and of the second time."""
+    """Send the same new users twice to each model; return median seconds of the first and of the second time."""
     write_input_data(requests, data)
     seconds: dict[str, float] = {}
     for state in ("cold", "warm"):
-        for model, keeper in KEPT_BY.items():
+        for model, cached_by in CACHED_BY.items():
             before = Counters(server.metrics_address)
             seconds[f"{state}_{model}"] = run_analyzer(model, server.grpc_address, data, Load(len(requests))).p50
             after = Counters(server.metrics_address)
-            hits, misses = (
-                after.get(keeper, f"kvcast_user_kv_{name}_total") - before.get(keeper, f"kvcast_user_kv_{name}_total")
-                for name in ("hits", "misses")
-            )
+            metrics = [f"kvcast_user_kv_{name}_total" for name in ("hits", "misses")]
+            hits, misses = (after.get(cached_by, metric) - before.get(cached_by, metric) for metric in metrics)
             # The analyzer may send a request more than once; it may not leave one out.
             if (state == "cold" and misses < len(requests)) or (state == "warm" and misses):
                 raise PerfError(
@@ -216,18 +214,18 @@ def summarise_way(harness: Harness, way: Way, trace: Sequence[Visit]) -> Record:
 
 def simulate_lru(trace: Sequence[Visit], bytes_of: Callable[[int], int], budget: float) -> int:
     """Return the hits of a plain LRU by content, one request after the other."""
-    kept: OrderedDict[bytes, int] = OrderedDict()
+    cached: OrderedDict[bytes, int] = OrderedDict()
     hits = 0
     for visit in trace:
         key = visit.request.history.tobytes()
-        if key in kept:
+        if key in cached:
             hits += 1
-            kept.move_to_end(key)
+            cached.move_to_end(key)
             continue
         size = bytes_of(len(visit.request.history))
         if size > budget:
             continue
-        while sum(kept.values()) + size > budget:
-            kept.popitem(last=False)
-        kept[key] = size
+        while sum(cached.values()) + size > budget:
+            cached.popitem(last=False)
+        cached[key] = size
     return hits

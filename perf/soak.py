@@ -1,8 +1,8 @@
 """Memory over time: does anything grow that should not?
 
-Endurance: ten minutes of users who change, on a server without a guard; do the processes that keep users stay within
-their budget? Soak: half an hour of mixed load on a guarded server: both models, both protocols, users who return and
-users who do not, prefetches, wrong requests, callers who give up; every process is sampled.
+Endurance: ten minutes of changing users, on a server without a gateway; do the processes with a user KV cache stay
+within their budget? Soak: half an hour of mixed load through the gateway: both models, both protocols, returning and
+new users, prefetches, invalid requests, cancelled requests; every process is sampled.
 """
 
 import contextlib
@@ -24,9 +24,9 @@ from perf.harness import Harness, Record, keep_sending
 from perf.processes import Counters, read_model_memory, read_shared_memory, read_uses
 
 ENDURANCE_SECONDS, SOAK_SECONDS = 600, 1800
-# Who keeps the users of whom callers ask.
-KEPT_BY = {RANKER.name: USER_ENCODER.name, RANKER_RESIDENT.name: RANKER_RESIDENT.name}
-MODELS, KEEPERS = list(KEPT_BY), list(KEPT_BY.values())
+# Whose cache holds the users of these models.
+CACHED_BY = {RANKER.name: USER_ENCODER.name, RANKER_RESIDENT.name: RANKER_RESIDENT.name}
+MODELS, CACHING = list(CACHED_BY), list(CACHED_BY.values())
 ENDURANCE_CALLERS, ENDURANCE_USERS = 4, 24
 CALLERS = 3
 CACHE_MEGABYTES = 200
@@ -38,7 +38,7 @@ SETTLED_AFTER = 1 / 3
 
 @dataclass(frozen=True)
 class MemorySample:
-    """What the processes that keep users hold: by the system's count, and by their own."""
+    """Memory of the processes with a user KV cache, as the system counts it, and of their caches, as they do."""
 
     seconds: float
     process_bytes: dict[str, int]
@@ -84,7 +84,7 @@ def connect(
 
 
 def run_endurance(harness: Harness) -> Record:
-    """Serve a trace of histories of all lengths for minutes, and watch the memory of the processes that keep users."""
+    """Serve a trace of histories of all lengths for minutes, and sample the memory of the processes with a cache."""
     seconds, megabytes = harness.plan.endurance, harness.count_megabytes(ENDURANCE_USERS)
     answered: list[int] = []
     with harness.serve(MODELS, megabytes=megabytes) as server, contextlib.ExitStack() as stack:
@@ -99,9 +99,9 @@ def run_endurance(harness: Harness) -> Record:
         with keep_sending(draw_visits(harness, seed=13), send, ENDURANCE_CALLERS):
             samples = harness.sample(seconds, lambda passed: sample_memory(server, passed))
         samples.append(sample_memory(server, seconds))
-    most = {keeper: max(sample.process_bytes[keeper] for sample in samples) for keeper in KEEPERS}
-    beyond = {keeper: most[keeper] - base[keeper] - 1e6 * megabytes for keeper in KEEPERS}
-    said = ", ".join(f"{keeper} {value / 1e6:.0f} MB" for keeper, value in beyond.items())
+    most = {model: max(sample.process_bytes[model] for sample in samples) for model in CACHING}
+    beyond = {model: most[model] - base[model] - 1e6 * megabytes for model in CACHING}
+    said = ", ".join(f"{model} {value / 1e6:.0f} MB" for model, value in beyond.items())
     harness.say(f"    {len(answered)} requests; beyond start and budget: {said}")
     return {
         "seconds": seconds,
@@ -115,10 +115,10 @@ def run_endurance(harness: Harness) -> Record:
 
 
 def sample_memory(server: TritonServer, seconds: float) -> MemorySample:
-    """Return what the keepers of users hold now."""
+    """Return what the processes with a cache hold now."""
     counters, memory = Counters(server.metrics_address), read_model_memory(server)
-    held = {keeper: memory[keeper] for keeper in KEEPERS}
-    counted = {keeper: counters.get(keeper, "kvcast_user_kv_bytes") for keeper in KEEPERS}
+    held = {model: memory[model] for model in CACHING}
+    counted = {model: counters.get(model, "kvcast_user_kv_bytes") for model in CACHING}
     return MemorySample(seconds, held, counted)
 
 
@@ -139,7 +139,7 @@ class Callers:
         self.outcomes: list[str] = []
 
     def send(self, numbered: tuple[int, Visit]) -> None:
-        """Send one request of the mixture; note what came of it."""
+        """Send one request of the mixture; record its outcome."""
         turn, visit = numbered
         is_hasty = turn % GIVEN_UP_EVERY == GIVEN_UP_EVERY - 2
         try:
@@ -175,7 +175,7 @@ class Callers:
 
 
 def run_soak(harness: Harness) -> Record:
-    """Serve mixed load for so long; return samples, slopes an hour, and what came of the requests."""
+    """Serve mixed load for so long; return samples, slopes an hour, and the outcomes of the requests."""
     seconds = harness.plan.soak
     serving = harness.serve(MODELS, megabytes=CACHE_MEGABYTES, is_guarded=True)
     with serving as server, contextlib.ExitStack() as stack:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from kvcast.server import TritonServer
 from kvcast.server.repository import find_free_ports
 
@@ -47,21 +49,14 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> None:
 
 def find_children(pid: int) -> set[int]:
     """Return all descendants of a process."""
-    found: set[int] = set()
-    todo = [pid]
-    while todo:
-        for path in Path("/proc").glob(f"{todo.pop()}/task/*/children"):
-            children = {int(child) for child in path.read_text().split()}
-            todo += children - found
-            found |= children
-    return found
+    return {child.pid for child in psutil.Process(pid).children(recursive=True)}
 
 
 def is_running(pid: int) -> bool:
-    """Whether the process exists and has not ended (one that waits to be collected has)."""
+    """Whether the process exists and has not ended (a zombie has)."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
 
 

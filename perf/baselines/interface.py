@@ -1,4 +1,4 @@
-"""What a peer offers: prepare once, then encode a history and fuse candidates, each timed by the caller."""
+"""The interface of a peer: prepare once, then encode a history and fuse candidates, each timed by the caller."""
 
 import abc
 from typing import Any

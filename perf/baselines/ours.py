@@ -1,4 +1,4 @@
-"""kvcast itself, shared and traditional, without the server around it: the runtime's own classes on an export."""
+"""kvcast itself, shared and by full recomputation, without a server: the runtime's own classes on an export."""
 
 from pathlib import Path
 
@@ -30,8 +30,8 @@ class Ours(Peer):
         return np.asarray(scores[0], np.float32)
 
 
-class Traditional(Peer):
-    """All N full sequences in one batch, as a straightforward server would run them (`ranker_full` runs in chunks)."""
+class FullRecomputation(Peer):
+    """All N full sequences in one batch (`ranker_full` runs in chunks)."""
 
     def __init__(self, repository: Path, threads: int) -> None:
         options = SessionOptions(provider="cpu", threads=threads)

@@ -1,4 +1,4 @@
-"""Lets peers alternate on the same requests, a process each, and compares their times and their scores."""
+"""Runs peers alternately on the same requests, a process each, and compares their times and scores."""
 
 import contextlib
 import json
@@ -9,25 +9,28 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from kvcast.protocol.errors import ErrorKind, KvcastError
 from kvcast.protocol.tensors import SCORE_TOLERANCE
 
 MEMORY_LIMIT_BYTES = 16 << 30
 # The first runs of a size fault their memory in, which takes longer than the work.
 WARM_UPS = 2
 # glibc gives memory back after each run and faults it in again at the next; at these sizes that costs torch more than
-# its own work. All peers get the same cure.
+# its own work. All peers run with the same settings.
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(1 << 33), "MALLOC_MMAP_THRESHOLD_": str(1 << 33)}
 
 
-class RaceError(Exception):
+class RaceError(KvcastError):
     """A peer did not start, died, or gave other scores."""
+
+    kind: ClassVar[ErrorKind] = ErrorKind.INTERNAL
 
 
 @dataclass(frozen=True)
 class Field:
-    """What all peers of a race have in common."""
+    """The parameters that all peers of a race share."""
 
     config: str
     repository: Path

@@ -1,7 +1,7 @@
 """`python -m perf.baselines.worker NAME FIELD`: one peer in a process of its own, driven over standard input.
 
 Each line in is a JSON object {"history", "candidates", "seed"}; each line out one with seconds, the scores, and the
-memory that the run added at its peak. One thing runs at a time: whoever waits for a line uses no core.
+memory that the run added at its peak. Peers run one at a time: one that waits for a line uses no core.
 """
 
 import json
@@ -19,7 +19,7 @@ from kvcast.protocol.config import load_config
 from kvcast.synthetic import ClickLog
 from perf.baselines.interface import Peer
 from perf.baselines.ort_expanded import OrtExpanded
-from perf.baselines.ours import Ours, Traditional
+from perf.baselines.ours import FullRecomputation, Ours
 from perf.baselines.race import MEMORY_LIMIT_BYTES, Field
 from perf.baselines.softmax import SoftmaxNetwork
 from perf.baselines.torch_peers import CompiledPeer, TorchPeer, attend_expanded, attend_flash
@@ -42,7 +42,7 @@ def make_peer(name: str, field: Field) -> Peer:
 
     makers: dict[str, Callable[[], Peer]] = {
         "shared": lambda: Ours(field.repository, field.threads),
-        "traditional": lambda: Traditional(field.repository, field.threads),
+        "traditional": lambda: FullRecomputation(field.repository, field.threads),
         "ort_expanded": lambda: OrtExpanded(network(), field.threads),
         "torch_expanded": lambda: TorchPeer(network(), attend_expanded, field.threads),
         "torch_flash": lambda: TorchPeer(network(), attend_flash, field.threads),
@@ -80,7 +80,7 @@ def run_once(peer: Peer, log: ClickLog, order: dict[str, int]) -> dict[str, obje
 
 def main(name: str, field: Field) -> None:
     """Make the peer, then serve orders until standard input ends."""
-    warnings.simplefilter("ignore")  # deprecations inside torch's exporter, which the peer cannot help
+    warnings.simplefilter("ignore")  # deprecations inside torch's exporter
     answer_to = sys.stdout
     sys.stdout = sys.stderr  # compilers print; the answers have the pipe for themselves
     peer = make_peer(name, field)

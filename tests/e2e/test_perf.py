@@ -50,7 +50,7 @@ def test_a_small_run_measures_reports_and_draws(tiny_repository, tmp_path):
     for words in (
         "claimed",
         "Under load",
-        "A user who comes back",
+        "A returning user",
         "Returning users",
         "Memory through",
         "C_fusion",

@@ -23,18 +23,18 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
-    ("config", "user", "trimmed", "fusion", "traditional", "kv", "ideal"),
+    ("config", "user", "trimmed", "fusion", "full", "kv", "ideal"),
     [
         ("bench", 10.4, 8.05, 0.0416, 10.4, 8.192, {1: 1.3, 5: 6.3, 10: 12.3, 50: 51.5, 100: 85.5, 1000: 210}),
         ("seed", 861, 847, 3.45, 865, 307.2, {1: 1.02, 5: 5.0, 10: 9.8, 50: 42.5, 100: 72.6, 1000: 201}),
     ],
 )
-def test_the_cost_model_agrees_with_the_arithmetic_done_by_hand(config, user, trimmed, fusion, traditional, kv, ideal):
+def test_the_cost_model_agrees_with_the_arithmetic_done_by_hand(config, user, trimmed, fusion, full, kv, ideal):
     model = CostModel.of(load_config(config))
     assert model.user_flops(trimmed=False) / 1e9 == pytest.approx(user, rel=0.01)
     assert model.user_flops() / 1e9 == pytest.approx(trimmed, rel=0.01)
     assert model.fusion_flops() / 1e9 == pytest.approx(fusion, rel=0.01)
-    assert model.traditional_flops(1) / 1e9 == pytest.approx(traditional, rel=0.01)
+    assert model.full_flops(1) / 1e9 == pytest.approx(full, rel=0.01)
     assert model.user_kv_bytes() / 1e6 == pytest.approx(kv)
     for count, speedup in ideal.items():
         assert model.ideal_speedup(count) == pytest.approx(speedup, rel=0.02)
@@ -147,7 +147,7 @@ def test_committed_reports_are_those_of_their_results(path, tmp_path):
 def test_the_perf_command_explains_itself(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["run", "--help"])
-    assert "--traditional-limit" in capsys.readouterr().out
+    assert "--full-limit" in capsys.readouterr().out
 
 
 def test_a_plain_lru_counts_the_hits_that_its_budget_allows():
