@@ -88,7 +88,7 @@ def test_twenty_switches_under_load_fail_nobody_and_mix_nothing(repository, caps
 def switch_to(server, number, answers, requests):
     """Switch, and see that callers who come from now on get that release's scores."""
     assert run(server, *(("rollback",) if number == 1 else ("activate", "2"))) == 0
-    assert read_state(server)["release"] == number
+    assert read_state(server)["release_number"] == number
     for model in ("ranker", "ranker_resident"):
         for scores, right in zip(
             record_answers(server.grpc_address, requests[:3], model), answers[number, model], strict=False
@@ -118,7 +118,7 @@ def test_processes_that_die_during_switches_fail_nobody(repository, victim, caps
             load.wait_for(20)
         assert set(load.count()) == {"right"}, [each for each in load.outcomes if each.what != "right"][:3]
         for scores, right in zip(
-            record_answers(server.grpc_address, requests), answers[read_state(server)["release"]], strict=True
+            record_answers(server.grpc_address, requests), answers[read_state(server)["release_number"]], strict=True
         ):
             np.testing.assert_allclose(scores, right, rtol=0, atol=1e-5)
     capsys.readouterr()
@@ -135,7 +135,7 @@ def test_a_release_that_computes_something_else_is_refused_and_the_old_one_stays
         assert run(server, "activate", "2") == 1
         assert "golden request" in capsys.readouterr().err
         assert store.read().active == 1
-        assert read_state(server)["release"] == 1
+        assert read_state(server)["release_number"] == 1
         assert read_state(server)["is_ready"]
         for scores, right in zip(record_answers(server.grpc_address, requests), before, strict=True):
             np.testing.assert_array_equal(scores, right)
@@ -290,5 +290,5 @@ def test_without_a_server_the_next_start_serves_what_was_activated(repository, c
     settings = dataclasses.replace(make_settings(repository), models=["ranker"])
     assert isinstance(settings, ServeConfig)
     with TritonServer(settings) as server:
-        assert read_state(server)["release"] == 2
+        assert read_state(server)["release_number"] == 2
     capsys.readouterr()

@@ -234,6 +234,8 @@ def test_other_paths_and_methods(guarded):
 
 def test_the_admin_key_is_still_asked_for(server, guarded):
     assert ask(guarded, "/v2/repository/index", b"")[0] == 403
+    status, _, table = ask(guarded, "/v2/repository/index", b"[]", server.admin_headers)
+    assert (status, table["error"]) == (400, "body: expected `object`, got []")
     status, _, models = ask(guarded, "/v2/repository/index", b"", server.admin_headers)
     assert status == 200
     assert "ranker" in [model["name"] for model in models]

@@ -136,7 +136,7 @@ BROKEN = {
     FusesInexactly: "property 6",
     RanksOtherwise: "resident path = cached path (cold)",
     ForgetsWhatWasKept: "resident path = cached path (warm)",
-    WritesIntoWhatWasKept: "fusing wrote into the KV that was kept",
+    WritesIntoWhatWasKept: "fusing wrote into past KV",
     ReturnsNaN: "scores: expected finite",
     LooksAtCandidates: "property 6",
 }
