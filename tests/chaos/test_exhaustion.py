@@ -191,7 +191,7 @@ def test_shared_memory_that_is_full_while_serving_costs_no_process_and_no_right_
             for each, right in zip(requests, expected, strict=True):
                 with contextlib.suppress(TryAgainError):
                     np.testing.assert_allclose(client.rank(*each).scores, right, rtol=0, atol=TOLERANCE)
-        assert {each.status() for each in said} == {"StatusCode.RESOURCE_EXHAUSTED"}, said
+        assert {each.status() for each in said} == {"StatusCode.RESOURCE_EXHAUSTED"}, [each.message() for each in said]
         assert all("shared memory is full" in str(each.message()) for each in said), said
         assert set(list_stubs(triton)) == stubs
         assert read_state_at(http_port)["deaths"] == {}

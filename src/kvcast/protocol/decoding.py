@@ -59,7 +59,8 @@ def _explain(error: msgspec.ValidationError, value: Any, kind: Any, name: str) -
     except (KeyError, TypeError):  # a key with a dot in it
         return f"{name}: {error}"
     got = repr(value)[:LONGEST_VALUE]
-    if "bject" in expected and isinstance(kind, type) and issubclass(kind, msgspec.Struct):  # a record that is none, lacks a key or has an unknown one
+    is_record = isinstance(kind, type) and issubclass(kind, msgspec.Struct)
+    if "bject" in expected and is_record:  # it is none, lacks a key or has an unknown one
         expected = f"expected the keys {sorted(_fields(kind))}"
         got = str(sorted(value)) if isinstance(value, dict) else got
     place = f"{name}: {path.removeprefix('.')}" if path else name
