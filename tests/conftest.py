@@ -61,7 +61,7 @@ class Demo:
 
 @pytest.fixture(scope="session")
 def demo() -> Demo:
-    """Run `make demo` once, as a newcomer does; what the checkout has exported of other weights is exported again."""
+    """Run `make demo` once; an export of other weights in the checkout is made again before."""
     config = load_config("demo")
     assert config.weights is not None
     network = build_network(config)

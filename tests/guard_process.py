@@ -30,7 +30,7 @@ class Guard:
     state_file: Path
 
     def tell(self, state: State) -> None:
-        """Be its launcher: say something, and wait until it has been heard."""
+        """Write the state file as the launcher does, and wait until the gateway has read it."""
         state.write(self.state_file)
         expected = json.loads(self.state_file.read_text())
         deadline = time.monotonic() + FOLLOWED_WITHIN_SECONDS
@@ -44,7 +44,7 @@ class Guard:
 
 
 def make_addresses(http: str = "", grpc: str = "") -> list[str]:
-    """Return a guard's options: free addresses of its own, and upstreams, of which those not given have nobody."""
+    """Return options: free addresses, and upstreams; nothing listens at those not given."""
     ports = find_free_ports(6)
     upstreams = {"http": http, "grpc": grpc, "metrics": ""}
     options = []

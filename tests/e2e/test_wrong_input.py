@@ -146,7 +146,7 @@ def test_wrong_user_kv_sent_straight_to_fusion(send, name):
     expect_refusal(send, "doc_fusion", {**damage(encoded, tensor, change), "candidates": CANDIDATES}, *words)
 
 
-def test_one_wrong_request_spoils_no_other_in_its_batch(server):
+def test_an_invalid_request_does_not_affect_others_of_its_batch(server):
     """Valid and wrong requests in flight together: each gets its own answer."""
     client = tritonclient.grpc.InferenceServerClient(server.grpc_address)
     replies: list[tuple[int, Any, Any]] = []

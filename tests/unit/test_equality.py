@@ -1,4 +1,4 @@
-"""Property 0: a graph that does not compute what its network computes is refused, and the message says where."""
+"""Property 0: a graph that does not compute what its network computes is rejected, with the operator named."""
 
 import dataclasses
 from collections.abc import Callable
