@@ -1,5 +1,6 @@
 """Session-scoped fixtures: an export, a tritonserver that serves it, and `make demo`."""
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -30,9 +31,14 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def tiny_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model repository with the export of `tests/tiny.toml`."""
-    repository = tmp_path_factory.mktemp("tiny") / "repository"
-    export_release(load_config(str(EXPORTED_TOML)), WeightsSource(seed=0), repository, say=lambda _: None)
+    """A model repository with the export of `tests/tiny.toml`; the workers of `pytest -n` share it."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    repository = folder / "tiny" / "repository"
+    with (folder / "tiny.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not repository.exists():
+            export_release(load_config(str(EXPORTED_TOML)), WeightsSource(seed=0), repository, say=lambda _: None)
     return repository
 
 
