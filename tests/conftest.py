@@ -1,5 +1,6 @@
 """Session-scoped fixtures: an export, a tritonserver that serves it, and `make demo`."""
 
+import fcntl
 import io
 import os
 import shutil
@@ -32,9 +33,14 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def tiny_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model repository with the export of `tests/tiny.toml`."""
-    repository = tmp_path_factory.mktemp("tiny") / "repository"
-    export_release(load_config(str(EXPORTED_TOML)), WeightsSource(seed=0), repository, say=lambda _: None)
+    """A model repository with the export of `tests/tiny.toml`; the workers of `pytest -n` share it."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    repository = folder / "tiny" / "repository"
+    with (folder / "tiny.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not repository.exists():
+            export_release(load_config(str(EXPORTED_TOML)), WeightsSource(seed=0), repository, say=lambda _: None)
     return repository
 
 
@@ -63,7 +69,7 @@ class Demo:
 
 @pytest.fixture(scope="session")
 def demo() -> Demo:
-    """Run `make demo` once, as a newcomer does; what the checkout has exported of other weights is exported again."""
+    """Run `make demo` once; an export of other weights in the checkout is made again before."""
     config = load_config("demo")
     assert config.weights is not None
     network = build_network(config)

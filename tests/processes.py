@@ -33,7 +33,7 @@ def read_until(process: subprocess.Popen[str], words: str) -> str:
 
 
 def read_state(server: TritonServer) -> dict[str, Any]:
-    """Return what the launcher says of the server."""
+    """Return the state of the server as the launcher publishes it."""
     with urllib.request.urlopen(f"http://{server.http_address}/kvcast/state", timeout=5) as reply:
         state: dict[str, Any] = json.load(reply)
         return state

@@ -1,4 +1,4 @@
-"""Training requests for tests: users who like one kind of item, so that a history says what its user will take."""
+"""Training requests for tests: users prefer one kind of item, so the history predicts the labels."""
 
 import numpy as np
 

@@ -1,6 +1,6 @@
 """Hostile requests from one seed: valid ones with something changed, and bytes that were never valid.
 
-A case knows how to send itself and comes back as an outcome; `find_fault` says what no caller may ever see. Everything
+A case sends itself and returns an outcome; `find_fault` names outcomes that are faults of the server. Everything
 goes past the client library: raw HTTP, raw sockets, and gRPC with the bytes as they are.
 """
 
@@ -103,7 +103,7 @@ def find_fault(outcome: Outcome) -> str | None:
 
 
 def is_allowed_over_http(outcome: Outcome) -> bool:
-    """Whether a caller may get this: anything but 5xx, 503 where it says that the server is busy or away."""
+    """Whether the status is no fault: anything but 5xx, and 503 with the reason busy or unavailable."""
     if outcome.status == "closed":
         return outcome.kind == "socket"
     status = int(outcome.status)

@@ -30,11 +30,11 @@ class Outcome:
 
 @dataclass
 class Load:
-    """Threads that rank known requests, one after the other, until told to stop; a context manager."""
+    """Threads that rank known requests, one after the other, until the context is left."""
 
     address: str
     expected: list[tuple[Any, Any, list[Any]]]
-    """History, candidates, and the score arrays of which one must come back."""
+    """History, candidates, and the score arrays of which one must be returned."""
     model: str = "ranker"
     protocol: Any = "grpc"
     threads: int = 8

@@ -43,7 +43,7 @@ def hit(server: TritonServer, model: str, number: signal.Signals) -> None:
     ("victim", "number", "protocol"),
     choose_cases(("user_encoder", "doc_fusion", "ranker_resident"), (signal.SIGKILL, signal.SIGSTOP), ("grpc", "http")),
 )
-def test_a_process_that_dies_under_load_is_replaced_and_nobody_sees_it(guarded, requests, victim, number, protocol):
+def test_a_process_that_dies_under_load_is_replaced_without_errors(guarded, requests, victim, number, protocol):
     asked = "ranker_resident" if victim == "ranker_resident" else "ranker"
     expected = expect(requests, record_answers(guarded.grpc_address, requests, asked))
     address = guarded.grpc_address if protocol == "grpc" else guarded.http_address
@@ -59,7 +59,7 @@ def test_a_process_that_dies_under_load_is_replaced_and_nobody_sees_it(guarded, 
     assert read_state(guarded)["is_ready"]
 
 
-def test_a_repair_that_tritonserver_never_ends_is_ended(guarded, requests, monkeypatch):
+def test_a_repair_that_hangs_is_ended(guarded, requests, monkeypatch):
     """Tritonserver can hang after a process died; here it is stopped."""
     monkeypatch.setattr(supervisor, "LEAST_REPAIR_SECONDS", 1.0)
     monkeypatch.setattr(supervisor, "REPAIR_STARTS", 0)
@@ -75,7 +75,7 @@ def test_a_repair_that_tritonserver_never_ends_is_ended(guarded, requests, monke
     assert read_state(guarded)["is_ready"]
 
 
-def test_health_tells_the_truth_while_a_process_is_dead(guarded, own_repository, capsys):
+def test_readiness_is_false_while_a_process_is_dead(guarded, own_repository, capsys):
     """An artefact that cannot be loaded again keeps the model down: that is said, until the cause is gone."""
     settings = dataclasses.replace(make_settings(own_repository), models=["ranker"])
     with TritonServer(settings) as server:
@@ -108,7 +108,7 @@ def test_two_instances_of_each_model(own_repository, requests):
     assert set(load.count()) == {"right"}, load.count()
 
 
-def test_the_gateway_itself_is_started_again(guarded, requests):
+def test_the_gateway_is_restarted(guarded, requests):
     expected = expect(requests, record_answers(guarded.grpc_address, requests))
     from kvcast.client import RetryPolicy  # noqa: PLC0415
 

@@ -160,7 +160,7 @@ def ask_users(port: int, history: np.ndarray, candidates: np.ndarray) -> np.ndar
     return np.array(scores)
 
 
-def test_too_little_shared_memory_at_the_start_is_one_sentence(make_namespace, tiny_repository):
+def test_too_little_shared_memory_at_start_is_a_clear_error(make_namespace, tiny_repository):
     namespace = make_namespace(SHARED_MEMORY, "20m")
     status, text = namespace.run(*serve_command(tiny_repository)[0])
     assert status == 1
@@ -169,7 +169,7 @@ def test_too_little_shared_memory_at_the_start_is_one_sentence(make_namespace, t
         assert word in text
 
 
-def test_shared_memory_that_is_full_while_serving_costs_no_process_and_no_right_score(
+def test_full_shared_memory_while_serving_kills_no_process_and_spoils_no_score(
     make_namespace, long_repository, long_config
 ):
     namespace = make_namespace(SHARED_MEMORY, "300m")
@@ -209,7 +209,7 @@ def hash_all(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hash_file(path) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_full_disk_at_export_leaves_what_was_there_which_still_serves(make_namespace, tiny_repository, tmp_path):
+def test_a_full_disk_at_export_leaves_the_old_export_serving(make_namespace, tiny_repository, tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
     namespace = make_namespace(folder, "64m")
@@ -240,7 +240,7 @@ def copy_as_another_release(repository: Path, target: Path) -> Path:
     return target
 
 
-def test_a_full_disk_at_publication_publishes_nothing_and_the_next_try_does(make_namespace, tiny_repository, tmp_path):
+def test_a_full_disk_at_publication_publishes_nothing_and_a_retry_succeeds(make_namespace, tiny_repository, tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
     repository = folder / "repository"
@@ -295,7 +295,7 @@ def truncate(path: Path) -> None:
 def change_scores(path: Path) -> None:
     table = json.loads(path.read_text())
     path.write_text(json.dumps({**table, "scores": [score + 0.01 for score in table["scores"]]}))
-    manifest = path.with_name("manifest.json")  # somebody has put in checksums that fit
+    manifest = path.with_name("manifest.json")  # with checksums that match
     table = json.loads(manifest.read_text())
     table["files"][path.name] = hash_file(path)
     manifest.write_text(json.dumps(table))
@@ -333,7 +333,7 @@ def settings_of(repository: Path, name: str) -> ServeConfig:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_file_is_refused_at_the_start_in_clear_words(own_repository, damage):
+def test_a_damaged_file_is_rejected_at_start_with_a_clear_error(own_repository, damage):
     name, hurt, words = DAMAGES[damage]
     path = own_repository / name
     whole, manifest = path.read_bytes(), path.with_name("manifest.json").read_bytes()
@@ -353,9 +353,7 @@ def test_a_damaged_file_is_refused_at_the_start_in_clear_words(own_repository, d
     "damage",
     ["swapped graph", "manifest of another model", "half a golden request, resident", "other scores"],
 )
-def test_a_file_that_is_damaged_while_serving_is_not_loaded_and_the_server_is_well_when_it_is_whole(
-    own_repository, damage, caplog
-):
+def test_a_file_damaged_while_serving_is_not_loaded_and_the_server_recovers_with_it(own_repository, damage, caplog):
     caplog.set_level(logging.INFO, "kvcast")  # what a failure needs to be understood
     name, hurt, words = DAMAGES[damage]
     path = own_repository / name

@@ -1,7 +1,7 @@
 """Thousands of hostile requests to a real server, through its gateway, over HTTP and over gRPC.
 
 Every process lives on, no answer blames the server or shows its inside, and a valid request in between gets its scores.
-`KVCAST_FUZZ_REQUESTS` says how many by each protocol, `KVCAST_FUZZ_SEED` which; a failure names its seed.
+`KVCAST_FUZZ_REQUESTS` is their number by each protocol, `KVCAST_FUZZ_SEED` the seed; a failure names its seed.
 """
 
 import collections
@@ -104,7 +104,7 @@ def test_hostile_requests(target, channel, protocol):
     assert not faults, f"seed {SEED}: " + "\n".join(f"{fault}\n  {request}" for fault, request in faults.items())
 
 
-def test_callers_who_give_up_over_grpc_end_no_process(target, channel):
+def test_cancelled_grpc_requests_end_no_process(target, channel):
     """No cancellation is passed on to Triton: tests/unit/test_grpc_proxy.py holds that; here it is the whole server."""
     requests = Requests.prepare(target.grpc_address)
     witness = Witness(target, channel, requests)

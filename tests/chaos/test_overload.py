@@ -87,7 +87,7 @@ def answers(overloaded: TritonServer, requests):
 
 
 async def load_open(address, model, requests, answers, *, rate, seconds, is_new, retry=NO_RETRIES) -> Tally:
-    """Send at a rate, Poisson, whatever comes back. `is_new`: users whom no cache knows."""
+    """Send Poisson arrivals at a rate (open loop). `is_new`: users who are in no cache."""
     generator = np.random.default_rng(0)
     what: Counter[str] = Counter()
     async with AsyncRankerClient(address, model=model, deadline=DEADLINE, retry=retry) as client:
@@ -166,7 +166,9 @@ def measure_latency(server: TritonServer, model: str, requests) -> float:
 
 # New users, who have to be encoded, or users who are kept.
 @pytest.mark.parametrize(("model", "is_new"), choose_cases(("ranker", "ranker_resident"), (True, False)))
-def test_four_times_too_much_is_answered_or_refused_in_time(overloaded, requests, answers, model, is_new):
+def test_under_fourfold_overload_requests_are_answered_or_rejected_in_time(
+    overloaded, requests, answers, model, is_new
+):
     address = overloaded.grpc_address
     peak = asyncio.run(find_peak(address, model, requests, is_new=is_new))
     calm = measure_latency(overloaded, model, requests)
@@ -174,7 +176,7 @@ def test_four_times_too_much_is_answered_or_refused_in_time(overloaded, requests
     tally = asyncio.run(load_open(address, model, requests, answers, rate=TIMES * peak, seconds=SECONDS, is_new=is_new))
     ended = time.monotonic()
     while measure_latency(overloaded, model, requests) > 2 * calm:
-        assert time.monotonic() < ended + CALM_WITHIN_SECONDS, "latency has not come back to normal"
+        assert time.monotonic() < ended + CALM_WITHIN_SECONDS, "latency has not recovered"
     sent = TIMES * peak
     print(f"{model}, new {is_new}: peak {peak:.0f}/s, sent {sent:.0f}/s, {tally.goodput:.0f}/s right, {tally.what}")
     late = sum(count for what, count in tally.what.items() if any(w in what for w in LATE))

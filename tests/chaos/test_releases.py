@@ -61,7 +61,7 @@ def run(server: TritonServer, *arguments: str) -> int:
     return release([*arguments, "--repository", str(server.settings.repository), "--server", server.http_address])
 
 
-def test_twenty_switches_under_load_fail_nobody_and_mix_nothing(repository, capsys):
+def test_twenty_switches_under_load_fail_no_request_and_mix_no_releases(repository, capsys):
     requests = draw_requests()
     with serve(repository) as server:
         answers = {}
@@ -86,7 +86,7 @@ def test_twenty_switches_under_load_fail_nobody_and_mix_nothing(repository, caps
 
 
 def switch_to(server, number, answers, requests):
-    """Switch, and see that callers who come from now on get that release's scores."""
+    """Switch, and check that requests from now on get that release's scores."""
     assert run(server, *(("rollback",) if number == 1 else ("activate", "2"))) == 0
     assert read_state(server)["release_number"] == number
     for model in ("ranker", "ranker_resident"):
@@ -97,7 +97,7 @@ def switch_to(server, number, answers, requests):
 
 
 @pytest.mark.parametrize("victim", ["user_encoder", "doc_fusion"])
-def test_processes_that_die_during_switches_fail_nobody(repository, victim, capsys):
+def test_processes_that_die_during_switches_fail_no_request(repository, victim, capsys):
     """The switch may then be refused; whatever is served is served whole."""
     requests = draw_requests(8)
     with serve(repository, models=["ranker"]) as server:
@@ -265,7 +265,7 @@ def test_an_export_that_was_served_becomes_the_first_release(own_repository, oth
     assert any(line.startswith("active       1") for line in lines), lines
 
 
-def test_what_cannot_be_done_is_one_sentence(tmp_path, repository, capsys):
+def test_invalid_release_commands_are_clear_errors(tmp_path, repository, capsys):
     for arguments, words in (
         (["publish", str(tmp_path / "nothing")], "has no exported"),
         (["activate", "7"], "expected one of those published: 1 ("),

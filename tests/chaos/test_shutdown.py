@@ -1,4 +1,4 @@
-"""SIGTERM under load: who is there gets an answer, who comes later is told so, and nothing stays behind."""
+"""SIGTERM under load: accepted requests are answered, later ones rejected with the reason, and no process is left."""
 
 import json
 import re
@@ -31,7 +31,7 @@ def end_what_a_failing_test_leaves():
 
 
 @pytest.mark.parametrize(("model", "protocol"), choose_cases(("ranker", "ranker_resident"), ("grpc", "http")))
-def test_nothing_that_was_accepted_is_lost(tiny_repository, protocol, model):
+def test_accepted_requests_are_answered_at_shutdown(tiny_repository, protocol, model):
     regions = list_shared_memory()
     process, addresses = start(tiny_repository, model)
     started = find_children(process.pid)
@@ -56,7 +56,7 @@ def test_nothing_that_was_accepted_is_lost(tiny_repository, protocol, model):
     assert list_shared_memory() <= regions
 
 
-def test_what_cannot_be_answered_within_the_bound_is_refused_and_not_lost(tiny_repository):
+def test_requests_beyond_the_drain_time_are_rejected_and_not_lost(tiny_repository):
     """A queue longer than the drain: every request is answered or refused, and nothing waits for the whole queue."""
     process, addresses = start(tiny_repository, "ranker ranker_full", "--drain-seconds", "0.5")
     requests = draw_requests(8, length=60)
@@ -70,8 +70,8 @@ def test_what_cannot_be_answered_within_the_bound_is_refused_and_not_lost(tiny_r
 
 
 @pytest.mark.parametrize("protocol", [case for (case,) in choose_cases(("grpc", "http"))])
-def test_who_leaves_says_so_first_and_still_answers(tiny_repository, protocol):
-    """Long enough for a proxy's health check to see it: whoever comes meanwhile is answered."""
+def test_readiness_is_false_before_requests_are_rejected_at_shutdown(tiny_repository, protocol):
+    """Long enough for a proxy's health check to see it; requests in the meantime are answered."""
     process, addresses = start(tiny_repository, "ranker_resident", "--leave-seconds", "2")
     requests = draw_requests(8)
     expected = expect(requests, record_answers(addresses["grpc"], requests, "ranker_resident"))
@@ -109,7 +109,7 @@ def start(repository, model: str, *arguments: str) -> tuple[subprocess.Popen[str
 
 
 def drain_output(process: subprocess.Popen[str]) -> None:
-    """Read on, so that a server that says much is not held up by a full pipe."""
+    """Read its output, so that the server is not blocked by a full pipe."""
     import threading  # noqa: PLC0415
 
     assert process.stdout is not None

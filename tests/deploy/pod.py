@@ -27,7 +27,7 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 def main(file: str) -> int:
     """Run the container to its end; return its exit status.
 
-    The file says: root (an empty folder, for the container's file system), volumes (folders by mount path, mounted
+    The file has: root (an empty folder, for the container's file system), volumes (folders by mount path, mounted
     read-only), writable (options of a tmpfs by mount path), keep (folders that the container needs to see, whatever
     hides them), user and group (numbers), environment, command.
     """

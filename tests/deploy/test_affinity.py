@@ -44,15 +44,15 @@ def proxy(members: Members, tmp_path: Path) -> Iterator[Addresses]:
         yield running
 
 
-def test_haproxy_finds_nothing_to_say_about_its_configuration():
+def test_haproxy_accepts_its_configuration_without_warnings():
     done = run_tool("haproxy", "-c", "-f", affinity.HAPROXY_CONFIG)
     assert done.returncode == 0, done.stderr
     assert "WARNING" not in done.stdout + done.stderr
     assert affinity.HAPROXY_CONFIG.read_text().count(affinity.BOUND) == 2
 
 
-def test_the_clusters_haproxy_knows_that_servers_are_ready_and_passes_both_protocols(members, tmp_path):
-    """Its servers come from DNS, which is not here: one stands for it, asked and reached as the file says."""
+def test_the_clusters_haproxy_checks_readiness_and_passes_both_protocols(members, tmp_path):
+    """Its servers come from DNS: here one server with a fixed address, checked as the file says."""
     member, config = members[NAMES[0]], ROOT / "deploy" / "kubernetes" / "haproxy" / "haproxy.cfg"
     http_port, grpc_port, metrics_port = find_free_ports(3)
     words = {f":{old}\n": f"127.0.0.1:{new}\n" for old, new in ((9000, http_port), (9002, metrics_port))}
@@ -100,7 +100,7 @@ def test_a_user_has_one_server_over_both_protocols_and_each_server_has_users(pro
     assert max(counts.values()) < 2 * len(users) / len(NAMES), counts
 
 
-def test_every_client_finds_the_users_of_the_others(proxy):
+def test_clients_share_the_cache_entry_of_a_user(proxy):
     """Each of twelve users is encoded once, whichever client asks: by chance that happens once in half a million."""
     requests = affinity.draw_requests(load_config("tiny"), range(12), seed=time.monotonic_ns())
 
@@ -121,7 +121,7 @@ def test_every_client_finds_the_users_of_the_others(proxy):
         assert set(asyncio.run(rank_all(protocol))) == {CacheResult.HIT}
 
 
-def test_who_gives_no_name_is_known_by_the_history(proxy):
+def test_without_a_user_id_requests_are_routed_by_history(proxy):
     requests = affinity.draw_requests(load_config("tiny"), range(12), seed=time.monotonic_ns())
     with RankerClient(proxy["grpc"], model=MODEL) as client:
         for expected in (CacheResult.MISS, CacheResult.HIT):
@@ -129,7 +129,7 @@ def test_who_gives_no_name_is_known_by_the_history(proxy):
             assert {each.report.cache for each in asked} == {expected}
 
 
-def test_only_the_users_of_a_lost_server_move_and_come_back_and_nobody_sees_a_failure(members, proxy):
+def test_only_the_users_of_a_lost_server_move_and_no_request_fails(members, proxy):
     result = affinity.lose_a_server(members, proxy, load_config("tiny"), seed=SEED, say=print)
     for moves in (result["killed"], result["added"]):
         assert moves["moved_of_server"] == 1
@@ -143,7 +143,7 @@ def test_only_the_users_of_a_lost_server_move_and_come_back_and_nobody_sees_a_fa
         assert outcomes["right"] > 50
 
 
-def test_a_server_that_leaves_is_left_before_it_refuses_anybody(members, proxy):
+def test_a_stopping_server_gets_no_requests_before_it_rejects_any(members, proxy):
     """Without one retry of the client's: the proxy has seen the readiness go while the server still answered."""
     member = members[NAMES[1]]
     requests = affinity.draw_requests(load_config("tiny"), range(40), seed=SEED)
@@ -165,7 +165,7 @@ def test_a_server_that_leaves_is_left_before_it_refuses_anybody(members, proxy):
     assert all(set(each) == {"right", "wrong"} and each["wrong"] == 0 for each in outcomes), outcomes
 
 
-def test_affinity_finds_more_than_round_robin_and_as_many_as_an_lru_says(members, tmp_path):
+def test_affinity_hits_more_than_round_robin_and_as_often_as_a_simulated_lru(members, tmp_path):
     config, visitors = load_config("tiny"), affinity.draw_visitors(VISITS, SEED)
     rates = {}
     for place, policy in enumerate(("affinity", "affinity, bound 200", "round robin")):

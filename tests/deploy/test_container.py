@@ -97,7 +97,7 @@ def test_both_stages_have_one_pinned_image():
     assert re.fullmatch(r"TRITON_VERSION=\d\d\.\d\d", find_only("ARG", "TRITON_VERSION"))
 
 
-def test_it_does_not_run_as_root_and_opens_what_is_served():
+def test_it_does_not_run_as_root_and_exposes_the_served_ports():
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", find_only("USER"))  # by number, as runAsNonRoot wants it
     assert find_only("EXPOSE").split() == ["8000", "8001", "8002"]
     assert json.loads(find_only("ENTRYPOINT"))[-1] == "kvcast"
@@ -176,7 +176,7 @@ def test_the_install_step_brings_the_commands(image):
         assert f"kvcast {command}" in done.stdout
 
 
-def test_it_brings_the_rooms_that_serve_from_the_environment_itself(image):
+def test_it_contains_the_packages_that_serve(image):
     rooms = [path for path in list_copied() if (ROOT / path / "__init__.py").exists()]
     assert {Path(path).name for path in rooms} >= {"protocol", "serving", "gateway", "server", "client"}
     code = "import importlib, sys; print(*(importlib.import_module(name).__file__ for name in sys.argv[1:]), sep='\\n')"
@@ -187,7 +187,7 @@ def test_it_brings_the_rooms_that_serve_from_the_environment_itself(image):
 
 
 @pytest.mark.parametrize("module", ["torch", "onnx", "pytriton", "matplotlib", "kvcast.export", "perf"])
-def test_it_brings_nothing_that_serving_does_not_need(image, module):
+def test_it_contains_nothing_that_serving_does_not_need(image, module):
     done = image.run("python", "-c", f"import {module}")
     assert "ModuleNotFoundError" in done.stderr
 

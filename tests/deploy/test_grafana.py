@@ -89,14 +89,14 @@ def test_every_row_holds_panels_and_the_panels_come_in_reading_order():
 
 
 @pytest.mark.parametrize("panel", GRAPHS, ids=lambda panel: panel["title"].replace(" ", "_"))
-def test_a_panel_has_a_unit_a_source_and_says_what_to_do_with_it(panel):
+def test_a_panel_has_a_unit_a_source_and_a_remedy(panel):
     assert panel["fieldConfig"]["defaults"]["unit"] in UNITS
     assert len(panel["description"]) > 40
     assert panel["datasource"] == DATASOURCE
     assert panel["targets"]
     assert {target["refId"] for target in panel["targets"]} == set("ABCDEFGH"[: len(panel["targets"])])
     assert all(target["datasource"] == DATASOURCE for target in panel["targets"])
-    # A dashboard that is not told which servers would mix those of several deployments.
+    # Without a choice of servers the dashboard would mix those of several deployments.
     for target in panel["targets"]:
         for selector in re.findall(r"(?:kvcast|nv)_\w+(\{[^}]*\}|)", target["expr"]):
             assert 'job=~"$job"' in selector
@@ -140,7 +140,7 @@ def prometheus(server, tmp_path_factory):
         Load(server.grpc_address, expected["ranker_resident"], "ranker_resident", threads=1, pause=0.05),
     ):
         wait_until(lambda: len(running.query("rate(kvcast_gateway_answered_total[10s]) > 0")) == 2, 20)
-        for model in expected:  # users whom nobody knows, so that there is something to encode
+        for model in expected:  # new users, so that there is something to encode
             record_answers(server.grpc_address, draw_requests(seed=5000), model)
         wait_until(lambda: len(running.query("rate(kvcast_encode_seconds_count[10s]) > 0")) == 2, 20)
         yield running

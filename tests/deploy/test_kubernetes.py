@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "kubernetes"
 # The newest Kubernetes, and the oldest that is supported.
 VERSIONS = ("1.37.0", "1.35.0")
-# What an operator of somebody else's reads: not in Kubernetes' schemas.
+# A custom resource of another project: not in Kubernetes' schemas.
 CUSTOM = {"PodMonitor"}
 OVERLAYS = ["cpu", "gpu"]
 # What `kvcast serve` takes at most beyond the time for requests that are there: `TritonServer.stop`.
@@ -210,7 +210,7 @@ def test_the_image_starts_with_the_command_as_the_user_that_the_pod_wants(overla
     assert f"USER {context['runAsUser']}:{context['runAsGroup']}\n" in dockerfile
 
 
-def test_nothing_runs_as_root_or_may_become_it():
+def test_nothing_runs_as_root_or_can_escalate():
     pods = [
         each["spec"].get("template", each)["spec"]
         for name in BUILDS
@@ -255,7 +255,7 @@ def test_the_times_fit_into_each_other(overlay):
     pre_stop = container["lifecycle"]["preStop"]["sleep"]["seconds"]
     stopping = arguments.leave_seconds + arguments.drain_seconds + STOP_SECONDS
     assert find_pod(overlay)["spec"]["terminationGracePeriodSeconds"] >= pre_stop + stopping
-    # `kvcast serve` gives up first, and says why.
+    # `kvcast serve` times out first, with the reason.
     assert budget(container["startupProbe"]) > ServeConfig.start_timeout_seconds + 30
     assert deployment["progressDeadlineSeconds"] > budget(container["startupProbe"]) + deployment["minReadySeconds"]
     # Callers are led away at once; the server has time to mend itself.
@@ -266,11 +266,11 @@ def test_the_times_fit_into_each_other(overlay):
     assert ASK_SECONDS < timeout <= interval
 
 
-def test_callers_and_prometheus_reach_their_ports_and_a_server_reaches_nobody(overlay):
+def test_network_policies_allow_clients_and_prometheus_in_and_nothing_out(overlay):
     policy = find(overlay, "NetworkPolicy")["spec"]
     assert {*policy["policyTypes"]} == {"Ingress", "Egress"}
     assert policy["egress"] == []
-    assert all(each["from"] for each in policy["ingress"]), "nobody means everybody"
+    assert all(each["from"] for each in policy["ingress"]), "an empty list allows all"
     assert [[port["port"] for port in each["ports"]] for each in policy["ingress"]] == [["http", "grpc"], ["metrics"]]
     (selector,) = (each["podSelector"] for each in policy["ingress"][0]["from"] if "podSelector" in each)
     callers = [find(build("repository"), "Pod")["metadata"], find_pod(build("haproxy"))["metadata"]]
@@ -516,7 +516,7 @@ def test_haproxy_in_the_cluster_is_haproxy_before_it_but_for_how_servers_are_fou
 
 
 def find_checks(lines: list[str]) -> list[str]:
-    """Return the lines of a backend that say how its servers are asked."""
+    """Return the lines of a backend that configure health checks."""
     return [line for line in lines if line.startswith(("default-server", "option httpchk", "http-check"))]
 
 

@@ -51,7 +51,7 @@ def test_the_configuration_and_the_rules_are_valid():
 
 
 @pytest.mark.parametrize("path", RULE_TESTS, ids=lambda path: path.stem)
-def test_rules_compute_and_alerts_fire_as_their_tests_say(path):
+def test_rule_unit_tests_pass(path):
     run_promtool("test", "rules", path)
 
 
@@ -84,7 +84,7 @@ def test_rules_ask_for_recorded_series_that_are_there():
         assert find_recorded(rule["expr"]) <= RECORDED.keys()
 
 
-def test_the_rules_know_the_pods_of_the_pod_monitor_by_their_labels():
+def test_the_rules_use_the_labels_of_the_pod_monitor():
     monitor = yaml.safe_load((ROOT / "deploy" / "kubernetes" / "base" / "pod-monitor.yaml").read_text())
     assert not any(each.get("honorLabels") for each in monitor["spec"]["podMetricsEndpoints"])
     assert "jobLabel" not in monitor["spec"]
@@ -195,4 +195,4 @@ def test_a_dead_process_that_cannot_be_replaced_raises_alerts_until_it_can_be(wa
         graph.write_bytes(whole)
         wait_until(lambda: bool(read_state(watched)["is_ready"]), 30)
         wait_until(lambda: not prometheus.find_states("KvcastNotReady"), 10)
-        assert prometheus.find_states("KvcastProcessDied") == {"firing"}, "one is told for a quarter of an hour"
+        assert prometheus.find_states("KvcastProcessDied") == {"firing"}, "it fires for a quarter of an hour"

@@ -25,7 +25,7 @@ from tests.processes import wait_until
 from tests.support import draw_request
 
 ROOT = Path(__file__).parents[2]
-# What the guide says to put after `kvcast serve … --`.
+# The options that the guide puts after `kvcast serve … --`.
 URL = "http://127.0.0.1:4318/v1/traces"
 FLAGS = [
     "--trace-config=mode=opentelemetry",
@@ -183,7 +183,7 @@ def test_the_resident_ranker_is_traced_too(traced, collector):
     assert names == sorted([WHOLE, RANKER_RESIDENT.name, COMPUTE])
 
 
-def test_who_brings_no_trace_gets_none(traced, collector):
+def test_requests_without_a_trace_are_not_traced(traced, collector):
     """`rate=0`; else one request in so many is traced, on its own."""
     for _ in range(5):
         rank(traced, "grpc", RANKER.name, {})

@@ -32,7 +32,7 @@ print(json.dumps(taste(history.expand(len(candidates), -1, -1), candidates).toli
 
 
 class Reader:
-    """Somebody who follows the guide in an empty folder, on free ports."""
+    """Runs the steps of the guide in an empty folder, on free ports."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

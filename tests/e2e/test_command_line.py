@@ -101,7 +101,7 @@ def test_the_shipped_example_is_the_generators():
     assert request.candidates.shape == (40, 4)
 
 
-def test_the_front_door_lists_its_commands_and_each_explains_itself():
+def test_kvcast_help_lists_the_commands_and_each_has_help():
     listing = subprocess.run([sys.executable, "-m", "kvcast", "--help"], capture_output=True, text=True, check=True)
     commands = re.findall(r"^  (\w+) ", listing.stdout, re.MULTILINE)
     assert {"export", "serve", "rank", "demo", "clicklog"} <= set(commands)
@@ -144,7 +144,7 @@ def test_the_readme_does_what_it_says(demo, tmp_path):
     shown = re.search(r"<!-- demo -->\n```\n(.*?)```\n<!-- /demo -->", readme, re.DOTALL)
     assert shown is not None
     assert shown[1].count("\n") > 10
-    assert set(shown[1].splitlines()) <= set(demo.printed.splitlines()), "shortened, and otherwise what make demo says"
+    assert set(shown[1].splitlines()) <= set(demo.printed.splitlines()), "a shortened output of make demo"
     run("make --dry-run test")
     serving = subprocess.Popen(
         ["make", "serve"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -1,4 +1,4 @@
-"""`make demo` and its weights through a real server: what a newcomer sees, how users are ranked who were never seen."""
+"""`make demo` and its weights through a real server: its output, and the ranking of unseen users."""
 
 import dataclasses
 import json
@@ -73,7 +73,7 @@ def test_the_command_that_made_the_weights_names_another_seed_than_the_demo_and_
     assert len({TRAINING_SEED, HELD_OUT_SEED, LOG_SEED}) == 3
 
 
-def test_a_newcomer_sees_a_ranking_beside_the_users_tastes(demo: Demo):
+def test_the_demo_shows_a_ranking_beside_the_users_preferences(demo: Demo):
     *_, shown = demo.printed.partition("ready after")
     lines = shown.splitlines()
     assert max(map(len, lines)) <= 100
@@ -110,7 +110,7 @@ def test_another_configuration_is_shown_as_ids_and_scores(tiny_repository: Path)
         (["--user", "2", "--config", "tiny"], "only demo has users, got --user 2 and --config tiny"),
     ],
 )
-def test_a_user_who_is_not_there_is_said_before_anything_starts(tmp_path, capsys, options, words):
+def test_an_unknown_user_is_reported_before_anything_starts(tmp_path, capsys, options, words):
     with pytest.raises(SystemExit):
         main([*options, "--repository", str(tmp_path / "repository")])
     assert words in capsys.readouterr().err
@@ -146,9 +146,7 @@ def test_the_client_examples_run_as_they_stand(served: TritonServer, name: str):
     assert name != "prefetch.py" or "rank: cache hit" in done.stdout
 
 
-def test_users_who_were_never_seen_are_ranked_well(
-    demo: Demo, served: TritonServer, rows: PlantedRows, requests: Requests
-):
+def test_unseen_users_are_ranked_well(demo: Demo, served: TritonServer, rows: PlantedRows, requests: Requests):
     half = len(requests) // 2  # in order of time
     chosen = np.sort(np.random.default_rng(0).choice(np.arange(half, len(requests)), ASKED, replace=False))
     asked = requests.select(chosen)

@@ -1,4 +1,4 @@
-"""The second family, exported and served: every way to its scores, users who come back, and what perf makes of it."""
+"""The second family, exported and served: all ways to its scores, cache hits, and perf."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,7 +100,7 @@ def test_every_served_way_gives_the_scores_of_the_independent_implementation(hst
                     ranking = client.rank(request.history, request.candidates, report=True)
                     np.testing.assert_allclose(ranking.scores, expected, rtol=0, atol=TOLERANCE)
                     assert ranking.report is not None
-                    assert ranking.report.cache is cache or length == 0, "an empty history is everybody's"
+                    assert ranking.report.cache is cache or length == 0, "the empty history is shared"
 
 
 def test_together_alone_permuted_and_padded_agree(hstu_server):
@@ -120,7 +120,7 @@ def test_together_alone_permuted_and_padded_agree(hstu_server):
     assert np.abs(nothing - scores).max() > 1e-3, "the history must matter"
 
 
-def test_perf_measures_what_can_run_this_network_and_says_what_cannot(hstu_repository):
+def test_perf_races_the_baselines_that_run_this_network_and_names_the_others(hstu_repository):
     said: list[str] = []
     field = Field("tiny-hstu", hstu_repository, threads=1, seed=0)
     (row,) = run_peers(field, CONFIG, [5], 1, ["shared", "traditional", "torch_flash"], said.append)

@@ -1,4 +1,4 @@
-"""Served: users who come back are scored from kept KV exactly as `ranker_full` scores them, whatever the budget.
+"""Served: cache hits give exactly the scores of `ranker_full`, whatever the budget.
 
 Histories are drawn from a seed of the test's own, so that a first visit is a first visit on the shared server too.
 """
@@ -197,7 +197,7 @@ def send(
     outputs: list[str] | None = None,
     parameters: dict[str, Any] | None = None,
 ) -> Raw:
-    """Send tensors as they are, past our own client; without `outputs`, as one who asks for none by name."""
+    """Send tensors unchecked, with plain tritonclient; without `outputs`, none is requested by name."""
     library = tritonclient.grpc if protocol == "grpc" else tritonclient.http
     names = [library.InferRequestedOutput(name) for name in outputs] if outputs else None
     with contextlib.closing(library.InferenceServerClient(address_of(server, protocol))) as client:
@@ -291,7 +291,7 @@ CHANGES: dict[str, Callable[[Ids], Ids]] = {
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_history_is_encoded_anew_and_the_old_one_is_still_there(server, full, log, protocol, model, change):
+def test_a_changed_history_is_a_miss_and_the_old_entry_stays(server, full, log, protocol, model, change):
     history, candidates = log.draw_history(30), log.draw_candidates(12)
     changed = CHANGES[change](history)
     with make_client(server, protocol, model) as client:
@@ -306,8 +306,8 @@ def test_a_changed_history_is_encoded_anew_and_the_old_one_is_still_there(server
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("model", MODELS)
-def test_threads_with_users_who_come_back_and_change_get_their_own_scores(server, full, log, protocol, model):
-    """Hot and cold meet; whoever comes at once, each history is encoded once."""
+def test_concurrent_returning_and_changing_users_get_their_own_scores(server, full, log, protocol, model):
+    """Hits and misses at once: each history is encoded once."""
     histories = []
     for length in (12, 25, 33, 60, 95):
         history = log.draw_history(length)
@@ -328,7 +328,7 @@ def test_threads_with_users_who_come_back_and_change_get_their_own_scores(server
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("model", MODELS)
-def test_a_request_of_several_users_says_of_each_where_the_kv_came_from(server, full, log, protocol, model):
+def test_a_request_of_several_users_reports_hit_or_miss_of_each(server, full, log, protocol, model):
     users = [log.draw_history(length) for length in (20, 11, 20)]
     candidates = np.stack([log.draw_candidates(6) for _ in range(4)])
     with make_client(server, protocol, model) as client:
@@ -346,7 +346,7 @@ def test_a_request_of_several_users_says_of_each_where_the_kv_came_from(server, 
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_kept_user_among_new_ones_gets_the_right_answer(server, full, log, model):
+def test_a_cached_user_among_new_ones_gets_the_right_scores(server, full, log, model):
     """All at once over one connection, so that they wait together."""
     kept = log.draw_request(30, 8)
     new = [log.draw_request(length, 5) for length in (96, 95, 70, 20, 20, 7)]
@@ -379,7 +379,7 @@ def test_a_kept_user_among_new_ones_gets_the_right_answer(server, full, log, mod
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_callers_who_hang_up_spoil_nothing(server, full, log, model):
+def test_closed_connections_do_not_affect_other_requests(server, full, log, model):
     requests = [log.draw_request(60 + index, 20) for index in range(12)]
     for index, request in enumerate(requests[:6]):
         with contextlib.closing(tritonclient.grpc.InferenceServerClient(server.grpc_address)) as connection:
@@ -401,7 +401,7 @@ def test_callers_who_hang_up_spoil_nothing(server, full, log, model):
 
 
 @pytest.mark.parametrize("model", [*MODELS, "ranker_full"])
-def test_a_reply_that_nobody_asked_more_of_holds_scores_alone(server, full, log, model):
+def test_a_reply_holds_only_scores_by_default(server, full, log, model):
     request = log.draw_request(15, 4)
     for more in (
         {},
@@ -446,7 +446,7 @@ def test_the_report_comes_with_the_scores_if_the_parameter_asks_for_it(server, f
         ("kvcast_prefetch", "yes"),
     ],
 )
-def test_a_parameter_of_ours_that_is_wrong_is_named(server, full, log, protocol, model, parameter, value):
+def test_an_invalid_kvcast_parameter_is_reported_by_name(server, full, log, protocol, model, parameter, value):
     request = log.draw_request(15, 4)
     expect_refusal(server, protocol, model, as_tensors(request), parameter, parameters={parameter: value})
     if model in MODELS:
@@ -456,7 +456,7 @@ def test_a_parameter_of_ours_that_is_wrong_is_named(server, full, log, protocol,
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("model", MODELS)
-def test_a_user_who_was_prefetched_is_found(server, full, log, protocol, model):
+def test_a_prefetched_user_is_a_hit(server, full, log, protocol, model):
     history = log.draw_history(44)
     with make_client(server, protocol, model) as client:
         first, second = client.prefetch(history), client.prefetch(np.insert(history, 5, 0, axis=0))
@@ -543,7 +543,7 @@ def test_no_candidates_without_the_parameter_is_a_wrong_request(server, log, pro
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_candidates_in_a_prefetch_are_a_wrong_request_and_keep_nobody(server, full, log, protocol):
+def test_candidates_in_a_prefetch_are_rejected_and_nothing_is_cached(server, full, log, protocol):
     request = log.draw_request(20, 5)
     words = ("candidates", "N = 0", "prefetch", "got 5")
     expect_refusal(
@@ -582,7 +582,7 @@ def test_a_wrong_history_in_a_prefetch_is_a_wrong_request(server, log, protocol,
         assert client.prefetch(history).cache is MISS
 
 
-def test_a_client_of_a_model_that_keeps_nobody_says_so(server, log, tmp_path, capsys):
+def test_prefetching_a_model_without_a_cache_is_an_error(server, log, tmp_path, capsys):
     request = log.draw_request(10, 3)
     with make_client(server, "grpc", "ranker_full") as client, pytest.raises(ValueError, match="'ranker_full'"):
         client.prefetch(request.history)
@@ -617,21 +617,21 @@ def test_without_a_cache_every_visit_is_computed_and_a_prefetch_is_not(off, full
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_who_is_larger_than_the_budget_is_never_kept(narrow, full, log, model):
+def test_an_entry_larger_than_the_budget_is_never_cached(narrow, full, log, model):
     history, meter = log.draw_history(LENGTH), Meter(narrow, CACHED_BY[model])
     with make_client(narrow, "grpc", model) as client:
         assert [visit(client, full, history, log.draw_candidates(7)).cache for _ in range(3)] == [MISS] * 3
         assert client.prefetch(history) == Report(OFF)
         assert meter("user_kv_refused_total") == meter("encode_seconds_count") == 3
         assert meter("user_kv_hits_total") == meter("user_kv_entries") == 0
-        # Somebody shorter fits.
+        # A shorter history fits.
         short = log.draw_history(6)
         assert [visit(client, full, short, log.draw_candidates(7)).cache for _ in range(2)] == [MISS, HIT]
     assert 0 < meter.show("user_kv_bytes") <= meter.show("user_kv_budget_bytes")
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_after_their_time_to_live_users_are_encoded_again(fleeting, full, log, model):
+def test_expired_entries_are_encoded_again(fleeting, full, log, model):
     meter = Meter(fleeting, CACHED_BY[model])
     with make_client(fleeting, "grpc", model) as client:
         for _ in range(20):  # on a busy machine the second visit can come too late
@@ -647,7 +647,7 @@ def test_after_their_time_to_live_users_are_encoded_again(fleeting, full, log, m
 
 @pytest.mark.parametrize("model", MODELS)
 def test_a_trace_against_a_small_budget_keeps_the_most_recent_users(small, full, log, model):
-    """Against a model of the cache in three lines; the report says of every visit what it says."""
+    """Against a model of the cache in three lines, visit by visit."""
     users = [log.draw_history(LENGTH) for _ in range(ROOM + 4)]
     generator = np.random.default_rng(3)
     meter = Meter(small, CACHED_BY[model])
@@ -666,7 +666,7 @@ def test_a_trace_against_a_small_budget_keeps_the_most_recent_users(small, full,
             assert report.cache is (HIT if is_kept else MISS)
             assert meter.show("user_kv_bytes") <= meter.show("user_kv_budget_bytes")
     assert evictions > 10
-    # The ensemble was asked its golden request at the start: one more user, who has gone since.
+    # The ensemble ran its golden request at the start: one more entry, evicted since.
     assert meter("user_kv_evictions_total") == evictions + (model == "ranker")
     assert meter("user_kv_hits_total") == hits
     assert meter("user_kv_misses_total") == meter("encode_seconds_count") == 80 - hits
@@ -676,7 +676,7 @@ def test_a_trace_against_a_small_budget_keeps_the_most_recent_users(small, full,
 
 @pytest.mark.parametrize("model", MODELS)
 def test_a_thousand_users_in_quick_succession_stay_within_a_small_budget(fleeting, full, log, model):
-    """Users of all lengths, who also expire meanwhile; every tenth comes back at once."""
+    """Histories of all lengths, which also expire; every tenth user returns at once."""
     lengths = np.random.default_rng(1).integers(2, 97, 1000)
     requests = [log.draw_request(int(length), 1 + int(length) % 10) for length in lengths]
     meter, is_over, peaks = Meter(fleeting, CACHED_BY[model]), threading.Event(), []
@@ -715,7 +715,7 @@ def test_a_thousand_users_in_quick_succession_stay_within_a_small_budget(fleetin
 
 
 def draw_trace(log: ClickLog, visits: int) -> list[Ids]:
-    """Draw histories of users who are new, come back as they were, or come back changed."""
+    """Draw histories of new users, of returning users, and of returning users with a changed history."""
     generator, histories, changes = np.random.default_rng(2), [log.draw_history(20)], list(CHANGES.values())
     for _ in range(visits - 1):
         kind, known = generator.random(), histories[generator.integers(len(histories))]
@@ -853,7 +853,7 @@ def test_the_graphs_of_a_family_that_leaves_rank_as_it_comes_are_proved(new_rele
         assert 0 <= prove(calls, draw_sample(CONFIG.schema, length, count, seed), manifest.user_kv) <= TOLERANCE
 
 
-def test_a_new_release_knows_nobody_and_scores_as_itself(server, start, full, log, new_release):
+def test_a_new_release_starts_with_an_empty_cache_and_its_own_scores(server, start, full, log, new_release):
     request, renewed = log.draw_request(40, 12), start(new_release)
     with make_client(renewed, "grpc", "ranker_full") as own_full:
         expected = own_full.rank(request.history, request.candidates).scores

@@ -20,7 +20,7 @@ EXPORTED = ("model.onnx", "model.onnx.data", "manifest.json", "golden.json")
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel of a checkout into which somebody has exported."""
+    """A wheel of a checkout that contains an export."""
     folder = tmp_path_factory.mktemp("wheel")
     checkout = folder / "checkout"
     for name in SOURCES:

@@ -163,7 +163,7 @@ def test_the_proof_of_origin_stays_within_the_server(server, send):
         assert client.infer("user_encoder", inputs, outputs=named).as_numpy("kv_origin").any(), "the ensemble has it"
 
 
-def test_one_wrong_request_spoils_no_other_in_its_batch(server):
+def test_an_invalid_request_does_not_affect_others_of_its_batch(server):
     """Valid and wrong requests in flight together: each gets its own answer."""
     client = tritonclient.grpc.InferenceServerClient(server.grpc_address)
     replies: list[tuple[int, Any, Any]] = []

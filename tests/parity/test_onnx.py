@@ -107,13 +107,13 @@ def test_user_kv_is_the_same_bits_whatever_the_candidates(models, network):
 @pytest.mark.parametrize(
     "sizes",
     [
-        {"layers": 1, "heads": 3, "head_width": 4, "history_fields": 1, "candidate_fields": 1},
-        {"layers": 2, "heads": 1, "head_width": 16, "history_fields": 3, "candidate_fields": 6},
+        {"heads": 3, "head_width": 4, "history_fields": 1, "candidate_fields": 1},
+        {"heads": 1, "head_width": 16, "history_fields": 3, "candidate_fields": 6},
     ],
-    ids=lambda sizes: f"M{sizes['layers']}_H{sizes['heads']}_T{sizes['candidate_fields']}",
+    ids=lambda sizes: f"H{sizes['heads']}_T{sizes['candidate_fields']}",
 )
 def test_graphs_of_other_sizes(sizes, tmp_path):
-    config = make_config(**sizes)
+    config = make_config(layers=1, **sizes)  # several layers: `models`
     network = make_network(config, seed=3)
     looked_at = (USER_ENCODER.name, DOC_FUSION.name, RANKER_FULL.name)  # the resident graph takes longer than all three
     with torch.inference_mode():

@@ -35,7 +35,7 @@ CONFIG = load_config("tiny")
 SCHEMA = CONFIG.schema
 LONGEST = 60
 USERS = 6
-# Budgets in entries of the longest user: off, too small for anybody, for one, for some, for everybody.
+# Budgets in entries of the longest user: off, too small for one, room for one, for some, for all.
 BUDGETS = (0, 0.02, 1, 2.5, 1000)
 ROWS_PER_RUN = ("COLD_ROWS_PER_CPU_RUN", "WARM_ROWS_PER_CPU_RUN")
 Run = Callable[..., Tensors]
@@ -137,7 +137,7 @@ def serve(ranker: ResidentRanker, requests: list[Request]) -> list[Tensors]:
 def test_ragged_batches_of_hot_and_cold_users_get_the_scores_of_the_other_ways(
     models, artefact, lengths, batches, entries, seed
 ):
-    """Few users and several batches, so that users come back, twice in a batch too."""
+    """Few users and several batches, so that users return, twice in a batch too."""
     generator = np.random.default_rng(seed)
     histories = [strip_padding(draw_rows(SCHEMA.history_fields, (length,), generator)) for length in lengths]
     ranker = make_ranker(artefact, entries)
@@ -175,12 +175,12 @@ def test_whatever_the_budget_the_same_users_again_get_the_same_scores(models, ar
 
 
 def test_a_user_who_gives_way_within_a_batch_is_still_scored_with_the_own_kv(models, artefact):
-    """Room for one: the newcomers take it while the kept user's KV is still to be read."""
+    """Room for one: new users take it while the cached user's KV is still to be read."""
     ranker = make_ranker(artefact, 1)
     hot, *cold = (draw_user(LONGEST, 5, seed) for seed in range(4))
     expect_all_right(models, ranker, [hot], MISS)
     expect_all_right(models, ranker, [hot, *cold], HIT, MISS, MISS, MISS)
-    # Now the memory that is free again held somebody else's KV.
+    # Now the memory that is free again held another user's KV.
     for user in (*cold, hot):
         expect_right(models, user, ranker.rank([user])[0].scores)
 

@@ -84,7 +84,7 @@ def test_a_trace_is_the_same_for_the_same_seed():
     assert [visit.user for visit in draw_visits(60)] != [visit.user for visit in draw_visits(60, seed=5)]
 
 
-def test_a_visitor_comes_back_with_the_same_history_or_with_one_that_has_moved_on():
+def test_returning_users_have_the_same_or_a_grown_history():
     latest: dict[int, np.ndarray] = {}
     unchanged = grown = 0
     for user, request in draw_visits(400):
@@ -110,7 +110,7 @@ def test_a_visitor_comes_back_with_the_same_history_or_with_one_that_has_moved_o
     assert grown > 50
 
 
-def test_who_never_returns_at_once_has_always_moved_on():
+def test_without_page_views_histories_always_change():
     seen: set[bytes] = set()
     for _, request in draw_visits(200, return_probability=0.0):
         content = request.history.tobytes()

@@ -1,4 +1,4 @@
-"""Property 0: a graph that does not compute what its network computes is refused, and the message says where."""
+"""Property 0: a graph that does not compute what its network computes is rejected, with the operator named."""
 
 import dataclasses
 from collections.abc import Callable
@@ -114,7 +114,7 @@ def test_the_families_that_come_with_the_project_equal_their_graphs_with_any_wei
     config = dataclasses.replace(CONFIG, network=dataclasses.replace(CONFIG.network, family=family))
     traced = trace(make_network(config), (USER, ITEM), tmp_path)
     assert 0 <= prove_graphs_equal_network(make_network(config), traced) <= 1e-5
-    for seed, scale in ((1, 1), (2, 1.5), (3, 0.01)):
+    for seed, scale in ((1, 1.5), (2, 0.01)):
         network = make_network(config, seed)
         for weight in network.parameters():
             weight.mul_(scale)

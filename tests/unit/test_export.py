@@ -98,7 +98,7 @@ class ForgetsWhatWasKept(Transformer):
 
 
 class WritesIntoWhatWasKept(Transformer):
-    """Fusing changes the KV for whoever comes next."""
+    """Fusing changes the cached KV."""
 
     def rank(self, history: Tensor, candidates: Tensor, kept: UserKV, use_past: Tensor) -> tuple[Tensor, UserKV]:
         result = super().rank(history, candidates, kept, use_past)
@@ -198,7 +198,7 @@ def test_a_refused_export_leaves_the_repository_as_it_was(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["no.such.module:Class", "kvcast.networks.transformer:Nothing", "json:JSONDecoder"])
-def test_a_family_that_is_none_is_refused(family):
+def test_an_invalid_family_is_rejected(family):
     config = dataclasses.replace(CONFIG, network=dataclasses.replace(CONFIG.network, family=family))
     with pytest.raises(ConfigError, match=r"network\.family"):
         build_network(config)
@@ -245,7 +245,7 @@ def test_weights_that_do_not_fit_are_listed_all_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", None])
-def test_a_weights_file_that_is_none_is_refused(tmp_path, content):
+def test_an_invalid_weights_file_is_rejected(tmp_path, content):
     path = tmp_path / "weights.safetensors"
     if content is not None:
         path.write_bytes(content)
@@ -328,7 +328,7 @@ def test_a_trained_model_is_exported_over_another_and_keeps_an_operators_configu
         (["--config", "tiny", "--weights", "nowhere.safetensors"], "nowhere.safetensors"),
     ],
 )
-def test_the_command_line_says_what_is_wrong(tmp_path, capsys, arguments, words):
+def test_the_command_line_reports_errors(tmp_path, capsys, arguments, words):
     assert main([*arguments, "--repository", str(tmp_path / "r")]) == 1
     assert words in capsys.readouterr().err
 

@@ -336,7 +336,7 @@ def guide_folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_family_that_imports_what_has_moved_is_told_where_it_is(tmp_path):
+def test_imports_of_moved_modules_name_the_new_module(tmp_path):
     (tmp_path / "old.py").write_text("from kvcast.network.interface import RankingNetwork\n")
     for family, words in (("old.py:Old", "kvcast.networks now"), ("kvcast.contract.x:Y", "kvcast.protocol now")):
         with pytest.raises(ConfigError, match=words):
@@ -378,7 +378,7 @@ def test_a_file_is_found_beside_its_toml_from_anywhere(guide_folder, monkeypatch
         (("my_network.py:ServedTaste", "my.toml:Taste"), "network.family: cannot import 'my.toml:Taste'"),
     ],
 )
-def test_what_a_toml_may_mistype_is_said(guide_folder, change, words):
+def test_typos_in_a_toml_are_reported(guide_folder, change, words):
     toml = guide_folder / "my.toml"
     toml.write_text(toml.read_text().replace(*change))
     with pytest.raises(ConfigError) as caught:
@@ -386,7 +386,7 @@ def test_what_a_toml_may_mistype_is_said(guide_folder, change, words):
     assert words in str(caught.value)
 
 
-def test_a_file_that_is_no_python_or_lacks_a_call_is_refused(guide_folder):
+def test_an_invalid_family_file_is_rejected(guide_folder):
     source = guide_folder / "my_network.py"
     source.write_text(source.read_text().replace("def fuse(", "def fuze("))
     with pytest.raises(ConfigError, match="lacks fuse of RankingNetwork"):
@@ -446,7 +446,7 @@ def test_mismatches_come_before_the_mask_and_all_at_once(tmp_path):
 # What is measured of a family.
 
 
-def test_the_cost_model_asks_the_network():
+def test_the_cost_model_uses_the_networks_own_costs():
     hstu, transformer = (CostModel.of(load_config(name)) for name in ("hstu", "bench"))
     length, width = 1000, 256
     assert hstu.user_flops(trimmed=False) == pytest.approx(4 * length * (10 * width**2 + 4 * length * width), rel=1e-3)
@@ -499,7 +499,7 @@ def test_a_short_name_is_its_class_and_its_release_stays_where_the_module_moves(
     assert fingerprint_release(network) == release
 
 
-def test_a_short_name_that_is_none_is_refused_with_those_that_are():
+def test_an_unknown_short_name_is_rejected_with_the_known_ones():
     expected = "expected transformer, hstu, 'package.module:Class' or 'file.py:Class', got 'hstv'"
     with pytest.raises(ConfigError, match=f"network.family: {expected}"):
         build_network(with_network(CONFIG, family="hstv"))

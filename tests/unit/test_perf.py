@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
         ("seed", 861, 847, 3.45, 865, 307.2, {1: 1.02, 5: 5.0, 10: 9.8, 50: 42.5, 100: 72.6, 1000: 201}),
     ],
 )
-def test_the_cost_model_agrees_with_the_arithmetic_done_by_hand(config, user, trimmed, fusion, full, kv, ideal):
+def test_the_cost_model_agrees_with_manual_arithmetic(config, user, trimmed, fusion, full, kv, ideal):
     model = CostModel.of(load_config(config))
     assert model.user_flops(trimmed=False) / 1e9 == pytest.approx(user, rel=0.01)
     assert model.user_flops() / 1e9 == pytest.approx(trimmed, rel=0.01)
@@ -83,7 +83,7 @@ def test_input_data_has_shapes_without_the_batch_axis(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["traditional", "ort_expanded", "torch_expanded", "torch_flash"])
-def test_a_peer_gives_our_scores(tiny_repository, name):
+def test_baselines_give_the_same_scores(tiny_repository, name):
     """The compiled one is left out: it takes a minute to make."""
     field = Field(str(EXPORTED_TOML), tiny_repository, threads=1, seed=0)
     ours, peer = (make_peer(each, field) for each in ("shared", name))
@@ -167,7 +167,7 @@ def test_a_trace_is_read_in_order_of_time(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "user,seconds\n", "who,when\n1,2\n", "user,seconds\n1,noon\n"])
-def test_what_is_no_trace_is_refused(text, tmp_path):
+def test_a_file_that_is_not_a_trace_is_rejected(text, tmp_path):
     (tmp_path / "trace.csv").write_text(text)
     with pytest.raises(PerfError, match="expected CSV with the columns"):
         read_trace(tmp_path / "trace.csv")

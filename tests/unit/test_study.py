@@ -30,7 +30,7 @@ def write_toml(path):
     path.write_text("\n".join(lines))
 
 
-def test_a_study_compares_every_way_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+def test_a_study_compares_every_scheme_and_reuses_complete_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_toml(tmp_path / "small.toml")
     schema = parse_config(TABLE).schema
@@ -61,7 +61,7 @@ def test_a_study_compares_every_way_and_goes_on_where_it_was(tmp_path, monkeypat
     assert again["runs"] == first["runs"], "complete runs are read, times included"
 
 
-def test_an_interval_is_students():
+def test_intervals_are_students_t():
     assert find_interval([1.0, 2.0, 3.0]) == {
         "mean": 2.0,
         "low": pytest.approx(2 - 2.484, abs=1e-3),  # t = 4.303 for two degrees of freedom; 1 / √3
@@ -92,7 +92,7 @@ def test_differences_are_taken_within_a_run():
         (["--log", "x.parquet", "--out", "nowhere/out"], "the folder nowhere does not exist"),
     ],
 )
-def test_what_cannot_be_studied_is_said(tmp_path, monkeypatch, capsys, options, message):
+def test_invalid_study_options_are_reported(tmp_path, monkeypatch, capsys, options, message):
     monkeypatch.chdir(tmp_path)
     assert command.main(["study", "--config", "tiny", "--out", "out", *options]) == 1
     assert message in capsys.readouterr().err

@@ -54,7 +54,7 @@ def collect_gradients(network: RankingNetwork, loss: Tensor) -> dict[str, Tensor
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("name", BATCHES)
-def test_loss_and_gradients_are_those_of_the_monolith_without_padding(name: str, loss: LossKind, scheme: Scheme):
+def test_loss_and_gradients_equal_the_monoliths_without_padding(name: str, loss: LossKind, scheme: Scheme):
     network = make_network(CONFIG).double().requires_grad_(True)
     requests = draw_batch(name)
     batch = pad_requests(requests)
@@ -75,7 +75,7 @@ def test_loss_and_gradients_are_those_of_the_monolith_without_padding(name: str,
 
 
 def refer_loss(scores: list[Tensor], labels: list[Tensor], kind: LossKind) -> Tensor:
-    """The losses as their definitions say, request by request."""
+    """The losses by their definitions, request by request."""
     if kind == "pointwise":
         score, label = torch.cat(scores), torch.cat(labels)
         return -(label * torch.sigmoid(score).log() + (1 - label) * torch.sigmoid(-score).log()).mean()
@@ -87,7 +87,7 @@ def refer_loss(scores: list[Tensor], labels: list[Tensor], kind: LossKind) -> Te
     return torch.stack(losses).mean()
 
 
-def test_gradients_in_fp32_are_those_of_the_monolith_too():
+def test_fp32_gradients_equal_the_monoliths():
     network = make_network(CONFIG).requires_grad_(True)
     batch = pad_requests(draw_batch("one size"))
     gradients = collect_gradients(network, score_batch(network, batch, "target_blind").sum())
@@ -98,7 +98,7 @@ def test_gradients_in_fp32_are_those_of_the_monolith_too():
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("seed", range(3))
-def test_scores_of_a_batch_are_those_of_each_request_alone(seed: int, scheme: Scheme):
+def test_batched_scores_equal_single_request_scores(seed: int, scheme: Scheme):
     network = make_network(CONFIG, seed)
     for name in BATCHES:
         requests = draw_batch(name, seed)
@@ -108,7 +108,7 @@ def test_scores_of_a_batch_are_those_of_each_request_alone(seed: int, scheme: Sc
             torch.testing.assert_close(row[: len(alone)], alone, rtol=0, atol=TOLERANCE)
 
 
-def test_no_history_is_blind_to_it_and_the_other_schemes_are_not():
+def test_only_the_no_history_scheme_ignores_the_history():
     network = make_network(CONFIG)
     one, other = (draw_training_request(CONFIG, 8, 4, seed) for seed in (1, 2))
     same_candidates = TrainingRequest("", 0, other.history, one.candidates, one.labels)
@@ -136,7 +136,7 @@ def test_a_history_is_encoded_once_for_all_its_candidates():
     assert network.encoded == len(requests) < sum(len(request.candidates) for request in requests)
 
 
-def test_candidates_that_pad_have_no_part_in_a_loss():
+def test_padding_candidates_do_not_contribute_to_the_loss():
     batch = pad_requests(draw_batch("ragged"))
     for kind in LOSSES:
         scores = torch.randn(batch.labels.shape, requires_grad=True)
@@ -145,7 +145,7 @@ def test_candidates_that_pad_have_no_part_in_a_loss():
         assert (scores.grad[batch.is_candidate] != 0).any()
 
 
-def test_a_listwise_loss_without_positives_is_nothing_and_not_nan():
+def test_a_listwise_loss_without_positives_is_zero():
     request = draw_training_request(CONFIG, 4, 3, seed=1)
     batch = pad_requests([TrainingRequest("", 0, request.history, request.candidates, np.zeros(3, np.float32))])
     assert measure_loss(torch.randn(1, 3), batch, "listwise") == 0
@@ -175,7 +175,7 @@ def test_the_seed_and_the_epoch_decide_the_batches():
         assert not np.array_equal(np.concatenate(first), np.concatenate(different))
 
 
-def test_scores_of_many_requests_come_in_their_order():
+def test_scores_are_returned_in_request_order():
     network = make_network(CONFIG).train()
     requests = [draw_training_request(CONFIG, length, 1 + length % 4, length) for length in (9, 0, 3, 12, 5, 1, 7)]
     scores = score_requests(network, requests, "target_blind", 3, CPU)

@@ -31,7 +31,7 @@ def make_columns(rows: int = 5) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", ["log.parquet", "log.csv"])
-def test_what_is_written_is_read(tmp_path, name):
+def test_a_log_round_trips(tmp_path, name):
     columns = make_columns()
     write_log(tmp_path / name, columns | {"request": np.array(list("aabbc"), dtype=object)}, SCHEMA)
     log = read_log(tmp_path / name, SCHEMA)
@@ -86,7 +86,7 @@ def test_a_row_with_two_faults_is_one_bad_row(tmp_path):
     assert len(log) == 0
 
 
-def test_only_the_first_few_row_numbers_are_said(tmp_path):
+def test_only_the_first_few_row_numbers_are_reported(tmp_path):
     path = write_rows(tmp_path, *["ann,1,2,3,4,5,0,2"] * 50)
     with pytest.raises(LogError, match=r"50 × label is not 0 or 1: row 1, 2, 3, 4, 5, …"):
         read_log(path, SCHEMA)
@@ -116,7 +116,7 @@ def test_parquet_columns_of_any_type_are_checked(tmp_path, column, kind):
         read_log(tmp_path / "log.parquet", SCHEMA)
 
 
-def test_users_are_text_or_integers_and_the_same_by_either(tmp_path):
+def test_text_and_integer_user_names_are_equivalent(tmp_path):
     for name, user in (("text", pa.array(["10", "9", "10"])), ("integer", pa.array([10, 9, 10]))):
         pa.parquet.write_table(pa.table(make_columns(3) | {"user": user}), tmp_path / f"{name}.parquet")
     text, integer = (read_log(tmp_path / f"{name}.parquet", SCHEMA) for name in ("text", "integer"))
@@ -128,7 +128,7 @@ def test_users_are_text_or_integers_and_the_same_by_either(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["log.parquet", "log.csv"])
-def test_the_truth_is_read_only_when_asked_for(tmp_path, name):
+def test_the_truth_column_is_read_only_on_request(tmp_path, name):
     columns = make_columns() | {"truth": np.linspace(0, 1, 5)}
     write_log(tmp_path / name, columns, SCHEMA, truth=True)
     with pytest.raises(LogError, match="not one of a log: truth"):
@@ -146,14 +146,14 @@ def test_a_probability_outside_0_to_1_is_a_bad_row(tmp_path):
         read_log(path, SCHEMA, truth=True)
 
 
-def test_a_truth_that_is_no_number_is_a_bad_row(tmp_path):
+def test_a_non_numeric_truth_is_a_bad_row(tmp_path):
     for truth in (pa.array([[1.0], [1.0], [1.0]]), pa.array([2**60, -1, None])):
         pa.parquet.write_table(pa.table(make_columns(3) | {"truth": truth}), tmp_path / "log.parquet")
         with pytest.raises(LogError, match=r"3 × truth is not within 0..1: row 1, 2, 3$"):
             read_log(tmp_path / "log.parquet", SCHEMA, truth=True)
 
 
-def test_a_file_that_is_no_log_is_named(tmp_path):
+def test_an_unreadable_log_file_is_reported_by_name(tmp_path):
     for name in ("nothing.parquet", "nothing.csv", "broken.parquet", "log.txt"):
         path = tmp_path / name
         if not name.startswith("nothing"):
@@ -162,13 +162,13 @@ def test_a_file_that_is_no_log_is_named(tmp_path):
             read_log(path, SCHEMA)
 
 
-def test_a_log_of_no_rows_has_no_rows(tmp_path):
+def test_an_empty_log_can_be_read(tmp_path):
     write_log(tmp_path / "log.parquet", {name: column[:0] for name, column in make_columns().items()}, SCHEMA)
     assert len(read_log(tmp_path / "log.parquet", SCHEMA)) == 0
     assert len(read_log(write_rows(tmp_path), SCHEMA)) == 0
 
 
-def test_a_schema_cannot_take_the_names_of_a_logs_own_columns():
+def test_field_names_must_not_clash_with_log_columns():
     fields = (Field("item", 64), Field("time", 64))
     with pytest.raises(ConfigError, match="time"):
         log_fields(FeatureSchema(fields, fields))

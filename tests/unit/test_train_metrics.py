@@ -1,4 +1,4 @@
-"""Metrics against scikit-learn, ties included, and the baseline that knows no user."""
+"""Metrics against scikit-learn, ties included, and the popularity baseline."""
 
 import json
 import math
@@ -24,7 +24,7 @@ def draw(count: int, seed: int, levels: int) -> tuple[np.ndarray, np.ndarray]:
 
 @settings(max_examples=100, deadline=None)
 @given(count=st.integers(2, 30), seed=st.integers(0, 2**32 - 1), levels=st.integers(1, 50), places=st.integers(1, 12))
-def test_auc_and_ndcg_of_a_request_are_those_of_scikit_learn(count: int, seed: int, levels: int, places: int):
+def test_auc_and_ndcg_of_a_request_equal_scikit_learn(count: int, seed: int, levels: int, places: int):
     labels, scores = draw(count, seed, levels)
     assert measure_auc(labels, scores) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
     expected = ndcg_score(labels[None], scores[None], k=places)
@@ -54,7 +54,7 @@ def test_metrics_of_many_requests_are_overall_or_weighted_means():
     assert (metrics.requests, metrics.candidates, metrics.positives) == (6, len(label), label.sum())
 
 
-def test_great_scores_overflow_nothing():
+def test_large_scores_do_not_overflow():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         metrics = measure_ranking([np.array([0, 1.0])], [np.array([-1e4, 1e4])])
@@ -64,7 +64,7 @@ def test_great_scores_overflow_nothing():
     assert wrong.auc == 0
 
 
-def test_what_means_nothing_is_null():
+def test_undefined_metrics_are_null():
     metrics = measure_ranking([np.zeros(3)], [np.arange(3.0)])
     assert math.isnan(metrics.auc)
     document = json.loads(json.dumps(metrics.to_json(), allow_nan=False))

@@ -100,7 +100,7 @@ def test_bad_ratings_are_named_or_skipped(tmp_path):
     assert "4 bad rows skipped" in "\n".join(raw.notes)
 
 
-def test_rows_without_a_long_pause_are_one_request_if_asked(tmp_path):
+def test_a_pause_option_groups_rows_into_requests(tmp_path):
     raw = read_movielens(write_movielens_csv(tmp_path), "stop")
     schema = make_schema("item")
     assert "request" not in make_log(raw, schema).columns
@@ -172,19 +172,19 @@ def test_a_bad_impression_is_named_with_its_file(tmp_path):
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_a_folder_without_the_files_is_named(tmp_path, name):
+def test_missing_files_are_reported_with_their_folder(tmp_path, name):
     with pytest.raises(LogError, match=f"{tmp_path}: expected .*, found n"):
         READERS[name](tmp_path, "stop")
 
 
-def test_a_file_without_its_columns_is_named(tmp_path):
+def test_missing_columns_are_reported_with_their_file(tmp_path):
     folder = write_movielens_csv(tmp_path)
     (folder / "ratings.csv").write_text("userId,movieId,stars,timestamp\n1,1,4,100\n")
     with pytest.raises(LogError, match=r"ratings\.csv: expected the columns .*: missing rating"):
         read_movielens(folder, "stop")
 
 
-def test_ids_go_to_what_is_frequent_early(tmp_path):
+def test_ids_are_given_by_frequency_in_the_early_rows(tmp_path):
     # Movie m is rated 70 - m times in the first part; in the last fifth there are others only.
     early = [(user, movie, 4, user) for movie in range(1, 70) for user in range(1, 71 - movie)]
     late = [(user, 900 + user % 3, 4, 10**6) for user in range(1, len(early) // 4 + 1)]
@@ -246,7 +246,7 @@ def test_the_command_makes_a_log_that_trains(tmp_path, capsys, name):
     assert capsys.readouterr().out.splitlines() == out.splitlines()[-2:]
 
 
-def test_the_command_says_what_it_skips(tmp_path, capsys):
+def test_the_command_reports_skipped_rows(tmp_path, capsys):
     config = tmp_path / "movies.toml"
     config.write_text(CONFIG)
     path = tmp_path / "log.csv"
@@ -260,7 +260,7 @@ def test_the_command_says_what_it_skips(tmp_path, capsys):
 @pytest.mark.parametrize(
     "options", [["--from", "movielens"], ["--out", "x.parquet"], ["--from", "movielens", "--out", "x"]]
 )
-def test_the_command_refuses_what_it_cannot_do(tmp_path, options):
+def test_the_command_rejects_invalid_options(tmp_path, options):
     with pytest.raises(KvcastError, match=r"go together|parquet"):
         run(write_movielens_csv(tmp_path), "--config", "tiny", *options)
     with pytest.raises(LogError, match="missing user"):

@@ -21,7 +21,7 @@ Row = tuple[int, int, int, int, int]
 
 
 def make_log(rows: list[Row], with_request: bool = False) -> Log:
-    """Return a log in which the row number is the item, so that every row can be told."""
+    """Return a log in which the row number is the item, so that rows can be identified."""
     user, time, action, label, request = np.array(rows, np.int64).reshape(-1, 5).T
     item = np.arange(1, len(rows) + 1)
     ids = {"item": item, "category": item % 64, "action": action}
@@ -56,7 +56,7 @@ def expect_requests(rows: list[Row], with_request: bool) -> list[tuple]:
 
 @settings(max_examples=150, deadline=None)
 @given(rows=ROWS, with_request=st.booleans())
-def test_requests_are_what_the_rows_say(rows, with_request):
+def test_requests_equal_a_row_by_row_reference(rows, with_request):
     requests = Requests(make_log(rows, with_request), SCHEMA, LIMITS)
     assert sorted(list_all(requests)) == sorted(expect_requests(rows, with_request))
     assert np.all(np.diff(requests.time) >= 0)
@@ -100,13 +100,13 @@ def test_rows_without_an_action_are_candidates_only():
     assert Requests(make_log(rows), SCHEMA, LIMITS)[3].history.tolist() == [[2, 2]]
 
 
-def test_where_events_have_no_field_of_their_own_what_was_liked_is_history():
+def test_without_event_fields_positive_rows_are_history():
     schema = FeatureSchema(history_fields=(ITEM,), candidate_fields=(ITEM, CATEGORY))
     rows = [(0, 1, 0, 0, 0), (0, 2, 2, 1, 0), (0, 3, 2, 0, 0), (0, 4, 0, 0, 0)]
     assert Requests(make_log(rows), schema, LIMITS)[3].history.tolist() == [[2]]
 
 
-def test_a_request_over_the_limit_is_taken_in_parts_with_one_history():
+def test_a_request_over_the_limit_is_split_and_shares_its_history():
     rows = [(0, 1, 1, 1, 0), *[(0, 5, 1, 0, 0)] * 7]
     parts = Requests(make_log(rows), SCHEMA, LIMITS)[1:]
     assert [len(part.candidates) for part in parts] == [3, 3, 1]
@@ -122,7 +122,7 @@ def test_histories_are_views_of_one_array():
 
 @settings(max_examples=100, deadline=None)
 @given(rows=ROWS, cuts=st.tuples(st.integers(0, 7), st.integers(0, 7)))
-def test_a_split_keeps_what_is_later_out_of_training(rows, cuts):
+def test_a_split_keeps_later_requests_out_of_training(rows, cuts):
     first, second = sorted(cuts)
     log = make_log(rows, with_request=True)
     requests = Requests(log, SCHEMA, LIMITS)
@@ -135,7 +135,7 @@ def test_a_split_keeps_what_is_later_out_of_training(rows, cuts):
     assert sum(map(len, parts)) + split.left_out == len(requests)
 
 
-def test_a_split_by_shares_has_these_shares_and_says_its_sizes():
+def test_a_split_by_shares_has_these_shares_and_describes_its_sizes():
     requests = Requests(make_log([(time % 3, time, 1, 0, 0) for time in range(100)]), SCHEMA, LIMITS)
     split = split_by_shares(requests, validation=0.2, test=0.1)
     assert [len(part) for part in (split.training, split.validation, split.test)] == [70, 20, 10]
@@ -145,14 +145,14 @@ def test_a_split_by_shares_has_these_shares_and_says_its_sizes():
     assert (len(whole.training), len(whole.validation), len(whole.test)) == (100, 0, 0)
 
 
-def test_requests_at_the_time_of_a_cut_are_all_later():
+def test_requests_at_the_time_of_a_cut_are_in_the_later_part():
     requests = Requests(make_log([(user, 5, 1, 0, 0) for user in range(3)]), SCHEMA, LIMITS)
     split = split_by_shares(requests, 0.3, 0.3)
     assert len(split.training) == 0
 
 
 @pytest.mark.parametrize("shares", [(0.5, 0.5), (-0.1, 0.1), (0.1, float("nan"))])
-def test_shares_that_leave_nothing_are_refused(shares):
+def test_shares_that_leave_no_training_part_are_rejected(shares):
     requests = Requests(make_log([(0, 1, 1, 0, 0)]), SCHEMA, LIMITS)
     with pytest.raises(LogError, match="shares"):
         split_by_shares(requests, *shares)

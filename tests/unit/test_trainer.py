@@ -1,4 +1,4 @@
-"""Training: it learns, it goes on from where it was interrupted bit for bit, and it says what is wrong."""
+"""Training: it learns, resumes bit for bit, and reports errors."""
 
 import contextlib
 import dataclasses
@@ -81,13 +81,13 @@ def assert_same_run(one: Trainer, other: Trainer) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
-    """A run that nobody interrupted."""
+    """An uninterrupted run."""
     trainer = make_trainer(tmp_path_factory.mktemp("whole"))
     trainer.run()
     return trainer
 
 
-def test_a_network_learns_what_the_history_says(tmp_path):
+def test_a_network_learns_from_the_history(tmp_path):
     parts = draw_parts(CONFIG, 800)
     settings = Settings(epochs=6, learning_rate=5e-3, evaluate_every=25)
     trainer = make_trainer(tmp_path, settings, parts)
@@ -103,14 +103,14 @@ def test_a_network_learns_what_the_history_says(tmp_path):
     assert again.auc == pytest.approx(last["best_test"]["auc"], abs=1e-4), "the file holds the weights that were judged"
 
 
-def test_without_history_there_is_nothing_to_learn_here(tmp_path):
+def test_without_history_the_auc_stays_at_chance(tmp_path):
     settings = Settings(epochs=4, learning_rate=5e-3, evaluate_every=25, scheme="no_history")
     last = make_trainer(tmp_path, settings, draw_parts(CONFIG, 400)).run()
     assert 0.4 < last["best_test"]["auc"] < 0.6
 
 
 @pytest.mark.parametrize("steps", [1, 4, 11, 19])
-def test_an_interrupted_run_goes_on_bit_for_bit(whole: Trainer, tmp_path, steps: int):
+def test_an_interrupted_run_resumes_bit_for_bit(whole: Trainer, tmp_path, steps: int):
     countdown = iter(range(steps - 1, -1, -1))
     interrupted = make_trainer(tmp_path, should_stop=lambda: next(countdown) == 0)
     with pytest.raises(Interrupted):
@@ -124,7 +124,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(whole: Trainer, tmp_path, steps:
     assert_same_run(whole, resumed)
 
 
-def test_what_was_written_after_the_checkpoint_is_written_again(whole: Trainer, tmp_path):
+def test_files_written_after_the_checkpoint_are_overwritten_on_resume(whole: Trainer, tmp_path):
     """As if the process was killed: later metrics and better weights are there, and the checkpoint is old."""
     countdown = iter((False, False, True))
     with pytest.raises(Interrupted):
@@ -149,7 +149,7 @@ def test_a_finished_run_is_not_trained_again(whole: Trainer, tmp_path):
     assert trainer.files.weights.read_bytes() == weights
 
 
-def test_networks_that_draw_while_they_train_go_on_bit_for_bit(tmp_path):
+def test_networks_with_dropout_resume_bit_for_bit(tmp_path):
     config = dataclasses.replace(
         CONFIG, network=dataclasses.replace(CONFIG.network, family="tests.unit.test_trainer:DropsOut")
     )
@@ -191,7 +191,7 @@ def test_the_seed_decides_the_weights(whole: Trainer, tmp_path):
     assert not torch.equal(whole.network.state_dict()["score.weight"], other.network.state_dict()["score.weight"])
 
 
-def test_a_run_ends_when_it_no_longer_gets_better_and_keeps_its_best_weights(tmp_path):
+def test_early_stopping_keeps_the_best_weights(tmp_path):
     settings = dataclasses.replace(SHORT, epochs=50, learning_rate=0.05, patience=2, evaluate_every=5)
     trainer = make_trainer(tmp_path, settings)
     last = trainer.run()
@@ -204,7 +204,7 @@ def test_a_run_ends_when_it_no_longer_gets_better_and_keeps_its_best_weights(tmp
     assert [row["is_best"] for row in rows] == [auc > max([0, *aucs[:place]]) for place, auc in enumerate(aucs)]
 
 
-def test_metrics_have_a_line_an_evaluation_and_one_of_the_best(whole: Trainer):
+def test_metrics_have_a_row_per_evaluation_and_a_final_row(whole: Trainer):
     *rows, last = read_rows(whole.files.metrics)
     assert [row["step"] for row in rows] == [4, 8, 12, 16, 20]
     for row in rows:
@@ -230,7 +230,7 @@ def test_a_time_limit_ends_a_run_with_an_evaluation(tmp_path):
     assert trainer.files.weights.exists()
 
 
-def test_the_learning_rate_falls_with_the_time_that_a_run_may_take(tmp_path):
+def test_with_a_time_limit_the_learning_rate_decays_with_time(tmp_path):
     settings = dataclasses.replace(SHORT, epochs=10_000, patience=1000, evaluate_every=0)
     trainer = make_trainer(tmp_path, settings, seconds=1.5, clock=make_clock())
     trainer.run()
@@ -243,7 +243,7 @@ def test_the_learning_rate_falls_with_the_time_that_a_run_may_take(tmp_path):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_weights_say_what_they_were_trained_with(tmp_path, scheme: str):
+def test_weights_metadata_records_the_training_scheme(tmp_path, scheme: str):
     trainer = make_trainer(tmp_path, dataclasses.replace(SHORT, scheme=scheme, steps=2))
     trainer.run()
     with safe_open(trainer.files.weights, framework="pt") as file:
@@ -276,7 +276,7 @@ def test_embeddings_norms_and_biases_do_not_decay():
     assert len(decay) == len(list(network.parameters()))
 
 
-def test_the_learning_rate_climbs_and_then_falls():
+def test_the_learning_rate_warms_up_and_then_decays():
     rates = [shape_rate(step, warmup=10, steps=100) for step in range(100)]
     assert rates[:11] == sorted(rates[:11])
     assert rates[10:] == sorted(rates[10:], reverse=True)
@@ -313,12 +313,12 @@ def with_labels(value: float) -> Parts:
         (change_first(labels=0.5 * PARTS.training[0].labels), "expected a label of 0 or 1 for each of"),
     ],
 )
-def test_data_that_cannot_be_trained_with_is_refused(tmp_path, parts: Parts, message: str):
+def test_unusable_training_data_is_rejected(tmp_path, parts: Parts, message: str):
     with pytest.raises(TrainingError, match=message):
         make_trainer(tmp_path, parts=parts)
 
 
-def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_best_weights(tmp_path):
+def test_a_non_finite_loss_ends_the_run_and_keeps_the_best_weights(tmp_path):
     trainer = make_trainer(tmp_path, should_stop=lambda: trainer.progress.step == 5 and ruin(trainer))
     with pytest.raises(TrainingError, match=r"step 6: expected a finite loss .* step 4, are in .*w.safetensors"):
         trainer.run()
@@ -333,12 +333,12 @@ def ruin(trainer: Trainer) -> bool:
     return False
 
 
-def test_settings_are_checked_all_at_once():
+def test_all_invalid_settings_are_reported_together():
     with pytest.raises(TrainingError, match=r"epochs: .*got 0; batch_size: .*got -1; .*warmup: .*got 1.5"):
         Settings(epochs=0, batch_size=-1, warmup=1.5)
 
 
-def test_there_must_be_a_folder_to_write_into(tmp_path):
+def test_a_missing_output_folder_is_rejected(tmp_path):
     with pytest.raises(TrainingError, match=r"the folder .*nowhere does not exist"):
         RunFiles(tmp_path / "nowhere" / "w.safetensors")
     with pytest.raises(TrainingError, match="expected a file to write, got a folder"):
@@ -346,7 +346,7 @@ def test_there_must_be_a_folder_to_write_into(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_an_error_only_if_asked_for():
+def test_a_missing_gpu_is_an_error_only_with_device_cuda():
     assert choose_device("auto") == choose_device("cpu") == CPU
     with pytest.raises(TrainingError, match="finds no GPU here"):
         choose_device("cuda")
@@ -355,7 +355,7 @@ def test_a_gpu_that_is_not_there_is_an_error_only_if_asked_for():
 # Checkpoints
 
 
-def test_a_checkpoint_of_another_run_is_refused_with_every_difference(whole: Trainer):
+def test_a_checkpoint_of_another_run_is_rejected_with_every_difference(whole: Trainer):
     other = make_trainer(
         whole.files.weights.parent, dataclasses.replace(SHORT, seed=3, batch_size=8), draw_parts(CONFIG, 160, seed=5)
     )
@@ -372,7 +372,7 @@ def test_without_a_checkpoint_there_is_nothing_to_resume(tmp_path):
     assert not make_trainer(tmp_path).resume()
 
 
-def test_what_is_no_checkpoint_is_refused(tmp_path):
+def test_a_file_that_is_not_a_checkpoint_is_rejected(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.files.checkpoint.write_bytes(b"something else")
     with pytest.raises(TrainingError, match="cannot be read as safetensors"):
@@ -407,7 +407,7 @@ for number in range(10**6):
 """
 
 
-def test_a_process_killed_while_it_writes_leaves_the_old_checkpoint(tmp_path):
+def test_a_kill_during_a_write_leaves_the_old_checkpoint(tmp_path):
     path = tmp_path / "checkpoint.safetensors"
     with subprocess.Popen([sys.executable, "-c", WRITER, path], stdout=subprocess.PIPE) as writer:
         writer.stdout.readline()
@@ -453,7 +453,7 @@ def test_grouped_steps_and_row_steps_agree_and_are_timed():
     json.dumps(result)
 
 
-def test_a_way_that_learns_something_else_is_not_timed():
+def test_a_way_with_other_gradients_is_rejected():
     network = make_trainable(CONFIG, seed=0)
     batch = pad_requests(draw_requests(CONFIG, 2, 8, 3))
 
@@ -465,7 +465,7 @@ def test_a_way_that_learns_something_else_is_not_timed():
         compare_ways(network, batch, {"grouped": learn_grouped, "twice": learn_twice})
 
 
-def test_times_are_said_as_people_do():
+def test_durations_are_formatted():
     assert [describe_seconds(each) for each in (0.4, 59.6, 245, 7380)] == [
         "0 s",
         "1 min 00 s",
@@ -504,7 +504,7 @@ def test_the_command_learns_from_a_log(log_file, tmp_path, capsys):
     assert "popularity alone: AUC" in printed
 
 
-def test_ctrl_c_and_resume_give_what_an_uninterrupted_run_gives(log_file, tmp_path):
+def test_ctrl_c_and_resume_equal_an_uninterrupted_run(log_file, tmp_path):
     options = ["--config", "tiny", "--log", str(log_file), "--steps", "12", "--threads", "1", "--evaluate-every", "4"]
     assert main([*options, "--out", str(tmp_path / "whole.safetensors")]) == 0
     command = [sys.executable, "-m", "kvcast", "train", *options, "--out", str(tmp_path / "parts.safetensors")]
@@ -527,7 +527,7 @@ def test_ctrl_c_and_resume_give_what_an_uninterrupted_run_gives(log_file, tmp_pa
         (["--epochs", "0"], "epochs: expected more than 0, got 0"),
     ],
 )
-def test_the_command_says_what_is_wrong_before_it_trains(log_file, tmp_path, capsys, monkeypatch, options, message):
+def test_the_command_reports_errors_before_training(log_file, tmp_path, capsys, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
     given = ["--config", "tiny", "--log", str(log_file), "--out", "w.safetensors", *options]
     assert main(given) == 1

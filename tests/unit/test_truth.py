@@ -72,7 +72,7 @@ def score_history(drawn: Drawn, recent: bool) -> Floats:
     return np.concatenate(scores)
 
 
-def test_labels_are_drawn_with_the_probabilities_that_are_said(drawn):
+def test_labels_follow_the_recorded_probabilities(drawn):
     truth, label = drawn.truth, drawn.columns["label"]
     assert np.all((truth > 0) & (truth < 1))
     for low in np.arange(0, 1, 0.1):
@@ -89,7 +89,7 @@ def test_the_best_auc_is_that_of_all_pairs():
     assert compute_best_auc(truth) == pytest.approx(expected)
 
 
-def test_the_signal_is_in_the_history_held_against_the_candidate(drawn):
+def test_the_signal_is_in_comparing_the_history_with_the_candidate(drawn):
     items = drawn.columns["item"][drawn.rows]
     half = len(items) // 2  # requests are in order of time: popularity is that of the past
     clicks = np.bincount(items[:half], drawn.label[:half], minlength=drawn.shop.items + 1)
@@ -102,13 +102,13 @@ def test_the_signal_is_in_the_history_held_against_the_candidate(drawn):
     assert quality + 0.1 < history
     assert history + 0.01 < recent < bound
     assert 0.83 < bound < 0.9
-    # What of the history does not depend on the candidate says next to nothing.
+    # The length of the history alone predicts next to nothing.
     activity = measure(drawn, np.repeat(drawn.requests.history_lengths, drawn.requests.candidate_counts).astype(float))
     assert abs(activity - 0.5) < 0.1
 
 
 def compute_documented_truth(drawn: Drawn, user: int, time: int | None, history: Ids, items: Ids) -> Floats:
-    """Return the probability of a click on each item after these events (item, action), as docs/click-logs.md says."""
+    """Return the probability of a click on each item after these events (item, action), by docs/click-logs.md."""
     effects, shop = Effects(), drawn.shop
     recency = np.zeros(shop.categories + 1)
     for item, action in history:
@@ -129,7 +129,7 @@ def test_the_probability_is_the_documented_function_of_the_history(drawn):
         assert np.allclose(expected, drawn.truth[drawn.requests.rows(index)])
 
 
-def test_a_user_comes_once_more_with_all_their_history(drawn):
+def test_one_more_visit_has_the_whole_history(drawn):
     for user in (1, 150):
         visitor = draw_visitor(drawn.planted, user, events=10**6, shown=40)
         history = [tuple(row) for row in visitor.request.history]
@@ -148,7 +148,7 @@ def test_a_user_comes_once_more_with_all_their_history(drawn):
     assert draw_visitor(drawn.planted, 1, events=0, shown=3).request.history.shape == (0, 2)
 
 
-def test_visitors_are_shown_what_users_are_shown(drawn):
+def test_one_more_visit_shows_items_like_those_of_the_log(drawn):
     log = PlantedLog(drawn.shop, Habits(users=60, days=3))
     visitors = [draw_visitor(log, user, events=30, shown=12) for user in range(1, 61)]
     liked = np.array([[visitor.likes(item) for item in visitor.items] for visitor in visitors])
@@ -157,7 +157,7 @@ def test_visitors_are_shown_what_users_are_shown(drawn):
     assert abs(clicked.mean() - truth.mean()) < 4 * np.sqrt((truth * (1 - truth)).sum()) / len(truth)
 
 
-def test_a_ranking_is_put_into_words(drawn):
+def test_a_ranking_is_described(drawn):
     visitor = draw_visitor(drawn.planted, 2, events=20, shown=40)
     who = describe_visitor(visitor).splitlines()
     assert f"  likes     {', '.join(drawn.shop.name_category(each) for each in visitor.tastes)}" in who
@@ -188,7 +188,7 @@ def test_a_tie_counts_half_in_the_auc():
 
 
 @pytest.mark.parametrize("user", [0, 301])
-def test_a_user_that_the_log_does_not_have_is_refused(drawn, user):
+def test_an_unknown_user_is_rejected(drawn, user):
     with pytest.raises(ValueError, match=f"user: expected 1 to 300, got {user}"):
         draw_visitor(drawn.planted, user, events=10, shown=5)
     nameless = FeatureSchema((Field("item", 64), Field("mood", 64)), (Field("item", 64),))
@@ -204,7 +204,7 @@ def test_an_effect_can_be_switched_off(drawn):
     assert compute_best_auc(weaker.truth) < compute_best_auc(PlantedLog(drawn.shop, habits).draw_rows().truth)
 
 
-def test_some_users_come_to_like_other_things(drawn):
+def test_the_preferences_of_some_users_change(drawn):
     end = START + 30 * DAY
     drifted = [
         user for user in range(1, 301) if drawn.planted.list_tastes(user, START) != drawn.planted.list_tastes(user, end)
@@ -236,7 +236,7 @@ def test_a_visit_shows_different_items_at_a_time_of_its_own(drawn):
     assert set(few.columns["item"]) == {1, 2, 3, 4, 5}
 
 
-def test_few_items_and_short_days_make_a_log_all_the_same(drawn):
+def test_tiny_shops_and_short_periods_give_valid_logs(drawn):
     for items, categories in ((1, 1), (3, 30), (10**9, 10**9)):
         shop = Shop(TINY.schema, items=items, categories=categories)
         rows = PlantedLog(shop, Habits(users=4, days=1e-6)).draw_rows()
@@ -244,7 +244,7 @@ def test_few_items_and_short_days_make_a_log_all_the_same(drawn):
         assert len(rows.truth) == 4 * 2 * min(12, shop.items)
 
 
-def test_ids_keep_to_any_schema():
+def test_ids_fit_any_schema():
     fields = (Field("item", 64), Field("colour", 64))
     schema = FeatureSchema(history_fields=(Field("item", 64), Field("mood", 64)), candidate_fields=fields)
     rows = PlantedLog(Shop(schema), Habits(users=20, days=5)).draw_rows()
@@ -255,7 +255,7 @@ def test_ids_keep_to_any_schema():
     assert np.array_equal(rows.columns["mood"] > 0, rows.columns["label"] == 1)
 
 
-def test_things_have_names(drawn):
+def test_items_categories_and_brands_have_names(drawn):
     names = {drawn.shop.name_item(item) for item in range(1, drawn.shop.items + 1)}
     assert len(names) == drawn.shop.items
     item = 17
@@ -279,7 +279,7 @@ def test_the_command_writes_a_log_that_is_read(tmp_path, capsys, name):
 
 
 @pytest.mark.parametrize("options", [["--log", "x.txt"], ["--users", "0"], ["--days", "nan"], ["--user", "2001"]])
-def test_the_command_refuses_what_it_cannot_do(options):
+def test_the_command_rejects_invalid_options(options):
     with pytest.raises(SystemExit):
         main(["--config", "tiny", *options])
 

@@ -13,15 +13,13 @@ import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvcast.protocol.errors import ErrorKind, KvcastError
+from kvcast.protocol.errors import KvcastError
 
 STUB = "triton_python_backend_stub"
 
 
 class ServerError(KvcastError):
     """The server cannot be started or has stopped; the message is one sentence with the remedy."""
-
-    kind = ErrorKind.INTERNAL
 
 
 @dataclass(frozen=True)

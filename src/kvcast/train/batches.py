@@ -1,7 +1,7 @@
 """Batches of requests of similar size, padded, and their scores by the calls that serve.
 
-A batch keeps a user's candidates together, so that `encode_user` runs once for each request, whatever N is. Padding is
-0 in every field and a candidate that pads is marked; neither changes a score. The module knows no loss and no file.
+A batch keeps a user's candidates together, so `encode_user` runs once a request, whatever N is. Padding is 0 in every
+field, and padding candidates are marked; neither changes a score.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ from kvcast.train.requests import Requests, TrainingRequest
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
-# What is trained: the served mask; every token sees every token, which costs a row a candidate; candidates alone.
+# The served mask; every token attends to every token, which costs a row a candidate; candidates alone.
 Scheme = Literal["target_blind", "undirected", "no_history"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 
@@ -30,8 +30,8 @@ POOL_BATCHES = 50
 class Batch:
     """B requests, padded to the longest history and to the most candidates.
 
-    history: INT64 `[B, L, history_fields]`, L at least 1. candidates: INT64 `[B, N, T]`. labels: FP32 `[B, N]`, 0 where
-    a candidate pads. is_candidate: BOOL `[B, N]`.
+    history: INT64 `[B, L, history_fields]`, L at least 1. candidates: INT64 `[B, N, T]`. labels: FP32 `[B, N]`, 0 for
+    padding. is_candidate: BOOL `[B, N]`.
     """
 
     history: Tensor
@@ -48,7 +48,7 @@ def pad_requests(requests: Sequence[TrainingRequest]) -> Batch:
     """Put requests into one batch, in their order."""
     length = max(len(request.history) for request in requests)
     count = max(len(request.candidates) for request in requests)
-    length = max(1, length)  # a network wants one event, if only padding
+    length = max(1, length)  # a network needs one event, if only padding
     history = np.zeros((len(requests), length, requests[0].history.shape[1]), np.int64)  # [B, L, fields]
     candidates = np.zeros((len(requests), count, requests[0].candidates.shape[1]), np.int64)  # [B, N, T]
     labels = np.zeros((len(requests), count), np.float32)  # [B, N]
@@ -86,7 +86,7 @@ def plan_batches(sizes: Ids, batch_size: int, seed: Sequence[int]) -> list[Ids]:
 
 
 def score_batch(network: RankingNetwork, batch: Batch, scheme: Scheme) -> Tensor:
-    """Return scores FP32 `[B, N]`; those of candidates that pad mean nothing."""
+    """Return scores FP32 `[B, N]`; those of padding candidates are meaningless."""
     if scheme == "undirected":
         scores, _ = network.run_monolith(batch.history, batch.candidates, "undirected")
         return scores
@@ -102,7 +102,7 @@ def score_requests(
     batch_size: int,
     device: torch.device,
 ) -> list[Floats]:
-    """Return the scores of each request, FP32 `[N]`, in their order; the network is in evaluation mode meanwhile."""
+    """Return the scores of each request, FP32 `[N]`, in their order; in evaluation mode."""
     scores: list[Floats] = [np.zeros(0, np.float32)] * len(requests)
     was_training = network.training
     network.eval()

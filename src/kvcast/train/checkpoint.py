@@ -1,7 +1,7 @@
-"""Files of a run that hold tensors: weights, and the checkpoint from which an interrupted run goes on.
+"""Files of a run that hold tensors: weights, and the checkpoint that an interrupted run resumes from.
 
-Both are safetensors with JSON in the header, nothing that runs when it is read. A file is replaced in one move, so a
-process that dies while it writes leaves the old one. The module knows no network, loss or log.
+Both are safetensors with JSON in the header: reading them executes no code. A file is replaced atomically, so a process
+that dies during a write leaves the old one.
 """
 
 import json
@@ -19,20 +19,20 @@ from torch import Tensor
 
 from kvcast.train.errors import TrainingError
 
-# The key of the header under which a checkpoint keeps what is no tensor.
+# The key in the header of the state that is not a tensor.
 STATE_KEY = "kvcast.checkpoint"
 SEPARATOR = "/"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run has to remember: groups of named tensors, and a JSON document."""
+    """The state of a run: groups of named tensors, and a JSON document."""
 
     tensors: Mapping[str, Mapping[str, Tensor]]
     state: Mapping[str, Any]
 
     def write(self, path: Path) -> None:
-        """Write the file, in one move."""
+        """Write the file atomically."""
         flat = {
             f"{group}{SEPARATOR}{name}": tensor
             for group, tensors in self.tensors.items()
@@ -62,7 +62,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, in one move; the same tensors and metadata give the same bytes."""
+    """Write a safetensors file atomically; the same tensors and metadata give the same bytes."""
     own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     content = _sort_metadata(save(own, dict(metadata)))
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -90,7 +90,7 @@ def pack_optimiser(optimiser: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
 def unpack_optimiser(
     optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor], groups: list[dict[str, Any]]
 ) -> None:
-    """Give an optimiser the state that `pack_optimiser` returned."""
+    """Load the state that `pack_optimiser` returned."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         index, _, name = key.partition(SEPARATOR)
@@ -99,7 +99,7 @@ def unpack_optimiser(
 
 
 def pack_random_state() -> dict[str, Tensor]:
-    """Return the states of PyTorch's random number generators, for networks that draw while they train."""
+    """Return the states of PyTorch's random number generators, for networks with dropout."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -114,7 +114,7 @@ def unpack_random_state(states: Mapping[str, Tensor]) -> None:
 
 
 def _sort_metadata(content: bytes) -> bytes:
-    """Return a safetensors file with its metadata sorted, which the library writes in no order of its own."""
+    """Return a safetensors file with its metadata sorted; the library writes it in no fixed order."""
     (length,) = struct.unpack_from("<Q", content)
     header = json.loads(content[8 : 8 + length])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))

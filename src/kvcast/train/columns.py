@@ -1,7 +1,4 @@
-"""Columns of Parquet and CSV files as numbers, with every cell that is not one counted and named.
-
-Logs and data sets are read through it. It knows kinds of bad rows; it does not know what a column means.
-"""
+"""Columns of Parquet and CSV files as numbers; invalid cells are counted and reported by row."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,7 +18,7 @@ Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 OnBadRows = Literal["stop", "skip"]
 
-# Arrow wants one byte between cells; no data has this one.
+# Arrow needs one byte between cells; this one does not occur in text.
 UNIT_SEPARATOR = "\x1f"
 # Row numbers that a report names of each kind.
 EXAMPLES = 5
@@ -40,7 +37,7 @@ class LogError(KvcastError):
 
 @dataclass
 class BadRows:
-    """What is wrong with rows: how often, and the first few row numbers (1 is the first row after the header).
+    """Faults of rows: how often, and the first few row numbers (1 is the first row after the header).
 
     A row with two faults is counted in both kinds and once in `rows`.
     """
@@ -59,7 +56,7 @@ class BadRows:
 
 
 class Columns:
-    """The columns of one file, read as what they have to be. Rows that are not are no longer `good`."""
+    """The columns of one file, read with types; rows with invalid cells are no longer `good`."""
 
     def __init__(self, path: Path, table: pa.Table, crooked: Ids) -> None:
         """Take a file's content.
@@ -67,7 +64,7 @@ class Columns:
         Args:
             path: the file, for messages.
             table: its rows.
-            crooked: numbers of rows of the file that are not in the table, as they have too few or too many cells.
+            crooked: numbers of the rows of the file that are not in the table, as they have too few or too many cells.
         """
         self.path, self.table = path, table
         self.bad = BadRows()
@@ -77,12 +74,12 @@ class Columns:
         self._note("wrong number of columns", crooked)
 
     def reject(self, kind: str, mask: Mask) -> None:
-        """Rows of the mask are bad, of this kind."""
+        """Mark the rows of the mask as bad, with this fault."""
         self._note(kind, self._numbers[mask])
         self.good[mask] = False
 
     def settle(self, bad_rows: OnBadRows) -> None:
-        """Count the bad rows at the end, and stop at them if asked to.
+        """Count the bad rows; called after all columns are read.
 
         Raises:
             LogError: there are bad rows and `bad_rows` is "stop".
@@ -91,11 +88,11 @@ class Columns:
         if self.bad.rows and bad_rows == "stop":
             every = len(self.good) + self._crooked
             raise LogError(
-                f"{self.path}: {self.bad.rows} of {every} rows are bad; mend them or skip them:\n{self.bad.describe()}"
+                f"{self.path}: {self.bad.rows} of {every} rows are bad; fix them or skip them:\n{self.bad.describe()}"
             )
 
     def describe_skipped(self) -> list[str]:
-        """Return what to tell a person of rows that were skipped, if any were."""
+        """Return a note on skipped rows, if any."""
         return [f"{self.path.name}: {self.bad.rows} bad rows skipped:\n{self.bad.describe()}"] if self.bad.rows else []
 
     def read_integers(self, name: str) -> Ids:
@@ -192,7 +189,7 @@ def _parse_csv(
 
     table = pa.csv.read_csv(
         source,
-        # Only one thread knows the numbers of rows.
+        # Row numbers are known only with one thread.
         read_options=pa.csv.ReadOptions(use_threads=False, column_names=names, skip_rows=header),
         parse_options=pa.csv.ParseOptions(
             delimiter=separator or ",", quote_char='"' if header else False, invalid_row_handler=skip

@@ -1,4 +1,4 @@
-"""What can go wrong in training, beyond a configuration that describes no model."""
+"""Errors of training."""
 
 from typing import ClassVar
 

@@ -1,8 +1,7 @@
 """Click logs from Parquet or CSV, checked row by row against the model's schema.
 
-`read_log` returns columns of numbers or says which rows are bad and why; nothing that is wrong becomes an id. It knows
-the columns of a log (`protocol/log.py`); it does not know what requests, splits or models are. A log is read as a
-whole: it has to fit into memory, about 8 bytes a number and as much again while it is read.
+`read_log` returns columns of numbers, or reports which rows are bad and why; no invalid cell becomes an id. A log is
+read as a whole: it has to fit into memory, about 8 bytes a number and as much again during reading.
 """
 
 from dataclasses import dataclass, field
@@ -26,9 +25,9 @@ __all__ = ["BadRows", "Log", "LogError", "OnBadRows", "read_log", "write_log"]
 class Log:
     """The rows of a log, in the order of the file.
 
-    users: a name per user, sorted. user: whose row it is, as an index of `users`. time: seconds. ids: a column a field.
-    label: 0 or 1. request: what was shown together, as integers that mean nothing else; None: what one user saw at one
-    time. truth: the probabilities of a generated log, if asked for. bad: what was skipped.
+    users: a name per user, sorted. user: of each row, an index of `users`. time: seconds. ids: a column a field. label:
+    0 or 1. request: rows of a user with the same number were shown together; None: rows of a user with the same time.
+    truth: the probabilities of a generated log, if read. bad: the skipped rows.
     """
 
     users: tuple[str, ...]

@@ -1,6 +1,6 @@
-"""How good a ranking is: AUC, NDCG@10, log loss and calibration, overall and a request at a time.
+"""Ranking metrics: AUC, NDCG@10, log loss and calibration, overall and by request.
 
-The module sees labels and scores; it knows no network and no log. Ties get the mean of what their orders would.
+Ties get the mean over their orders.
 """
 
 import dataclasses
@@ -17,13 +17,13 @@ from kvcast.train.requests import TrainingRequest
 Numbers = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 
 NDCG_PLACES = 10
-# The popularity baseline takes an item for average until it was seen about so often.
+# Pseudo-counts of the popularity baseline: an item starts at the average rate.
 POPULARITY_PRIOR = 10.0
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """Metrics of a set of requests; NaN where they mean nothing.
+    """Metrics of a set of requests; NaN where undefined.
 
     auc: over all candidates of all requests. request_auc: the mean over requests that have both labels, weighted by
     their candidates. ndcg_at_10: the mean over requests with a positive. log_loss: of sigmoid(score). calibration: mean
@@ -47,17 +47,12 @@ class Metrics:
         )
 
     def to_json(self) -> dict[str, float | None]:
-        """Return a JSON document; null for what means nothing."""
+        """Return a JSON document; null where undefined."""
         return {name: None if math.isnan(value) else value for name, value in dataclasses.asdict(self).items()}
 
 
 def measure_ranking(labels: Sequence[Numbers], scores: Sequence[Numbers]) -> Metrics:
-    """Return the metrics of scores (logits) against labels 0 and 1.
-
-    Args:
-        labels: per request, `[N]`.
-        scores: per request, `[N]`.
-    """
+    """Return the metrics of scores (logits) against labels 0 and 1, an array `[N]` a request each."""
     label, score = (np.concatenate(each).astype(np.float64) for each in (labels, scores))
     rated = [(len(y), measure_auc(y, s)) for y, s in zip(labels, scores, strict=True) if 0 < y.sum() < len(y)]
     gains = [measure_ndcg(y, s, NDCG_PLACES) for y, s in zip(labels, scores, strict=True) if y.sum() > 0]
@@ -96,10 +91,10 @@ def measure_ndcg(labels: Numbers, scores: Numbers, places: int) -> float:
 def score_by_popularity(
     training: Sequence[TrainingRequest], requests: Sequence[TrainingRequest]
 ) -> list[npt.NDArray[np.float64]]:
-    """Return the scores of the baseline that knows no user: the logit of an item's own rate of positives.
+    """Return the scores of the popularity baseline: the logit of an item's own rate of positives.
 
-    An item is the target token (the first candidate field). Rates come from `training` alone and are drawn towards the
-    mean of all where an item was seen rarely.
+    An item is the target token (the first candidate field). Rates come from `training` alone, smoothed towards the mean
+    for rare items.
     """
     items = np.concatenate([request.candidates[:, 0] for request in training])
     labels = np.concatenate([request.labels for request in training]).astype(np.float64)

@@ -1,7 +1,4 @@
-"""What training minimises and how: the losses, AdamW, warm-up and cosine decay.
-
-The module sees scores and parameters; it knows no family, no request and no file.
-"""
+"""Losses, the optimiser (AdamW), and the learning rate schedule (warm-up, cosine decay)."""
 
 import math
 from typing import Literal, get_args
@@ -25,7 +22,7 @@ def measure_loss(scores: Tensor, batch: Batch, kind: LossKind) -> Tensor:
 
     Args:
         scores: FP32 `[B, N]`, logits.
-        batch: says which of them count, and their labels.
+        batch: which of them are candidates, and their labels.
         kind: `pointwise`, the mean cross entropy of every candidate's label; `listwise`, that of a softmax over each
             request's candidates, over requests with a positive.
     """
@@ -54,7 +51,7 @@ def make_optimiser(network: nn.Module, learning_rate: float, weight_decay: float
 def shape_rate(step: int, warmup: int, steps: int) -> float:
     """Return the learning rate of a step (from 0) as a share of its peak.
 
-    It climbs linearly for `warmup` of `steps` steps and then falls along a cosine.
+    It rises linearly for `warmup` of `steps` steps and then decays along a cosine.
     """
     if step < warmup:
         return (step + 1) / (warmup + 1)

@@ -1,4 +1,4 @@
-"""Plots: of a run, how loss and metrics went and which weights were kept; of a study, what each way reaches."""
+"""Plots: loss and metrics of a run, and the results of a study."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,14 +16,7 @@ WAY_COLOURS = {"no_history": AMBER, "target_blind": GREEN, "undirected": RED}
 
 
 def draw_run(rows: list[dict[str, Any]], title: str, regime: str, path: Path) -> None:
-    """Draw the rows of a metrics file into a PNG.
-
-    Args:
-        rows: one an evaluation, and at last one of the best weights, if the run came so far.
-        title: what was trained.
-        regime: how.
-        path: the file to write.
-    """
+    """Draw the rows of a metrics file into a PNG; `regime` says how it was trained."""
     evaluations = [row for row in rows if "validation" in row]
     figure = Figure(figsize=(9, 6.4), layout="constrained")
     losses, rankings = figure.subplots(2, 1, sharex=True)
@@ -34,7 +27,7 @@ def draw_run(rows: list[dict[str, Any]], title: str, regime: str, path: Path) ->
 
 
 def draw_losses(axes: Axes, evaluations: list[dict[str, Any]]) -> None:
-    """Does it learn, and does it learn by heart?"""
+    """Draw losses and learning rate: does it learn, and does it overfit?"""
     steps = [row["step"] for row in evaluations]
     axes.plot(steps, [row["train_loss"] for row in evaluations], color=BLUE, linewidth=2, label="training loss")
     held_out = [row["validation"]["log_loss"] for row in evaluations]
@@ -50,7 +43,7 @@ def draw_losses(axes: Axes, evaluations: list[dict[str, Any]]) -> None:
 
 
 def draw_rankings(axes: Axes, evaluations: list[dict[str, Any]], last: dict[str, Any]) -> None:
-    """Does it rank?"""
+    """Draw ranking metrics of the validation part, beside popularity."""
     steps = [row["step"] for row in evaluations]
     for key, label, colour in (
         ("auc", "AUC", GREEN),
@@ -64,7 +57,7 @@ def draw_rankings(axes: Axes, evaluations: list[dict[str, Any]], last: dict[str,
         place = (best[-1]["step"], best[-1]["validation"]["auc"])
         axes.plot(*place, "o", color=GREEN, markersize=10, fillstyle="none")
         axes.annotate(
-            f"kept: {place[1]:.4f}", place, textcoords="offset points", xytext=(0, -18), ha="center", color=GREEN
+            f"saved: {place[1]:.4f}", place, textcoords="offset points", xytext=(0, -18), ha="center", color=GREEN
         )
     if "popularity_validation" in last:
         popularity = last["popularity_validation"]["auc"]
@@ -85,13 +78,7 @@ def save(figure: Figure, title: str, regime: str, path: Path) -> None:
 
 
 def draw_study(result: dict[str, Any], names: Mapping[str, str], path: Path) -> None:
-    """Draw a study into a PNG: what each way reaches, and how the masks got there.
-
-    Args:
-        result: of `run_study`.
-        names: a label for each way.
-        path: the file to write.
-    """
+    """Draw the result of `run_study` into a PNG: the AUC of each way, and the learning curves; `names` are labels."""
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     reached, learned = figure.subplots(1, 2, width_ratios=(1.25, 1))
     draw_reached(reached, result, names)
@@ -105,7 +92,7 @@ def draw_study(result: dict[str, Any], names: Mapping[str, str], path: Path) -> 
 
 
 def draw_reached(axes: Axes, result: dict[str, Any], names: Mapping[str, str]) -> None:
-    """How well does each way rank?"""
+    """Draw the AUC of each way, with its interval."""
     ways = list(result["ways"])
     for place, way in enumerate(ways[::-1]):
         found = result["ways"][way]["auc"]
@@ -122,7 +109,7 @@ def draw_reached(axes: Axes, result: dict[str, Any], names: Mapping[str, str]) -
 
 
 def draw_learned(axes: Axes, result: dict[str, Any], names: Mapping[str, str]) -> None:
-    """How does it get there, on the mean of the runs and between their extremes?"""
+    """Draw learning curves: the mean of the runs, and their range."""
     for way, colour in WAY_COLOURS.items():
         curves = [row["validation_auc"] for row in result["runs"] if row["way"] == way]
         if not curves:

@@ -1,8 +1,7 @@
-"""What a model is trained and judged on: for each request of a log its history and its candidates with labels.
+"""Training requests: the history of each request of a log, and its candidates with labels.
 
-A history holds events strictly before the request's time, so nothing that the request brought about, and nothing later,
-is in it. Histories are cut from one array of events when they are asked for; the memory is that of the rows, however
-many requests share an event. It knows logs; it does not know batches, splits or networks.
+A history holds events strictly before the request's time, so no effect of the request and nothing later is in it.
+Histories are views of one array of events, so the memory is that of the rows however many requests share an event.
 """
 
 from collections.abc import Sequence
@@ -37,7 +36,7 @@ class TrainingRequest:
 
 @dataclass(frozen=True)
 class _Table:
-    """What all selections of one log's requests share.
+    """The arrays that all selections of one log's requests share.
 
     Rows are sorted by user, request and place in the file; a request's candidates lie next to each other. Events are
     sorted by user and time; those of request i that count lie in `[history_starts[i], history_ends[i])`.

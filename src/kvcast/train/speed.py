@@ -39,7 +39,7 @@ Way = Callable[[RankingNetwork, Batch], float]
 
 @dataclass(frozen=True)
 class Regime:
-    """What is measured.
+    """The sizes of a measurement.
 
     users: requests of a step; history, candidates: L and N of each. rounds: timed steps each way, after one that warms
     up. rows_at_once: sequences in memory at once, where every candidate is a row; gradients are summed over them.
@@ -139,7 +139,7 @@ def score_monolith(network: RankingNetwork, batch: Batch) -> Tensor:
 
 
 def make_row_way(rows_at_once: int, score: Callable[[RankingNetwork, Batch], Tensor]) -> Way:
-    """Return a way that gives every candidate a row, so many rows at once."""
+    """Return a way with a row a candidate, so many rows at once."""
 
     def learn(network: RankingNetwork, batch: Batch) -> float:
         count = batch.is_candidate.sum()
@@ -190,7 +190,7 @@ def collect_gradients(network: RankingNetwork, batch: Batch, way: Way) -> dict[s
 
 
 def draw_requests(config: ModelConfig, users: int, history: int, candidates: int) -> list[TrainingRequest]:
-    """Draw requests of random ids and labels, none of them padding: all of one size, which favours no way."""
+    """Draw requests of random ids and labels, without padding and all of one size, which favours no way."""
     generator = np.random.default_rng(0)
 
     def draw(fields: tuple[Field, ...], rows: int) -> Any:
@@ -209,7 +209,7 @@ def draw_requests(config: ModelConfig, users: int, history: int, candidates: int
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Return what a figure has to say of where it was measured."""
+    """Return the machine and the versions that a figure was measured with."""
     on_gpu = device.type == "cuda"
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")

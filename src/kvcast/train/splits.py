@@ -1,7 +1,7 @@
-"""Requests for training, validation and test, cut by time, and users who are kept out.
+"""Splits of requests into training, validation and test by time, and held-out users.
 
-What is trained on lies before the cut in whole: no request with a row at or after it is trained on. A later request
-still has the events before it in its history, as it would when served. It knows requests; it does not know networks.
+No request with a row at or after the first cut is in the training part. Later requests keep the events before them in
+their histories, as when served.
 """
 
 import hashlib
@@ -59,7 +59,7 @@ def split_by_shares(requests: Requests, validation: float = 0.1, test: float = 0
 
 
 def split_by_times(requests: Requests, validation_from: int, test_from: int) -> Split:
-    """Cut at these times: what happens at a cut is in the later part.
+    """Cut at these times: requests at the time of a cut are in the later part.
 
     Raises:
         LogError: the cuts are not in order.
@@ -74,9 +74,9 @@ def split_by_times(requests: Requests, validation_from: int, test_from: int) -> 
 
 
 def hold_out_users(requests: Requests, share: float, seed: int = 0) -> tuple[Requests, Requests]:
-    """Return the requests of most users, and those of a share of them who are kept out.
+    """Return the requests of most users, and those of a share of users that is held out.
 
-    Whether a user is kept out depends on name and seed alone, so it is the same in every log.
+    Whether a user is held out depends on name and seed alone, so it is the same in every log.
 
     Raises:
         LogError: the share is not between 0 and 1.

@@ -59,7 +59,7 @@ WAYS = {
     BOUND: "the true probability",
 }
 METRICS = ("auc", "ndcg_at_10", "log_loss")
-# Differences worth an interval: what the history is worth, what the mask costs, what the wrong mask costs.
+# The value of the history, the cost of the mask, the cost of serving with another mask than in training.
 DIFFERENCES = (("target_blind", "no_history"), ("target_blind", "undirected"), (SERVED, "undirected"))
 CONFIDENCE = 0.95
 
@@ -97,7 +97,7 @@ class Job:
 
 
 def run_study(plan: Plan, processes: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Train every way on every log with every seed, each run on one thread; return what came out.
+    """Train every way on every log with every seed, each run on one thread; return the result.
 
     Args:
         plan: the study.

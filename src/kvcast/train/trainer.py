@@ -1,7 +1,7 @@
-"""The training loop: steps, evaluations, early stopping, and going on where a run was interrupted.
+"""The training loop: steps, evaluations, early stopping, checkpoints.
 
-A run is decided by its configuration, its settings and its data: on one CPU thread it gives the same weights bit for
-bit, interrupted or not. The module knows networks by their interface; it knows no log and no plot.
+A run is determined by configuration, settings and data: on one CPU thread it gives the same weights bit for bit,
+interrupted or not.
 """
 
 import dataclasses
@@ -47,21 +47,21 @@ from kvcast.train.metrics import Metrics, measure_ranking, score_by_popularity
 from kvcast.train.objective import LossKind, make_optimiser, measure_loss, shape_rate
 from kvcast.train.requests import TrainingRequest
 
-# How often a long run says where it is, and how often it can be interrupted without losing more than this.
+# How often a long run prints its progress, and how much of it an interruption can lose.
 SECONDS_BETWEEN_LINES = 5.0
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
-# Evaluations of a run, unless it is said after how many steps.
+# Evaluations of a run by default.
 EVALUATIONS = 20
-# In a run that its time ends, an evaluation is followed by this many times as much learning.
+# In a run with a time limit, training takes at least this many times as long as evaluation.
 LEARNING_SHARE = 6
-# Families draw embeddings of unit size, so that every part of a random network matters to a score; a network that is to
-# learn begins with small ones.
+# Families draw embeddings of unit size, so that every part of a random network affects a score; training starts with
+# small ones.
 EMBEDDING_SCALE = 0.02
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What, beside configuration and data, decides the weights.
+    """The settings that, with configuration and data, determine the weights.
 
     epochs: passes over the training part, or fewer if `steps` are fewer. batch_size: requests of a step. warmup: of the
     learning rate, a share of all steps. gradient_limit: on the norm of all gradients. evaluate_every: steps; 0 divides
@@ -101,7 +101,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Parts:
-    """The requests that are learned from, those that choose the weights, and those that judge them."""
+    """The requests to train on, those that select the best weights, and those that evaluate them."""
 
     training: Sequence[TrainingRequest]
     validation: Sequence[TrainingRequest]
@@ -110,12 +110,12 @@ class Parts:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """Where a run writes: the best weights, and beside them its metrics, its plot and its checkpoint."""
+    """The files of a run: the best weights, and beside them metrics, plot and checkpoint."""
 
     weights: Path
 
     def __post_init__(self) -> None:
-        """Check, before hours of training, that there is a folder to write into."""
+        """Check before training that the weights can be written."""
         if not self.weights.parent.is_dir():
             raise TrainingError(f"--out {self.weights}: the folder {self.weights.parent} does not exist")
         if self.weights.is_dir():
@@ -133,13 +133,13 @@ class RunFiles:
 
     @property
     def checkpoint(self) -> Path:
-        """All that `--resume` needs."""
+        """The state that `--resume` needs."""
         return self.weights.with_name(f"{self.weights.stem}.checkpoint.safetensors")
 
 
 @dataclass
 class Progress:
-    """How far a run is: everything that changes and is no tensor.
+    """The state of a run that is not a tensor.
 
     epoch, batch: of the next step. place: how far that is, in steps or by the time that a run may take. loss_sum,
     loss_count, candidates, step_seconds: since the last evaluation.
@@ -161,18 +161,17 @@ class Progress:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def begin_interval(self) -> None:
-        """Forget the steps before an evaluation."""
+        """Start the sums again after an evaluation."""
         self.loss_sum, self.loss_count, self.candidates, self.step_seconds = 0.0, 0, 0, 0.0
 
 
 @dataclass(frozen=True)
 class Controls:
-    """How a run is watched and ended; nothing here decides the weights of a run that takes all its steps.
+    """Progress, interruption and time limit; none affects the weights of a run that takes all its steps.
 
-    say: receives lines of progress. should_stop: asked after each step; if so a checkpoint is written and the run ends.
-    seconds: the time after which a run ends. Where that is sooner than its steps, learning rate and evaluations follow
-    the time instead of the steps, so that the run comes to a low rate; it is not the same twice then. clock: gives
-    seconds, from any zero on.
+    say: receives lines of progress. should_stop: called after each step; if true, the run writes a checkpoint and ends.
+    seconds: the time limit. Where it comes before the last step, learning rate and evaluations follow the time instead
+    of the steps, so that the run ends at a low rate; it is not repeatable then. clock: returns seconds.
     """
 
     say: Callable[[str], None] = print
@@ -186,7 +185,7 @@ class Interrupted(TrainingError):  # noqa: N818 not an error
 
 
 class Trainer:
-    """One run. `run` trains until it is done, `resume` first takes up an interrupted one."""
+    """One run. `run` trains to the end; `resume`, called before, continues an interrupted run."""
 
     def __init__(
         self,
@@ -197,18 +196,10 @@ class Trainer:
         device: torch.device,
         controls: Controls | None = None,
     ) -> None:
-        """Build the network and look through the data.
-
-        Args:
-            config: what to build.
-            settings: how to train it.
-            parts: what to train it with.
-            files: where to write.
-            device: where to compute.
-            controls: how it is watched.
+        """Build the network and check the data.
 
         Raises:
-            TrainingError: the data cannot be trained with.
+            TrainingError: the data cannot be used for training.
         """
         self.identity = describe_run(config, settings, parts)
         self.settings, self.files, self.progress = settings, files, Progress()
@@ -224,10 +215,10 @@ class Trainer:
         self._optimiser = make_optimiser(self.network, settings.learning_rate, settings.weight_decay)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimiser, self._shape_rate)
         self._best: dict[str, Tensor] = {}
-        torch.manual_seed(settings.seed)  # for networks that draw while they train
+        torch.manual_seed(settings.seed)  # for networks with dropout
 
     def resume(self) -> bool:
-        """Take up the run of the checkpoint; return whether there is one.
+        """Continue the run of the checkpoint; return whether there is one.
 
         Raises:
             TrainingError: the checkpoint is of another run; every difference is named.
@@ -250,11 +241,11 @@ class Trainer:
 
         Raises:
             TrainingError: a loss or a score is not finite.
-            Interrupted: `should_stop` said so.
+            Interrupted: `should_stop` returned true.
         """
         self._write_metrics()
         if self._best:
-            self._write_weights()  # those of the checkpoint: what came after it is to come again
+            self._write_weights()  # those of the checkpoint: later steps are repeated
         if not self.progress.is_finished:
             while self._run_epoch():
                 self.progress.epoch, self.progress.batch = self.progress.epoch + 1, 0
@@ -274,7 +265,7 @@ class Trainer:
         return self._clock() - self._run_started
 
     def _find_place(self, step: int) -> int:
-        """Return how far the run is, in steps: as many as were taken, or more if its time passes faster."""
+        """Return the progress in steps: as many as were taken, or more if the time limit comes first."""
         return max(step, math.floor(self.steps * min(1.0, self._count_seconds() / self._controls.seconds)))
 
     def _shape_rate(self, step: int) -> float:
@@ -314,7 +305,7 @@ class Trainer:
 
     def _kept(self) -> str:
         if not self._best:
-            return "no weights were written, because it had not come to an evaluation"
+            return "no weights were written, because there was no evaluation yet"
         return f"the best weights, of step {self.progress.best_step}, are in {self.files.weights}"
 
     def _evaluate_if_due(self) -> None:
@@ -328,12 +319,12 @@ class Trainer:
                 self._finish()
 
     def _may_evaluate(self, place: int) -> bool:
-        """Whether evaluations leave a run whose time is short enough of it to learn in."""
+        """Whether a run with a time limit has trained long enough since its last evaluation."""
         is_short = place > self.progress.step
         return not is_short or self._count_seconds() > self._evaluated + LEARNING_SHARE * self._evaluation_seconds
 
     def _evaluate(self) -> None:
-        """Measure the validation part; keep the weights if they are the best so far."""
+        """Measure the validation part; save the weights if they are the best so far."""
         progress, started = self.progress, self._count_seconds()
         metrics = self._measure(self._parts.validation)
         is_best = metrics.auc > progress.best_auc
@@ -361,7 +352,7 @@ class Trainer:
         self._evaluation_seconds = self._evaluated - started
 
     def _finish(self) -> None:
-        """Judge the best weights by the test part."""
+        """Measure the best weights on the validation and test parts."""
         progress = self.progress
         self.network.load_state_dict(self._best)
         row: dict[str, Any] = {"step": progress.best_step, "steps_taken": progress.step}
@@ -428,7 +419,7 @@ class Trainer:
         write_tensors(self.files.weights, self._best, metadata)
 
     def _write_metrics(self) -> None:
-        """Write all rows: those that a lost interval had written after the checkpoint are gone."""
+        """Write all rows; rows written after the checkpoint of a resumed run are overwritten."""
         self.files.metrics.write_text("".join(json.dumps(row) + "\n" for row in self.progress.rows))
 
     def _describe_progress(self) -> str:
@@ -443,7 +434,7 @@ class Trainer:
 
 
 def make_trainable(config: ModelConfig, seed: int) -> RankingNetwork:
-    """Build the network that is served, its weights drawn from a seed, ready to learn."""
+    """Build the network that is served, with random weights from a seed, in training mode."""
     network = build_network(config)
     draw_weights(network, seed)
     for module in network.modules():
@@ -466,7 +457,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def describe_run(config: ModelConfig, settings: Settings, parts: Parts) -> dict[str, Any]:
-    """Check the data, and return what decides the weights: a resumed run must have the same.
+    """Check the data, and return what determines the weights: a resumed run must have the same.
 
     Raises:
         TrainingError: a part is empty, a request does not fit the configuration, or a part has labels of one kind only.
@@ -507,7 +498,7 @@ def check_part(name: str, requests: Sequence[TrainingRequest], config: ModelConf
     for kind, count in (("positive", positives), ("negative", candidates - positives)):
         if count == 0:
             raise TrainingError(
-                f"the {name} part of the log has no {kind} label among {candidates}: there is nothing to tell apart"
+                f"the {name} part of the log has no {kind} label among {candidates}: a ranking cannot be learnt"
             )
     return digest.hexdigest()
 
@@ -526,7 +517,7 @@ def check_same_run(found: dict[str, Any], expected: dict[str, Any], path: Path) 
     ]
     if differences:
         raise TrainingError(
-            f"checkpoint {path} is of another run; leave out --resume to begin anew:\n  " + "\n  ".join(differences)
+            f"checkpoint {path} is of another run; omit --resume to start a new one:\n  " + "\n  ".join(differences)
         )
 
 

@@ -1,7 +1,6 @@
 """Ids for what a data set calls its items, genres, authors: the step from a reader's values to a log.
 
-Ids are given by how often a value occurs in the earliest rows alone, so that what is tested on has no say in them. It
-knows the model's schema; it does not know the data sets.
+Ids are given by frequency in the earliest rows alone, so that the test part does not affect them.
 """
 
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from kvcast.protocol.log import LABEL, REQUEST, TIME, USER, log_fields
 from kvcast.protocol.schema import FeatureSchema, Field
 from kvcast.train.columns import Ids, number_names
 
-# The share of the rows, by time, whose values get ids: what is trained on if nothing else is said.
+# The share of the rows, by time, whose values get ids: the training part by default.
 VOCABULARY_SHARE = 0.8
 
 
@@ -30,10 +29,10 @@ class Values:
 
 @dataclass(frozen=True)
 class RawLog:
-    """What a reader found: rows in any order.
+    """The rows of a data set, in any order.
 
-    values: columns whose names get ids. ids: columns whose ids mean what the reader says, such as `action`. notes: what
-    a person should know. titles: what items are called.
+    values: columns whose names get ids. ids: columns with ids defined by the reader, such as `action`. notes: for the
+    user. titles: of items by name.
     """
 
     user: Ids
@@ -47,7 +46,7 @@ class RawLog:
 
 @dataclass(frozen=True)
 class MadeLog:
-    """A log's columns by time, the vocabularies (field → name → id), the titles of items by id, and what to tell."""
+    """A log's columns by time, the vocabularies (field → name → id), the titles of items by id, and notes."""
 
     columns: dict[str, npt.NDArray[Any]]
     vocabularies: dict[str, dict[str, int]]
@@ -59,7 +58,7 @@ def make_log(raw: RawLog, schema: FeatureSchema, pause: int = 0) -> MadeLog:
     """Give ids to a reader's values.
 
     Args:
-        raw: what the reader found.
+        raw: of the reader.
         schema: the model's fields. Those that the data set does not have are 0, unknown.
         pause: rows of a user are one request until nothing happens for more than so many seconds; 0: rows of one time.
     """
