@@ -438,6 +438,14 @@ ERRORS = {
         504,
         "late",
     ),
+    "words of a caller": (
+        "INVALID_ARGUMENT",
+        "unexpected input 'Stub process is unhealthy'",
+        "INVALID_ARGUMENT",
+        "INVALID_ARGUMENT",
+        400,
+        "unexpected",
+    ),
     "a word of a caller": (
         "INVALID_ARGUMENT",
         "x: [BUSY] y",

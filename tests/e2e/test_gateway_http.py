@@ -3,6 +3,7 @@
 What both protocols share, and needs an upstream that answers as told, is tested over gRPC in test_gateway_grpc.py.
 """
 
+import contextlib
 import dataclasses
 import gzip
 import http.client
@@ -330,6 +331,21 @@ def test_new_connections_are_refused_and_old_ones_closed_at_the_end():
         wait_until(lambda: ask(gateway.http, "/v2/health/ready")[0] == 503, 5)
         assert ask(gateway.http, "/v2/health/live")[0] == 200, "it still answers"
         assert gateway.process.wait(10) == 0
+
+
+@pytest.mark.parametrize("trace", [b"x\x80", b"\xff", b"00-" + b"a" * 5000, b""])
+def test_a_trace_that_is_none_costs_no_answer(guarded, expected, trace):
+    reply = ask(guarded, INFER, write_json(), {"traceparent": trace, "tracestate": trace})
+    np.testing.assert_allclose(read_scores(reply), expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("line", [b'{"is_ready": true', b"x\n", b'"' + b"x" * (2 << 20) + b'"\n'])
+def test_it_ends_with_a_launcher_that_makes_no_sense(line):
+    process, control = start_gateway(make_config())
+    with control, contextlib.suppress(OSError):
+        control.sendall(line)
+    assert process.wait(10) == 0
+    process.communicate()
 
 
 def test_it_ends_with_the_process_that_started_it():

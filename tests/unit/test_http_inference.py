@@ -166,6 +166,13 @@ WRONG = {
     "a tensor that is not there": (write(shape=[(256 << 20) // 8 + 1]), "expected 33554433 elements"),
     "axes that are too much multiplied": (write(shape=[(1 << 31) - 1] * 16), "elements for its shape, got 2"),
     "a negative shape": (write(shape=[-1, 2]), "got -1"),
+    "too many axes": (write(shape=[(1 << 31) - 1] * 17), "inputs[0].shape: expected `array` of length <= 16"),
+    "too many inputs": (json.dumps({"inputs": [json.loads(write())["inputs"][0]] * 65}).encode(), "length <= 64"),
+    "a number over 64 bits as a parameter": (
+        json.dumps({"inputs": [], "parameters": {"x": 1 << 70}}).encode(),
+        "64 bits",
+    ),
+    "half a character as a parameter": (json.dumps({"inputs": [], "parameters": {"x": "\ud800"}}).encode(), "UTF-8"),
     "a shape of truth": (write(shape=[True, 2]), "expected `int`, got True"),
     "too little data": (write(shape=[1, 3]), "expected 3 elements for its shape, got 2"),
     "an unknown type": (write(datatype="INT128"), "expected one of BOOL"),

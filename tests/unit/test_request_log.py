@@ -45,6 +45,22 @@ def test_requests_that_are_not_logged_and_replies_without_reports_are_left_alone
     assert not capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["kvcast_log\0", "x\n", "\x7f"])
+def test_names_have_no_control_characters(name):
+    """Triton takes names as C strings: one with an end in it would be another name to it."""
+    for change in (
+        lambda request: setattr(request, "model_name", f"ranker{name}"),
+        lambda request: setattr(request, "id", name),
+        lambda request: request.inputs.add(name=f"kv_origin{name}"),
+        lambda request: request.outputs.add(name=f"kv_origin{name}"),
+        lambda request: setattr(request.parameters[name], "bool_param", True),
+    ):
+        request = make_infer_request("ranker", {})
+        change(request)
+        with pytest.raises(InvalidRequestError, match="control characters"):
+            check_infer(request)
+
+
 def test_callers_cannot_have_the_models_log():
     request = make_infer_request("ranker", {})
     check_infer(request)

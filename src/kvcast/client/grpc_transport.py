@@ -10,6 +10,7 @@ from tritonclient.grpc import InferResult, service_pb2, service_pb2_grpc
 from tritonclient.utils import np_to_triton_dtype
 
 from kvcast.client.transport import (
+    LONGEST_SECONDS,
     AsyncTransport,
     Call,
     Tensors,
@@ -42,7 +43,9 @@ class GrpcTransport(Transport):
     def infer(self, call: Call, deadline: float) -> Tensors:
         """Run one inference."""
         try:
-            reply = self._stub.ModelInfer(make_request(call, deadline), timeout=deadline, metadata=make_metadata(call))
+            reply = self._stub.ModelInfer(
+                make_request(call, deadline), timeout=min(deadline, LONGEST_SECONDS), metadata=make_metadata(call)
+            )
             return read_outputs(InferResult(reply), call.outputs)
         except Exception as error:
             raise translate(error, self._address, deadline) from error
@@ -64,7 +67,7 @@ class AsyncGrpcTransport(AsyncTransport):
         """Run one inference."""
         request, metadata = make_request(call, deadline), make_metadata(call)
         try:
-            reply = await self._stub.ModelInfer(request, timeout=deadline, metadata=metadata)
+            reply = await self._stub.ModelInfer(request, timeout=min(deadline, LONGEST_SECONDS), metadata=metadata)
             return read_outputs(InferResult(reply), call.outputs)
         except Exception as error:
             raise translate(error, self._address, deadline) from error

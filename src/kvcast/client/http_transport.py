@@ -13,6 +13,7 @@ from tritonclient.http import InferenceServerClient, InferInput, InferRequestedO
 from tritonclient.utils import np_to_triton_dtype
 
 from kvcast.client.transport import (
+    LONGEST_SECONDS,
     AsyncTransport,
     Call,
     Tensors,
@@ -42,6 +43,7 @@ class HttpTransport(Transport):
     def infer(self, call: Call, deadline: float) -> Tensors:
         """Run one inference."""
         body, headers = make_body(call, deadline)
+        deadline = min(deadline, LONGEST_SECONDS)
         until = time.monotonic() + deadline
         try:
             response = self._pool.urlopen(
@@ -74,7 +76,9 @@ class AsyncHttpTransport(AsyncTransport):
         """Run one inference."""
         body, headers = make_body(call, deadline)
         if self._session is None:
-            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=CONNECTIONS))
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=CONNECTIONS), timeout=aiohttp.ClientTimeout(total=None)
+            )
         try:
             async with (
                 asyncio.timeout(deadline),
@@ -154,10 +158,16 @@ def translate(error: Exception, address: str, deadline: float) -> KvcastError:
 def _read(response: urllib3.BaseHTTPResponse, until: float) -> bytes:
     """Return the body; urllib3's timeout is that of each read, this one is that of all."""
     content = bytearray()
-    while chunk := response.read1(CHUNK_BYTES):
-        content += chunk
-        if time.monotonic() > until:
+    connection: Any = response.connection
+    while True:
+        left = until - time.monotonic()
+        if left <= 0:
             response.close()
             raise TimeoutError
-    response.release_conn()
-    return bytes(content)
+        if connection is not None and connection.sock is not None:
+            connection.sock.settimeout(left)
+        chunk = response.read1(CHUNK_BYTES)
+        if not chunk:
+            response.release_conn()
+            return bytes(content)
+        content += chunk

@@ -29,6 +29,8 @@ Tensors = dict[str, npt.NDArray[Any]]
 # the caller stops listening.
 REFUSAL_SHARE = 0.1
 MICROSECONDS = 1e6
+# Longer deadlines are none: they would not fit into a socket's timeout, or into what Triton reads.
+LONGEST_SECONDS = 1e6
 # What a status means that comes without a reason, as from a proxy, from gRPC itself, or from Triton without a gateway.
 # Everything that is not listed is the server's fault.
 ERRORS_BY_STATUS: dict[str | int, type[KvcastError]] = {
@@ -172,7 +174,7 @@ def miss_deadline(address: str, deadline: float) -> DeadlineExceededError:
 
 def limit_queueing(deadline: float) -> int:
     """Return the microseconds that a request may spend in the server's queue."""
-    return max(1, int((1 - REFUSAL_SHARE) * deadline * MICROSECONDS))
+    return max(1, int((1 - REFUSAL_SHARE) * min(deadline, LONGEST_SECONDS) * MICROSECONDS))
 
 
 def read_outputs(reply: Any, outputs: Sequence[str]) -> Tensors:

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 
 import aiohttp
 import grpc
+import msgspec
 from aiohttp import web
 
 from kvcast.gateway.admission import Admission
@@ -31,6 +32,7 @@ from kvcast.gateway.shadow import Shadow
 from kvcast.gateway.triton import Triton
 
 LOOK_SECONDS = 0.02
+MAX_LINE_BYTES = 1 << 20
 # For a body that is still coming when the gateway is told to stop.
 LAST_BODY_SECONDS = 5
 
@@ -61,7 +63,7 @@ async def serve(control: socket.socket) -> None:
     loop = asyncio.get_running_loop()
     for number, events in ((signal.SIGTERM, (stop,)), (signal.SIGINT, (stop, hurry))):
         loop.add_signal_handler(number, set_all, events)
-    reader, writer = await asyncio.open_connection(sock=control)
+    reader, writer = await asyncio.open_connection(sock=control, limit=MAX_LINE_BYTES)
     config = decode_line(await reader.readline(), GatewayConfig)
     settings = config.serve
     triton_http, triton_grpc, triton_metrics = (
@@ -132,7 +134,7 @@ async def follow(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, admission: Admission, at_end: Iterable[asyncio.Event]
 ) -> None:
     """Take in what the launcher says, until it has ended."""
-    with contextlib.suppress(ConnectionError):
+    with contextlib.suppress(ConnectionError, ValueError, msgspec.DecodeError):  # half a line is its end too
         while line := await reader.readline():
             was_ready = admission.state.is_ready
             admission.follow(decode_line(line, State))

@@ -45,10 +45,14 @@ TRITON_WORDS: tuple[tuple[re.Pattern[str], type[KvcastError], str | None], ...] 
 )
 # The gRPC library, of a connection to Triton that broke off, or cannot be made.
 LOST_CONNECTION = re.compile(
-    r"(?i)failed to connect|socket closed|connection (reset|refused|closed)|stream removed|goaway"
+    r"(?i)failed to connect|socket closed|connection (reset|refused|closed)|stream removed|goaway|broken pipe"
+    r"|end of tcp stream|cancelling all calls"
 )
+LOST_CODES = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN)
+# Of these the text may be a caller's own. The second is gRPC's, of an error that is too long: it repeats a name.
+OF_CALLERS = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED)
 CODES: dict[grpc.StatusCode, type[KvcastError]] = {
-    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequestError,
+    **dict.fromkeys(OF_CALLERS, InvalidRequestError),
     grpc.StatusCode.UNAVAILABLE: TryAgainError,
     grpc.StatusCode.INTERNAL: ServerFaultError,
 }
@@ -87,11 +91,12 @@ def translate(error: grpc.aio.AioRpcError) -> KvcastError:
     # Triton cancels some requests while others are cancelled. Cancelling a call here raises asyncio's error instead.
     if code == grpc.StatusCode.CANCELLED:
         return UnansweredError("Triton has cancelled the request: try again")
-    if code == grpc.StatusCode.UNAVAILABLE and LOST_CONNECTION.search(text):
+    if code in LOST_CODES and LOST_CONNECTION.search(text):
         return ModelDiedError(UNREACHABLE)
-    for words, kind, message in TRITON_WORDS:
-        if words.search(text):
-            return kind(message or text)
+    if code not in OF_CALLERS:
+        for words, kind, message in TRITON_WORDS:
+            if words.search(text):
+                return kind(message or text)
     known = CODES.get(code)
     return known(conceal(text)) if known else StatusError(code.name, conceal(text))
 

@@ -15,7 +15,7 @@ from tritonclient.grpc import service_pb2
 
 from kvcast.gateway.admission import Admission
 from kvcast.gateway.errors import spell
-from kvcast.gateway.inference import MAX_TEXT, TRACE_HEADERS, Inference, InferencePath, read_timeout
+from kvcast.gateway.inference import TRACE_HEADERS, Inference, InferencePath, check_texts, read_timeout
 from kvcast.gateway.triton import INFER, MESSAGES, SERVICE, Metadata, Triton
 from kvcast.protocol.errors import REASON_METADATA, InvalidRequestError
 
@@ -59,14 +59,14 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no t
         except DecodeError:
             raise InvalidRequestError(f"expected a {name}Request, got other bytes") from None
         if name != INFER:
-            check_name(message)
+            check_texts(getattr(message, field, "") for field in ("name", "model_name", "version"))
             return await self._pass(name, message, body, rpc)
 
         async def read() -> Inference:
             trace = [(key, value) for key, value in rpc.invocation_metadata() or () if key in TRACE_HEADERS]
             return Inference(message, body, read_seconds(message, rpc), trace)
 
-        return await self._path.answer("grpc", message.model_name, read)
+        return await self._path.answer("grpc", message.model_name, read, bytes)
 
     async def _pass(self, name: str, message: Any, body: bytes, rpc: Rpc) -> bytes:
         """Ask Triton; that it is ready, only if it is."""
@@ -89,17 +89,6 @@ def read_seconds(message: Any, rpc: Rpc) -> float:
     remaining = rpc.time_remaining()
     seconds = float("inf") if remaining is None else QUEUE_SHARE * remaining
     return min(seconds, read_timeout(message))
-
-
-def check_name(message: Any) -> None:
-    """Check the name of what another request is about.
-
-    Raises:
-        InvalidRequestError: it is too long.
-    """
-    for field in ("name", "model_name", "version"):
-        if len(getattr(message, field, "")) > MAX_TEXT:
-            raise InvalidRequestError(f"{field}: expected at most {MAX_TEXT} characters")
 
 
 async def open_server(handler: GrpcServer, address: str, credentials: grpc.ServerCredentials | None) -> grpc.aio.Server:

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import msgspec
 from tritonclient.grpc import service_pb2
 
+from kvcast.gateway.inference import MAX_RANK
 from kvcast.protocol.decoding import decode_json
 from kvcast.protocol.errors import InvalidRequestError, ServerFaultError
 
@@ -22,6 +23,7 @@ from kvcast.protocol.errors import InvalidRequestError, ServerFaultError
 MAX_JSON_BYTES = 2 << 20
 # Of one output: the same, in the other direction.
 MAX_JSON_TENSOR_BYTES = 4 << 20
+MAX_TENSORS = 64
 STRING_LENGTH_BYTES = 4
 BINARY_DATA_SIZE = "binary_data_size"
 BINARY_DATA_OUTPUT = "binary_data_output"
@@ -48,6 +50,7 @@ ELEMENTS: dict[str, tuple[set[type], str]] = {
 }
 
 Axis = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+Shape = Annotated[list[Axis], msgspec.Meta(max_length=MAX_RANK)]
 Parameters = dict[str, bool | int | float | str]
 
 
@@ -55,7 +58,7 @@ class Input(msgspec.Struct):
     """An input tensor: its data, or the size of that in the binary part."""
 
     name: str
-    shape: list[Axis]
+    shape: Shape
     datatype: str
     parameters: Parameters | None = None
     data: Any = None
@@ -71,10 +74,10 @@ class Output(msgspec.Struct):
 class Body(msgspec.Struct):
     """The JSON of a request. Keys that the protocol does not know are left out."""
 
-    inputs: list[Input]
+    inputs: Annotated[list[Input], msgspec.Meta(max_length=MAX_TENSORS)]
     id: str | None = None
     parameters: Parameters | None = None
-    outputs: list[Output] | None = None
+    outputs: Annotated[list[Output], msgspec.Meta(max_length=MAX_TENSORS)] | None = None
 
 
 @dataclass(frozen=True)
@@ -193,8 +196,10 @@ def _write_parameters(where: str, target: Any, parameters: Parameters) -> None:
         kind = "uint64" if name == "priority" and type(value) is int else PARAMETER_KINDS[type(value)]
         try:
             setattr(target[name], f"{kind}_param", value)
-        except (ValueError, TypeError) as error:
-            raise InvalidRequestError(f"{where}: {name[:100]!r}: expected a smaller number, got {error}") from None
+        except UnicodeEncodeError:
+            raise
+        except (ValueError, TypeError):
+            raise InvalidRequestError(f"{where}: {name[:100]!r}: expected a number of at most 64 bits") from None
 
 
 def _read_parameter(parameter: Any) -> Any:
@@ -209,7 +214,7 @@ def _read_inputs(inputs: list[Input], binary: bytes, message: Any) -> None:
         size = (each.parameters or {}).get(BINARY_DATA_SIZE)
         shared = [name for name in each.parameters or {} if name.startswith("shared_memory_")]
         if shared:
-            raise InvalidRequestError(f"{where}: {shared[0]}: shared memory is not offered: send the data itself")
+            raise InvalidRequestError(f"{where}: {shared[0][:100]}: shared memory is not offered: send the data itself")
         if size is None:
             data = _pack(where, each)
         elif type(size) is int and 0 <= size <= len(binary) - used and each.data is None:
@@ -234,7 +239,9 @@ def _pack(where: str, tensor: Input) -> bytes:
             f"{where}.data: expected {math.prod(tensor.shape)} elements for its shape, got {len(flat)}"
         )
     if datatype not in ELEMENTS:
-        raise InvalidRequestError(f"{where}.datatype: expected one of {', '.join(ELEMENTS)} for JSON, got {datatype!r}")
+        raise InvalidRequestError(
+            f"{where}.datatype: expected one of {', '.join(ELEMENTS)} for JSON, got {datatype[:100]!r}"
+        )
     allowed, expected = ELEMENTS[datatype]
     wrong = set(map(type, flat)) - allowed
     if wrong:

@@ -64,7 +64,13 @@ NOT_FORWARDED = {
 REPLY_HEADERS = ("Content-Type", "Retry-After")
 
 
-STATUS_NAMES = {400: "INVALID_ARGUMENT", 404: "NOT_FOUND", 413: "RESOURCE_EXHAUSTED"}
+STATUS_NAMES = {
+    400: "INVALID_ARGUMENT",
+    404: "NOT_FOUND",
+    413: "RESOURCE_EXHAUSTED",
+    500: "INTERNAL",
+    503: "UNAVAILABLE",
+}
 
 
 class RefusedError(StatusError):
@@ -113,7 +119,8 @@ class Bodies:
         latest = asyncio.get_running_loop().time() + seconds
         for deadline in self.deadlines:
             when = deadline.when()
-            deadline.reschedule(latest if when is None else min(when, latest))
+            if not deadline.expired():
+                deadline.reschedule(latest if when is None else min(when, latest))
 
 
 async def answer_expectation(request: web.BaseRequest) -> None:
@@ -248,10 +255,14 @@ class HttpServer:
                 raise InvalidRequestError(f"{HEADER_LENGTH}: expected it once, got it {len(lengths)} times")
             header_length = read_header_length(lengths[0] if lengths else None, len(body))
             message, form = read_request(body, header_length, model, version)
-            trace: Metadata = [(name, request.headers[name]) for name in TRACE_HEADERS if name in request.headers]
+            values = [(name, request.headers.get(name, "")) for name in TRACE_HEADERS]
+            # What gRPC cannot carry as metadata is no trace.
+            trace: Metadata = [
+                (name, value) for name, value in values if value.isascii() and value.isprintable() and value
+            ]
             return Inference(message, message.SerializeToString(), read_timeout(message), trace)
 
-        content, header_length = write_reply(await self._path.answer("http", model, read), form)
+        content, header_length = await self._path.answer("http", model, read, lambda reply: write_reply(reply, form))
         if header_length is None:
             return compress(request, web.Response(body=content, content_type="application/json"))
         response = web.Response(body=content, content_type="application/octet-stream")
@@ -276,7 +287,7 @@ class HttpServer:
     async def _tell_readiness(self, request: web.BaseRequest, path: str) -> web.Response:
         reason = self._admission.explain_unready()
         if reason:
-            raise TryAgainError(reason)
+            raise TryAgainError(conceal(reason))
         response = await self._forward(request, path, {}, None)
         if response.status != 200:
             raise TryAgainError(UNREACHABLE)

@@ -5,9 +5,10 @@ The message is parsed once and never written again: what changes is appended to 
 """
 
 import functools
-from collections.abc import Awaitable, Callable
+import re
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from tritonclient.grpc import service_pb2
 
@@ -27,8 +28,14 @@ LONGEST_SECONDS = 1e9
 # What one caller sends in a shared-memory region, another could read.
 SHARED_MEMORY = "shared_memory_"
 LARGEST_AXIS = 2**31
+MAX_RANK = 16
+# Triton takes names as C strings, so that one with an end in it would be another name to it.
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 # Of a caller's headers, Triton gets those that tie traces together.
 TRACE_HEADERS = ("traceparent", "tracestate")
+
+
+Reply = TypeVar("Reply")
 
 
 @dataclass(frozen=True)
@@ -47,13 +54,16 @@ class InferencePath:
     def __init__(self, triton: Triton, admission: Admission, shadow: Shadow, log: RequestLog) -> None:
         self._triton, self._admission, self._shadow, self._log = triton, admission, shadow, log
 
-    async def answer(self, protocol: str, model: str, read: Callable[[], Awaitable[Inference]]) -> bytes:
-        """Return the bytes of the ModelInferResponse.
+    async def answer(
+        self, protocol: str, model: str, read: Callable[[], Awaitable[Inference]], write: Callable[[bytes], Reply]
+    ) -> Reply:
+        """Return the reply.
 
         Args:
             protocol: `grpc` or `http`.
             model: which the request is for.
             read: reads the request, which can fail too.
+            write: makes the reply of the bytes of the ModelInferResponse, which can fail too.
 
         Raises:
             KvcastError: it is wrong, refused, or Triton's answer is an error.
@@ -72,7 +82,7 @@ class InferencePath:
             )
             if self._shadow.chooses(model):
                 self._shadow.score_again(message, release, reply)
-            return reply
+            return write(reply)
 
     async def _send(self, inference: Inference, entry: Entry | None, seconds: float) -> bytes:
         tail = service_pb2.ModelInferRequest()
@@ -97,16 +107,20 @@ def check_infer(message: Any) -> None:
         InvalidRequestError: a shape, a name or a parameter is impossible, or a tensor lies in shared memory.
     """
     check_parameters(message)
-    check_texts(message)
-    for tensor in (*message.inputs, *message.outputs):
+    tensors = (*message.inputs, *message.outputs)
+    check_texts((message.model_name, message.model_version, message.id, *message.parameters))
+    check_texts(text for tensor in tensors for text in (tensor.name, *tensor.parameters))
+    for tensor in tensors:
         named = [name for name in tensor.parameters if name.startswith(SHARED_MEMORY)]
         if named:
             raise InvalidRequestError(f"{tensor.name}: parameter {named[0]}: client shared memory is not offered")
-    if KV_ORIGIN.name in {tensor.name for tensor in (*message.inputs, *message.outputs)}:
+    if KV_ORIGIN.name in {tensor.name for tensor in tensors}:
         raise InvalidRequestError(f"{KV_ORIGIN.name}: expected it within the server alone")
     for tensor in message.inputs:
-        if not all(0 <= axis < LARGEST_AXIS for axis in tensor.shape):
-            raise InvalidRequestError(f"{tensor.name}: expected axes of 0 to 2^31 - 1, got {list(tensor.shape)[:16]}")
+        if len(tensor.shape) > MAX_RANK or not all(0 <= axis < LARGEST_AXIS for axis in tensor.shape):
+            raise InvalidRequestError(
+                f"{tensor.name}: expected at most {MAX_RANK} axes of 0 to 2^31 - 1, got {list(tensor.shape)[:MAX_RANK]}"
+            )
 
 
 def check_parameters(message: Any) -> None:
@@ -129,15 +143,14 @@ def check_parameters(message: Any) -> None:
         raise InvalidRequestError(f"parameter {LOG_PARAMETER}: expected it from the gateway alone")
 
 
-def check_texts(message: Any) -> None:
-    """Check the lengths of names.
+def check_texts(texts: Iterable[str]) -> None:
+    """Check names and ids.
 
     Raises:
-        InvalidRequestError: one is too long.
+        InvalidRequestError: one is too long, or has a control character.
     """
-    tensors = (*message.inputs, *message.outputs)
-    texts = [message.model_name, message.model_version, message.id, *message.parameters]
-    texts += [text for tensor in tensors for text in (tensor.name, *tensor.parameters)]
-    longest = max(map(len, texts))
-    if longest > MAX_TEXT:
-        raise InvalidRequestError(f"names and ids: expected at most {MAX_TEXT} characters, got {longest}")
+    for text in texts:
+        if len(text) > MAX_TEXT:
+            raise InvalidRequestError(f"names and ids: expected at most {MAX_TEXT} characters, got {len(text)}")
+        if CONTROL.search(text):
+            raise InvalidRequestError(f"names and ids: expected no control characters, got {text[:100]!r}")

@@ -1,7 +1,6 @@
 """Triton's gRPC service on this machine: calls passed on as they are, and inferences that are never cancelled."""
 
 import asyncio
-from typing import Any
 
 import grpc
 import grpc.aio
@@ -78,7 +77,7 @@ class Triton:
         Raises:
             KvcastError: Triton's error.
         """
-        answering = asyncio.ensure_future(_call(self._calls[INFER], body, metadata))
+        answering = asyncio.ensure_future(self._calls[INFER](body, metadata=metadata))
         try:
             reply: bytes = await asyncio.shield(answering)
         except asyncio.CancelledError:
@@ -90,8 +89,3 @@ class Triton:
         except grpc.aio.AioRpcError as error:
             raise translate(error) from error
         return reply
-
-
-async def _call(method: Any, body: bytes, metadata: Metadata | None) -> bytes:
-    reply: bytes = await method(body, metadata=metadata)
-    return reply

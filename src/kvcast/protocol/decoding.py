@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import msgspec
 
@@ -18,8 +18,9 @@ def read_file(path: Path, remedy: str, error_type: type[Exception]) -> str:
     """Return a file's text."""
     try:
         return path.read_text()
-    except OSError as error:
-        raise error_type(f"{path}: cannot be read ({error.strerror}): {remedy}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise error_type(f"{path}: cannot be read ({why}): {remedy}") from error
 
 
 def decode_json(text: str | bytes, kind: type[T], name: str, error_type: type[Exception]) -> T:
@@ -55,16 +56,23 @@ def _explain(error: msgspec.ValidationError, value: Any, kind: Any, name: str) -
     try:
         for step in re.findall(r"[^.\[\]]+", path):
             is_list = isinstance(value, list)
-            value, kind = (value[int(step)], get_args(kind)[0]) if is_list else (value[step], _fields(kind)[step])
-    except (KeyError, TypeError):  # a key with a dot in it
+            value, kind = (value[int(step)], _item(kind)) if is_list else (value[step], _fields(kind)[step])
+    except (KeyError, TypeError, IndexError):  # a key with a dot in it
         return f"{name}: {error}"
     got = repr(value)[:LONGEST_VALUE]
     is_record = isinstance(kind, type) and issubclass(kind, msgspec.Struct)
     if "bject" in expected and is_record:  # it is none, lacks a key or has an unknown one
         expected = f"expected the keys {sorted(_fields(kind))}"
-        got = str(sorted(value)) if isinstance(value, dict) else got
+        got = str(sorted(value))[:LONGEST_VALUE] if isinstance(value, dict) else got
     place = f"{name}: {path.removeprefix('.')}" if path else name
     return f"{place}: {expected}, got {got}"
+
+
+def _item(kind: Any) -> Any:
+    """Return the type of a list's items; the list may be annotated, or one side of a union."""
+    while get_origin(kind) is not list:
+        kind = get_args(kind)[0]
+    return get_args(kind)[0]
 
 
 def _fields(kind: Any) -> dict[str, Any]:

@@ -183,8 +183,9 @@ class TritonServer:
         self.supervisor.wait()
 
     def _tell(self, state: State) -> None:
-        if self._gateway is not None:
-            self._gateway.tell(state)
+        gateway = self._gateway  # `stop` may take it away meanwhile
+        if gateway is not None:
+            gateway.tell(state)
 
     @property
     def _view_folder(self) -> Path:

@@ -341,7 +341,7 @@ class Supervisor:
                 self._try(ensemble, number)
             for ensemble in self._ensembles:
                 self._pin(ensemble, number)
-        except KvcastError:
+        except Exception:
             self._settle(old)  # if Triton has crashed, its next start loads the old release
             raise
         self._settle(number)

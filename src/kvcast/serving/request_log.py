@@ -3,6 +3,7 @@
 The gateway writes a line of its own, and gives such a request the parameter `kvcast_log`, the id that joins the lines.
 """
 
+import contextlib
 import datetime
 import json
 from collections.abc import Mapping
@@ -26,7 +27,8 @@ def take_reports(model: str, parameters: Mapping[str, Any], reply: Tensors) -> T
             "model": model,
             "user": user,
         }
-        print(json.dumps(line | json.loads(text)), flush=True)
+        with contextlib.suppress(OSError):  # nothing reads the log
+            print(json.dumps(line | json.loads(text)), flush=True)
     if parameters.get(REPORT_PARAMETER):
         return reply
     return {name: array for name, array in reply.items() if name not in REPORTS}

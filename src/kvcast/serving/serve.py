@@ -104,7 +104,10 @@ class Service:
     def _reply(self, request: Any, reply: Reply) -> None:
         """Send one reply; count it first, so that metrics read after a reply include it."""
         if not isinstance(reply, KvcastError):
-            reply = take_reports(self.model.spec.name, read_parameters(request), reply)
+            try:
+                reply = take_reports(self.model.spec.name, read_parameters(request), reply)
+            except Exception as problem:  # noqa: BLE001 an answer is worth more than its line in the log
+                hide_unexpected(problem, self._log_error)
         response, error = self._make_response(reply)
         stopwatch, cache = self.model.stopwatch, self.model.cache
         stopwatch.wait.extend(self._backlog.waits)
