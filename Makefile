@@ -72,7 +72,8 @@ demo: $(READY) ## export if need be, serve, rank for a user of a small shop, sho
 test: $(READY) ## every test, those against a real tritonserver included
 	@$(MAKE) --no-print-directory setup-perf || echo "make: the test that runs perf_analyzer will be skipped" >&2
 	@$(MAKE) --no-print-directory setup-deploy || echo "make: tests that run haproxy, prometheus or kubectl will be skipped" >&2
-	$(BIN)/python -m pytest
+	@$(MAKE) --no-print-directory test-fast
+	$(BIN)/python -m pytest tests/e2e tests/chaos tests/deploy
 
 test-fast: $(READY) ## unit and parity tests, which need no server: 3 minutes on 2 cores
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/unit tests/parity

@@ -69,8 +69,8 @@ def _explain(error: msgspec.ValidationError, value: Any, kind: Any, name: str) -
 
 
 def _item(kind: Any) -> Any:
-    """Return the type of a list's items; the list may be annotated, or one side of a union."""
-    while get_origin(kind) is not list:
+    """Return the type of the items of a list or tuple, which may be annotated, or one side of a union."""
+    while get_origin(kind) not in (list, tuple):
         kind = get_args(kind)[0]
     return get_args(kind)[0]
 
