@@ -8,7 +8,7 @@ from kvcast.serving import DocFusion, FullRanker, UserEncoder
 from kvcast.serving.artefact import SessionOptions
 from kvcast.serving.doc_fusion import FusionJob
 from kvcast.serving.packing import strip_padding
-from kvcast.serving.user_kv import UserKV
+from kvcast.serving.user_kv import KVArrays
 from perf.baselines.interface import Floats, Ids, Peer
 
 
@@ -20,11 +20,11 @@ class Ours(Peer):
         self._encoder = UserEncoder.open(repository / "user_encoder" / "1", options)
         self._fusion = DocFusion.open(repository / "doc_fusion" / "1", options)
 
-    def encode(self, history: Ids) -> UserKV:
+    def encode(self, history: Ids) -> KVArrays:
         """Encode as `user_encoder` does."""
         return self._encoder.encode([strip_padding(history)])[0]
 
-    def fuse(self, user_kv: UserKV, candidates: Ids) -> Floats:
+    def fuse(self, user_kv: KVArrays, candidates: Ids) -> Floats:
         """Fuse as `doc_fusion` does."""
         (scores,) = self._fusion.score([FusionJob(user_kv, candidates[None])])  # [1, N]
         return np.asarray(scores[0], np.float32)

@@ -20,7 +20,7 @@ from kvcast.serving.artefact import SessionOptions
 from kvcast.serving.doc_fusion import FusionJob
 from kvcast.serving.model import Request
 from kvcast.serving.packing import strip_padding
-from kvcast.serving.user_kv import UserKV
+from kvcast.serving.user_kv import KVArrays
 from tests.parity.reference import score_candidates
 from tests.support import EXPORTED_TOML, TOLERANCE, draw_request, make_config, make_network
 
@@ -94,7 +94,7 @@ def test_a_request_of_several_users_with_different_padding(models, network):
 
 def test_user_kv_is_the_same_bits_whatever_the_candidates(models, network):
     history, candidates = draw_request(network.config, 25, 8, seed=5)
-    before: UserKV = models["UserEncoder"].encode([history])[0]
+    before: KVArrays = models["UserEncoder"].encode([history])[0]
     kept = before.keys.copy(), before.values.copy()
     models["DocFusion"].score([FusionJob(before, candidates[None])])
     after = models["UserEncoder"].encode([history])[0]

@@ -28,7 +28,7 @@ from kvcast.serving.model import Request, Tensors
 from kvcast.serving.options import CacheOptions
 from kvcast.serving.packing import strip_padding
 from kvcast.serving.resident_ranker import User
-from kvcast.serving.user_kv import UserKV
+from kvcast.serving.user_kv import KVArrays
 from tests.support import TOLERANCE, draw_request, draw_rows, make_config
 
 CONFIG = load_config("tiny")
@@ -65,7 +65,7 @@ def draw_user(length: int, count: int, seed: int) -> User:
     return User(strip_padding(history), candidates)
 
 
-def fuse(models: dict[str, Any], user_kv: UserKV, candidates: Ids) -> Floats:
+def fuse(models: dict[str, Any], user_kv: KVArrays, candidates: Ids) -> Floats:
     return models["DocFusion"].score([FusionJob(user_kv, candidates[None])])[0][0]
 
 
@@ -239,7 +239,7 @@ def test_what_a_cold_run_keeps_is_what_the_encoder_makes(models, artefact, monke
     for user, (arrays, cache), encoded in zip(users, kept, models["UserEncoder"].encode(histories), strict=True):
         assert cache is HIT
         layers = len(arrays) // 2
-        user_kv = UserKV(np.stack(arrays[:layers], axis=1), np.stack(arrays[layers:], axis=1))
+        user_kv = KVArrays(np.stack(arrays[:layers], axis=1), np.stack(arrays[layers:], axis=1))
         assert user_kv.keys.shape == encoded.keys.shape
         assert user_kv.values.shape == encoded.values.shape
         # A slot of padding, which an empty history has, may hold anything beside its mask.

@@ -28,7 +28,7 @@ from kvcast.serving.model import Request, ServedModel, Tensors
 from kvcast.serving.options import CacheOptions, read_options
 from kvcast.serving.packing import plan_runs, stack_padded, strip_padding
 from kvcast.serving.serve import Service, start_model
-from kvcast.serving.user_kv import UserKV, stack_user_kv
+from kvcast.serving.user_kv import KVArrays, stack_user_kv
 
 
 @given(st.lists(st.integers(0, 50), max_size=12), st.integers(0, 100))
@@ -56,7 +56,7 @@ def test_stacking_pads_with_zeros_and_copies_nothing_for_one():
 def test_stacked_user_kv_pads_with_masked_slots():
     layout = KVLayout(2, 1, 4, 3, 1, mask_row=3, mask_value=-5.0)
     parts = [
-        UserKV(np.full((1, 2, 1, 4, slots), slots, np.float32), np.full((1, 2, 1, slots, 3), slots, np.float32))
+        KVArrays(np.full((1, 2, 1, 4, slots), slots, np.float32), np.full((1, 2, 1, slots, 3), slots, np.float32))
         for slots in (2, 4)
     ]
     stacked = stack_user_kv(parts, layout)

@@ -41,10 +41,9 @@ ADMIN_PATHS = re.compile(
     rf"|/v2/(?:systemsharedmemory|cudasharedmemory)(?:/region/{NAME})?/(?:status|register|unregister)"
     rf"|/v2/logging|/v2/trace/setting|/v2/models/{NAME}/trace/setting"
 )
-MODEL_NAME = re.compile(MODEL)
 READY_PATH = re.compile("/v2/health/ready")
 STATE_PATH = re.compile("/kvcast/state")
-Handler = Callable[[web.BaseRequest, str], Awaitable[web.Response]]
+Handler = Callable[[web.BaseRequest, re.Match[str]], Awaitable[web.Response]]
 
 NOT_FORWARDED = {
     "accept-encoding",
@@ -233,18 +232,18 @@ class HttpServer:
             (ADMIN_PATHS, ("GET", "POST"), self._pass_admin),
         )
         for pattern, methods, handler in routes:
-            if pattern.fullmatch(path):
+            found = pattern.fullmatch(path)
+            if found is not None:
                 if request.method in methods:
-                    return await handler(request, path)
+                    return await handler(request, found)
                 response = make_error(RefusedError(405, f"expected method {' or '.join(methods)}"))
                 response.headers["Allow"] = ", ".join(methods)
                 return response
         raise RefusedError(404, "there is nothing at this path")
 
-    async def _infer(self, request: web.BaseRequest, path: str) -> web.Response:
+    async def _infer(self, request: web.BaseRequest, found: re.Match[str]) -> web.Response:
         """Turn the body into the message of gRPC, and the reply into a body."""
-        found = INFER_PATH.fullmatch(path)
-        model, version = (found[1], found[2] or "") if found else ("", "")
+        model, version = found[1], found[2] or ""
         form = ReplyFormat(is_binary=False, by_name={})
 
         async def read() -> Inference:
@@ -269,31 +268,30 @@ class HttpServer:
         response.headers[HEADER_LENGTH] = str(header_length)
         return compress(request, response)
 
-    async def _pass_read(self, request: web.BaseRequest, path: str) -> web.Response:
+    async def _pass_read(self, request: web.BaseRequest, found: re.Match[str]) -> web.Response:
         """Ask Triton; that a model is ready, only if its process lives."""
-        found = MODEL_NAME.match(path)
-        if path.endswith("/ready") and found and found[1] in self._admission.broken:
+        if found[0].endswith("/ready") and found[1] in self._admission.broken:
             raise TryAgainError(f"{found[1]} is being replaced: its process died")
-        return await self._forward(request, path, {}, None)
+        return await self._forward(request, found[0], {}, None)
 
-    async def _pass_admin(self, request: web.BaseRequest, path: str) -> web.Response:
+    async def _pass_admin(self, request: web.BaseRequest, found: re.Match[str]) -> web.Response:
         """Send on with the caller's headers: Triton itself asks for the admin key."""
         body = await self.bodies.read(request, self._max_body_bytes)
         if body.strip():
             parse_json(body, dict)
         headers = {name: value for name, value in request.headers.items() if name.lower() not in NOT_FORWARDED}
-        return await self._forward(request, path, headers, body)
+        return await self._forward(request, found[0], headers, body)
 
-    async def _tell_readiness(self, request: web.BaseRequest, path: str) -> web.Response:
+    async def _tell_readiness(self, request: web.BaseRequest, found: re.Match[str]) -> web.Response:
         reason = self._admission.explain_unready()
         if reason:
             raise TryAgainError(conceal(reason))
-        response = await self._forward(request, path, {}, None)
+        response = await self._forward(request, found[0], {}, None)
         if response.status != 200:
             raise TryAgainError(UNREACHABLE)
         return response
 
-    async def _tell_state(self, request: web.BaseRequest, path: str) -> web.Response:  # noqa: ARG002
+    async def _tell_state(self, request: web.BaseRequest, found: re.Match[str]) -> web.Response:  # noqa: ARG002
         return web.json_response(dataclasses.asdict(self._admission.state))
 
     async def _forward(

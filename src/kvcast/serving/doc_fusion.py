@@ -30,7 +30,7 @@ from kvcast.protocol.validation import (
 from kvcast.serving.kv_origin import is_own_kv
 from kvcast.serving.model import Request, ServedModel, Tensors, write_strings
 from kvcast.serving.packing import plan_groups, plan_runs, stack_padded
-from kvcast.serving.user_kv import UserKV, stack_user_kv
+from kvcast.serving.user_kv import KVArrays, stack_user_kv
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -45,7 +45,7 @@ SLOTS_PER_GPU_RUN = 8192
 class FusionJob:
     """One request: the KV of its users and INT64 `[B, N, T]` candidates."""
 
-    user_kv: UserKV
+    user_kv: KVArrays
     candidates: Ids
     wants_report: bool = False
 
@@ -64,7 +64,7 @@ class DocFusion(ServedModel[FusionJob]):
         check_user_kv(keys, values, manifest.user_kv, manifest.limits, is_own=is_own)
         candidates = check_candidates(tensors[CANDIDATES.name], manifest.candidate_fields, manifest.limits)
         check_same_users(USER_KEYS.name, len(keys), CANDIDATES.name, len(candidates))
-        return FusionJob(UserKV(keys, values), candidates, request.asks_for(REPORT_PARAMETER))
+        return FusionJob(KVArrays(keys, values), candidates, request.asks_for(REPORT_PARAMETER))
 
     def plan(self, jobs: Sequence[FusionJob]) -> list[list[int]]:
         """Each in turn, packed where that pays."""
@@ -123,7 +123,7 @@ class DocFusion(ServedModel[FusionJob]):
             CANDIDATES.name: np.ones((1, count, len(manifest.candidate_fields)), np.int64),
         }
 
-    def _fuse(self, user_kv: UserKV, candidates: Ids) -> Floats:
+    def _fuse(self, user_kv: KVArrays, candidates: Ids) -> Floats:
         """Run the graph once: `[B, N]`. A layer of a single user's KV is a view, not a copy."""
         feeds: dict[str, npt.NDArray[np.generic]] = {CANDIDATES.name: np.ascontiguousarray(candidates)}
         for layer in range(self.artefact.manifest.user_kv.layers):

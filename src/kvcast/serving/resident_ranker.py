@@ -36,7 +36,7 @@ from kvcast.serving.artefact import Artefact, SessionOptions
 from kvcast.serving.model import Request, ServedModel, Tensors, write_strings
 from kvcast.serving.options import CACHE_OFF, CacheOptions
 from kvcast.serving.packing import plan_groups, plan_runs, stack_padded, strip_padding
-from kvcast.serving.user_kv import UserKV, stack_user_kv
+from kvcast.serving.user_kv import KVArrays, stack_user_kv
 from kvcast.serving.user_kv_cache import Arrays, UserKVCache
 
 Ids = npt.NDArray[np.int64]
@@ -199,10 +199,10 @@ class ResidentRanker(ServedModel[ResidentJob]):
         for run in plan_runs(sizes, self._limit(COLD_ROWS_PER_CPU_RUN)):
             started = time.perf_counter()
             histories = stack_padded([users[index].history for index in run])  # [users, L, fields]
-            nothing = [UserKV(*(np.zeros((len(run), *shape), np.float32) for shape in self._no_slots))] * self._layers
+            nothing = [KVArrays(*(np.zeros((len(run), *shape), np.float32) for shape in self._no_slots))] * self._layers
             space = spaces[run[0]] if len(run) == 1 else None
             outputs = self._run(histories, [users[index].candidates for index in run], nothing, space, use_past=False)
-            layers = [UserKV(outputs[keys], outputs[values]) for keys, values in self._layer_names]
+            layers = [KVArrays(outputs[keys], outputs[values]) for keys, values in self._layer_names]
             for row, index in enumerate(run):
                 own = layers if len(run) == 1 else self._copy_user(layers, row, users[index], spaces[index])
                 made[index] = flatten(own)
@@ -228,7 +228,7 @@ class ResidentRanker(ServedModel[ResidentJob]):
         return [timed[index] for index in range(len(users))]
 
     def _run(
-        self, histories: Ids, candidates: list[Ids], past: list[UserKV], space: Arrays | None, *, use_past: bool
+        self, histories: Ids, candidates: list[Ids], past: list[KVArrays], space: Arrays | None, *, use_past: bool
     ) -> Tensors:
         """Run the graph once. User KV comes out, into `space` if it is given, unless it was given (`use_past`)."""
         # A run needs a candidate: for a user without any, one unknown item, whose score is not read.
@@ -249,7 +249,7 @@ class ResidentRanker(ServedModel[ResidentJob]):
             raise ServerFaultError(f"{SCORES.name}: expected finite numbers, got {outputs[SCORES.name]}")
         return outputs
 
-    def _copy_user(self, layers: list[UserKV], row: int, user: User, space: Arrays | None) -> list[UserKV]:
+    def _copy_user(self, layers: list[KVArrays], row: int, user: User, space: Arrays | None) -> list[KVArrays]:
         """Take one user out of a run that several shared."""
         slots = self.artefact.manifest.user_kv.slots(len(user.history))
         rooms = unflatten(space) if space else [None] * len(layers)
@@ -273,7 +273,7 @@ def flatten(layers: Sequence[tuple[Each, Each]]) -> tuple[Each, ...]:
     return (*(keys for keys, _ in layers), *(values for _, values in layers))
 
 
-def unflatten(arrays: Arrays) -> list[UserKV]:
+def unflatten(arrays: Arrays) -> list[KVArrays]:
     """Return the layers again."""
     half = len(arrays) // 2
-    return [UserKV(keys, values) for keys, values in zip(arrays[:half], arrays[half:], strict=True)]
+    return [KVArrays(keys, values) for keys, values in zip(arrays[:half], arrays[half:], strict=True)]

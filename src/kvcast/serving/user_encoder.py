@@ -28,7 +28,7 @@ from kvcast.serving.kv_origin import make_kv_origin
 from kvcast.serving.model import Request, ServedModel, Tensors, write_strings
 from kvcast.serving.options import CACHE_OFF, CacheOptions
 from kvcast.serving.packing import plan_groups, plan_runs, stack_padded, strip_padding
-from kvcast.serving.user_kv import UserKV, stack_user_kv
+from kvcast.serving.user_kv import KVArrays, stack_user_kv
 from kvcast.serving.user_kv_cache import Arrays, UserKVCache
 
 Ids = npt.NDArray[np.int64]
@@ -107,7 +107,7 @@ class UserEncoder(ServedModel[EncodeJob]):
         seconds: dict[tuple[int, int], float] = {}
 
         def encode(places: list[int], spaces: list[Arrays | None]) -> list[Arrays]:
-            rooms = [None if space is None else UserKV(*space) for space in spaces]
+            rooms = [None if space is None else KVArrays(*space) for space in spaces]
             encoded, spent = self._encode([histories[place] for place in places], rooms)
             seconds.update((users[place], each) for place, each in zip(places, spent, strict=True))
             return list(encoded)
@@ -116,14 +116,14 @@ class UserEncoder(ServedModel[EncodeJob]):
         outputs = []
         for place, job in enumerate(jobs):
             keys = [(place, row) for row in range(len(job.histories))]
-            kv = [UserKV(*found[key].arrays) for key in keys if key in found]
+            kv = [KVArrays(*found[key].arrays) for key in keys if key in found]
             caches = [found[key].cache if key in found else CacheResult.OFF for key in keys]
             reports = [Report(cache, seconds.get(key, 0.0)) for key, cache in zip(keys, caches, strict=True)]
             outputs.append(self._reply(job, kv, reports))
         return outputs
 
-    def encode(self, histories: Sequence[Ids]) -> list[UserKV]:
-        """Encode stripped histories INT64 `[L, fields]`, each L at least 1, into one `UserKV` a user; keep nothing."""
+    def encode(self, histories: Sequence[Ids]) -> list[KVArrays]:
+        """Encode stripped histories INT64 `[L, fields]`, each L at least 1, into `KVArrays` a user; cache nothing."""
         return self._encode(histories, [None] * len(histories))[0]
 
     def make_warm_up(self) -> Tensors:
@@ -131,11 +131,13 @@ class UserEncoder(ServedModel[EncodeJob]):
         manifest = self.artefact.manifest
         return {HISTORY.name: np.ones((1, manifest.workload.history, len(manifest.history_fields)), np.int64)}
 
-    def _encode(self, histories: Sequence[Ids], spaces: Sequence[UserKV | None]) -> tuple[list[UserKV], list[float]]:
+    def _encode(
+        self, histories: Sequence[Ids], spaces: Sequence[KVArrays | None]
+    ) -> tuple[list[KVArrays], list[float]]:
         """Encode, into the space of each user that has one; return also the seconds of each user's run."""
         layout = self.artefact.manifest.user_kv
         lengths = [len(history) for history in histories]
-        encoded: dict[int, UserKV] = {}
+        encoded: dict[int, KVArrays] = {}
         seconds: dict[int, float] = {}
         for run in plan_runs(lengths, self._events_per_run):
             started = time.perf_counter()
@@ -143,7 +145,7 @@ class UserEncoder(ServedModel[EncodeJob]):
             space = spaces[run[0]] if len(run) == 1 else None
             into = {} if space is None else {USER_KEYS.name: space.keys, USER_VALUES.name: space.values}
             made = self.artefact.run([USER_KEYS.name, USER_VALUES.name], feeds, into)
-            user_kv = UserKV(made[USER_KEYS.name], made[USER_VALUES.name])
+            user_kv = KVArrays(made[USER_KEYS.name], made[USER_VALUES.name])
             for row, user in enumerate(run):
                 own = user_kv if len(run) == 1 else user_kv.take(row, layout.slots(lengths[user]))
                 encoded[user] = own if len(run) == 1 else own.copy_into(spaces[user])
@@ -160,7 +162,7 @@ class UserEncoder(ServedModel[EncodeJob]):
     def _is_missing(self, job: EncodeJob, history: Ids) -> bool:
         return self._is_needed(job, history) and not self.cache.holds(history)
 
-    def _reply(self, job: EncodeJob, users: list[UserKV], reports: list[Report]) -> Tensors:
+    def _reply(self, job: EncodeJob, users: list[KVArrays], reports: list[Report]) -> Tensors:
         """Return the tensors that a job wants."""
         count = len(job.histories)
         tensors: Tensors = {}

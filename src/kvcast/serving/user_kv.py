@@ -11,7 +11,7 @@ from kvcast.protocol.schema import KVLayout
 Floats = npt.NDArray[np.float32]
 
 
-class UserKV(NamedTuple):
+class KVArrays(NamedTuple):
     """KV of a batch of users: keys FP32 `[B, M, H, key_rows, slots]`, values `[B, M, H, slots, value_columns]`.
 
     Or one layer of it, without the axis M.
@@ -30,20 +30,20 @@ class UserKV(NamedTuple):
         """Slots of every user, padding included."""
         return int(self.values.shape[-2])
 
-    def take(self, user: int, slots: int) -> "UserKV":
+    def take(self, user: int, slots: int) -> "KVArrays":
         """Return a view of the first `slots` slots of one user, still with a batch axis."""
-        return UserKV(self.keys[user : user + 1, ..., :slots], self.values[user : user + 1, ..., :slots, :])
+        return KVArrays(self.keys[user : user + 1, ..., :slots], self.values[user : user + 1, ..., :slots, :])
 
-    def copy_into(self, space: "UserKV | None") -> "UserKV":
+    def copy_into(self, space: "KVArrays | None") -> "KVArrays":
         """Return a copy, in `space` if it is given: it does not hold on to the run that made this."""
         if space is None:
-            return UserKV(self.keys.copy(), self.values.copy())
+            return KVArrays(self.keys.copy(), self.values.copy())
         space.keys[...] = self.keys
         space.values[...] = self.values
         return space
 
 
-def stack_user_kv(parts: Sequence[UserKV], layout: KVLayout) -> UserKV:
+def stack_user_kv(parts: Sequence[KVArrays], layout: KVLayout) -> KVArrays:
     """Put KV of different slots into one batch, padding slots after the shorter ones.
 
     A single part comes back as it is, not copied.
@@ -61,4 +61,4 @@ def stack_user_kv(parts: Sequence[UserKV], layout: KVLayout) -> UserKV:
         keys[rows, ..., layout.mask_row, part.slots :] = layout.mask_value
         values[rows, ..., : part.slots, :] = part.values
         first += part.users
-    return UserKV(keys, values)
+    return KVArrays(keys, values)
