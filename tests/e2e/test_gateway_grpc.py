@@ -163,6 +163,55 @@ def test_a_message_over_the_limit_is_refused(channel):
     assert ask(channel, make_ranking())[0] == "OK"
 
 
+@pytest.mark.parametrize(("size", "status"), [(9_000, "OK"), (25_000, "OK"), (40_000, "RESOURCE_EXHAUSTED")])
+def test_long_metadata_is_taken_up_to_a_steady_limit(server, size, status):
+    got = []
+    for _ in range(5):
+        with grpc.insecure_channel(server.grpc_address) as channel:
+            infer = channel.unary_unary(SERVICE + "ModelInfer")
+            try:
+                infer(make_ranking().SerializeToString(), metadata=[("authorization", "x" * size)], timeout=SOON)
+                got.append("OK")
+            except grpc.RpcError as error:
+                details: Any = error
+                got.append(details.code().name)
+    assert got == [status] * 5
+
+
+def test_a_caller_may_ping_often(server):
+    options = [("grpc.keepalive_time_ms", 6000), ("grpc.keepalive_permit_without_calls", 1)]
+    with grpc.insecure_channel(server.grpc_address, options=options) as channel:
+        assert ask(channel, make_ranking())[0] == "OK"
+        time.sleep(14)
+        assert ask(channel, make_ranking())[0] == "OK"
+
+
+def test_extensions_are_those_that_are_offered(channel):
+    metadata = service_pb2.ServerMetadataResponse.FromString(call(channel, "ServerMetadata", b""))
+    assert "binary_tensor_data" in metadata.extensions
+    assert not {"sequence", "system_shared_memory", "cuda_shared_memory"} & set(metadata.extensions)
+
+
+def test_an_empty_history_as_typed_contents_is_a_new_user(channel):
+    """As clients of other languages send it: empty contents are left out."""
+    typed, raw = service_pb2.ModelInferRequest(model_name="ranker"), service_pb2.ModelInferRequest(model_name="ranker")
+    candidates = TENSORS["candidates"][1]
+    for message in (typed, raw):
+        message.inputs.add(name="history", datatype="INT64", shape=[1, 0, 2])
+        message.inputs.add(name="candidates", datatype="INT64", shape=candidates.shape)
+        message.outputs.add(name="scores")
+    typed.inputs[1].contents.int64_contents.extend(candidates.ravel().tolist())
+    raw.raw_input_contents.extend([b"", candidates.tobytes()])
+    scores = [
+        service_pb2.ModelInferResponse.FromString(
+            call(channel, "ModelInfer", each.SerializeToString())
+        ).raw_output_contents[0]
+        for each in (typed, raw)
+    ]
+    assert scores[0] == scores[1]
+    assert len(scores[0]) == 4 * candidates.shape[1]
+
+
 def test_a_model_that_is_not_there_is_not_found(channel):
     assert ask(channel, make_ranking("nobody"))[0] in ("NOT_FOUND", "INVALID_ARGUMENT")
 

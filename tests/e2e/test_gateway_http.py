@@ -242,6 +242,45 @@ def test_the_admin_key_is_still_asked_for(server, guarded):
     assert "ranker" in [model["name"] for model in models]
 
 
+@pytest.mark.parametrize(
+    ("accepted", "coding"),
+    [
+        ("gzip", "gzip"), ("deflate", "deflate"), ("deflate, gzip;q=0.5", "gzip"), ("gzip;q=0, deflate", "deflate"),
+        ("gzip;q=0", None), ("gzip; q=0.000", None), ("br", None), ("identity", None),
+    ],
+)  # fmt: skip
+def test_a_reply_is_compressed_where_that_is_accepted(guarded, accepted, coding):
+    connection = http.client.HTTPConnection(guarded, timeout=30)
+    connection.request("POST", INFER, write_json(), {"Accept-Encoding": accepted})
+    response = connection.getresponse()
+    response.read()
+    connection.close()
+    assert (response.status, response.getheader("Content-Encoding")) == (200, coding)
+
+
+def test_an_encoding_that_is_not_read_is_named(guarded):
+    status, _, table = ask(guarded, INFER, b"x", {"Content-Encoding": "br"})
+    assert (status, table["error"]) == (415, "Content-Encoding: expected one of identity, gzip, deflate")
+
+
+def test_health_is_told_to_clients_that_read_json(guarded):
+    assert ask(guarded, "/v2/health/live")[2] == {"live": True}
+    assert ask(guarded, "/v2/health/ready")[2] == {"ready": True}
+    assert ask(guarded, "/v2/models/ranker/ready")[2] == {"name": "ranker", "ready": True}
+    assert ask(guarded, "/v2/models/nothing/ready")[0] == 400
+    extensions = ask(guarded, "/v2")[2]["extensions"]
+    assert "binary_tensor_data" in extensions
+    assert not {"sequence", "system_shared_memory", "cuda_shared_memory"} & set(extensions)
+
+
+@pytest.mark.parametrize(("size", "status"), [(9_000, 200), (30_000, 200), (33_000, 431), (100_000, 431)])
+def test_long_headers_are_taken_up_to_a_limit_that_is_named(guarded, size, status):
+    for _ in range(5):
+        got, _, table = ask(guarded, INFER, write_json(), {"Authorization": "x" * size})
+        assert got == status
+        assert status == 200 or "headers: expected at most 32768 bytes" in table["error"]
+
+
 def test_readiness_is_what_the_launcher_says():
     with Upstream() as upstream, run_gateway(http=upstream.address) as gateway:
         assert ask(gateway.http, "/v2/health/ready")[0] == 200

@@ -1,17 +1,19 @@
 """What reaches Triton of a caller's gRPC call: the message, and neither its deadline nor its cancellation."""
 
 import asyncio
+import math
 from typing import Any
 
 import grpc
 import grpc.aio
+import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2
 
 from kvcast.gateway.admission import Admission
 from kvcast.gateway.config import State
 from kvcast.gateway.gate import GateLimits
-from kvcast.gateway.grpc_server import GrpcServer, open_server
+from kvcast.gateway.grpc_server import GrpcServer, fill_empty, open_server
 from kvcast.gateway.inference import InferencePath
 from kvcast.gateway.request_log import RequestLog
 from kvcast.gateway.shadow import Shadow
@@ -42,6 +44,31 @@ class Upstream(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
             raise
         self.ends.append("answered")
         return service_pb2.ModelInferResponse(model_name=MODEL).SerializeToString()
+
+
+def make_typed(*shapes: tuple[int, ...]) -> Any:
+    message = service_pb2.ModelInferRequest(model_name=MODEL)
+    for index, shape in enumerate(shapes):
+        tensor = message.inputs.add(name=f"x{index}", datatype="INT64", shape=shape)
+        tensor.contents.int64_contents.extend(range(math.prod(shape)))
+    return message
+
+
+def test_empty_typed_contents_become_raw_ones_and_others_stay():
+    message = make_typed((1, 0, 2), (1, 2))
+    assert fill_empty(message)
+    assert list(message.raw_input_contents) == [b"", np.arange(2).tobytes()]
+    assert not any(tensor.HasField("contents") for tensor in message.inputs)
+    for other in (make_typed((1, 2)), service_pb2.ModelInferRequest(), message):
+        before = other.SerializeToString()
+        assert not fill_empty(other)
+        assert other.SerializeToString() == before
+    wide = make_typed((1, 0), (1,))
+    wide.inputs[1].datatype = "INT8"
+    wide.inputs[1].contents.int_contents.append(300)
+    before = wide.SerializeToString()
+    assert not fill_empty(wide)
+    assert wide.SerializeToString() == before
 
 
 @pytest.mark.parametrize("how", ["its deadline passes", "it is cancelled"])

@@ -219,6 +219,14 @@ def test_a_tensor_without_elements_is_valid():
     assert (list(message.inputs[0].shape), list(message.raw_input_contents)) == ([1, 0, 4], [b""])
 
 
+def test_whole_numbers_written_as_floats_are_taken_where_they_are_exact():
+    assert read_inputs(write(data=[690.0, -0.0])) == [np.array([690, 0]).tobytes()]
+    assert read_inputs(write(data=[[2.0**53], [1]])) == [np.array([2**53, 1]).tobytes()]
+    for number in (690.5, 2.0**53 + 2, 1e300):
+        with pytest.raises(InvalidRequestError, match="expected whole numbers for INT64, got float"):
+            read_inputs(write(data=[1, number]))
+
+
 @pytest.mark.parametrize("text", ["", "-1", "+1", "1 ", "0x1", "1e1", "11", "9" * 30, "²", "1_0"])
 def test_a_header_length_is_a_whole_number_within_the_body(text):
     with pytest.raises(InvalidRequestError, match="up to the body's 10 bytes"):

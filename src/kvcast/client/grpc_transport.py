@@ -29,6 +29,9 @@ CHANNEL_OPTIONS = [
     # gRPC's own pause before connecting again grows to two minutes; a server that was restarted is back in seconds.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    # A connection that was silently dropped is noticed while a request waits on it.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
 ]
 
 

@@ -41,6 +41,7 @@ ERRORS_BY_STATUS: dict[str | int, type[KvcastError]] = {
     "DEADLINE_EXCEEDED": DeadlineExceededError,
     400: InvalidRequestError,
     413: InvalidRequestError,
+    431: InvalidRequestError,
     429: BusyError,
     502: TryAgainError,
     503: TryAgainError,

@@ -41,6 +41,12 @@ class Admission:
         """The models that cannot answer: those with a dead process, and the ensembles that they are part of."""
         return {name for name, steps in self._steps.items() if set(steps) & set(self.state.broken)}
 
+    def accepts(self, model: str) -> bool:
+        """Whether an inference by a model would be let in now, and answered at once."""
+        gate = self.gates.get(model)
+        is_open = gate is not None and not gate.is_draining
+        return is_open and bool(self.state.release_number) and model not in self.broken
+
     @property
     def is_idle(self) -> bool:
         """Whether no request is inside or waits."""

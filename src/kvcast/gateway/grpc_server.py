@@ -15,15 +15,36 @@ from tritonclient.grpc import service_pb2
 
 from kvcast.gateway.admission import Admission
 from kvcast.gateway.errors import spell
+from kvcast.gateway.http_inference import pack_elements
 from kvcast.gateway.inference import TRACE_HEADERS, Inference, InferencePath, check_texts, read_timeout
-from kvcast.gateway.triton import INFER, MESSAGES, SERVICE, Metadata, Triton
+from kvcast.gateway.triton import INFER, MAX_METADATA_BYTES, MESSAGES, NOT_OFFERED, SERVICE, Metadata, Triton
 from kvcast.protocol.errors import REASON_METADATA, InvalidRequestError
 
 # Of any message.
 MAX_MESSAGE_BYTES = 64 << 20
+# Where a message holds the elements of a datatype, if they are not raw.
+TYPED_CONTENTS = {
+    "BOOL": "bool_contents",
+    **dict.fromkeys(("INT8", "INT16", "INT32"), "int_contents"),
+    "INT64": "int64_contents",
+    **dict.fromkeys(("UINT8", "UINT16", "UINT32"), "uint_contents"),
+    "UINT64": "uint64_contents",
+    "FP32": "fp32_contents",
+    "FP64": "fp64_contents",
+    "BYTES": "bytes_contents",
+}
 # A refusal has to be there before the caller gives up.
 QUEUE_SHARE = 0.9
-SERVER_OPTIONS = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.max_send_message_length", -1)]
+SERVER_OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", -1),
+    # Both, or gRPC refuses what lies between them at random.
+    ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+    # Callers may look after their connections: a ping that comes too often ends one, with its requests.
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5000),
+]
 
 Rpc = Any  # grpc.aio.ServicerContext; grpc has no types
 Handler = Callable[[bytes, Rpc], Awaitable[bytes]]
@@ -62,6 +83,9 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no t
             check_texts(getattr(message, field, "") for field in ("name", "model_name", "version"))
             return await self._pass(name, message, body, rpc)
 
+        if fill_empty(message):
+            body = message.SerializeToString()
+
         async def read() -> Inference:
             trace = [(key, value) for key, value in rpc.invocation_metadata() or () if key in TRACE_HEADERS]
             return Inference(message, body, read_seconds(message, rpc), trace)
@@ -73,9 +97,33 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no t
         reply = await self._triton.call(name, body, rpc.time_remaining(), read_metadata(rpc))
         if name == "ServerReady" and self._admission.explain_unready():
             return bytes(service_pb2.ServerReadyResponse(ready=False).SerializeToString())
-        if name == "ModelReady" and message.name in self._admission.broken:
+        if name == "ModelReady" and not self._admission.accepts(message.name):
             return bytes(service_pb2.ModelReadyResponse(ready=False).SerializeToString())
+        if name == "ServerMetadata":
+            metadata = service_pb2.ServerMetadataResponse.FromString(reply)
+            offered = [each for each in metadata.extensions if each not in NOT_OFFERED]
+            del metadata.extensions[:]
+            metadata.extensions.extend(offered)
+            return bytes(metadata.SerializeToString())
         return reply
+
+
+def fill_empty(message: Any) -> bool:
+    """Give a tensor without elements its contents, which are none; return whether the message has changed.
+
+    Clients that send typed contents leave out empty ones, and Triton then misses the tensor: a user without history.
+    Raw contents are those of all inputs or of none.
+    """
+    tensors = message.inputs
+    is_typed = not message.raw_input_contents and all(tensor.datatype in TYPED_CONTENTS for tensor in tensors)
+    if not is_typed or all(0 not in tensor.shape for tensor in tensors):
+        return False
+    with contextlib.suppress(OverflowError):  # then Triton refuses the message as it is
+        raw = [pack_elements(each.datatype, getattr(each.contents, TYPED_CONTENTS[each.datatype])) for each in tensors]
+        message.raw_input_contents.extend(raw)
+        for tensor in tensors:
+            tensor.ClearField("contents")
+    return bool(message.raw_input_contents)
 
 
 def read_metadata(rpc: Rpc) -> Metadata:

@@ -24,6 +24,7 @@ MAX_JSON_BYTES = 2 << 20
 # Of one output: the same, in the other direction.
 MAX_JSON_TENSOR_BYTES = 4 << 20
 MAX_TENSORS = 64
+LARGEST_EXACT_FLOAT = 2**53
 STRING_LENGTH_BYTES = 4
 BINARY_DATA_SIZE = "binary_data_size"
 BINARY_DATA_OUTPUT = "binary_data_output"
@@ -243,23 +244,41 @@ def _pack(where: str, tensor: Input) -> bytes:
             f"{where}.datatype: expected one of {', '.join(ELEMENTS)} for JSON, got {datatype[:100]!r}"
         )
     allowed, expected = ELEMENTS[datatype]
+    flat = _read_whole_numbers(flat) if allowed == {int} else flat
     wrong = set(map(type, flat)) - allowed
     if wrong:
         got = ", ".join(sorted(each.__name__ for each in wrong))
         raise InvalidRequestError(f"{where}.data: expected {expected} for {datatype}, got {got}")
     try:
-        if datatype == "BOOL":
-            return bytes(flat)
-        if datatype == "BYTES":
-            return b"".join(len(text).to_bytes(STRING_LENGTH_BYTES, "little") + text for text in map(str.encode, flat))
-        packed = array((INTEGER_CODES | FLOAT_CODES)[datatype], flat)
+        packed = pack_elements(datatype, map(str.encode, flat) if datatype == "BYTES" else flat)
     except OverflowError as error:
         raise InvalidRequestError(
             f"{where}.data: expected {expected} within the range of {datatype}: {error}"
         ) from None
-    if datatype in FLOAT_CODES and not all(map(math.isfinite, packed)):
+    if datatype in FLOAT_CODES and not all(map(math.isfinite, array(FLOAT_CODES[datatype], packed))):
         raise InvalidRequestError(f"{where}.data: expected finite numbers within the range of {datatype}")
-    return packed.tobytes()
+    return packed
+
+
+def pack_elements(datatype: str, elements: Iterable[Any]) -> bytes:
+    """Return elements as the bytes of their datatype.
+
+    Raises:
+        OverflowError: one is out of its range.
+    """
+    if datatype == "BOOL":
+        return bytes(elements)
+    if datatype == "BYTES":
+        return b"".join(len(each).to_bytes(STRING_LENGTH_BYTES, "little") + each for each in elements)
+    return array((INTEGER_CODES | FLOAT_CODES)[datatype], elements).tobytes()
+
+
+def _read_whole_numbers(flat: list[Any]) -> list[Any]:
+    """Return as integers what some clients write as floats, where it is whole and exact."""
+    return [
+        int(each) if type(each) is float and each.is_integer() and abs(each) <= LARGEST_EXACT_FLOAT else each
+        for each in flat
+    ]
 
 
 def _flatten(where: str, data: Any) -> list[Any]:

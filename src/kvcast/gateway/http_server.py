@@ -14,13 +14,14 @@ from typing import Any
 
 import aiohttp
 from aiohttp import web
+from aiohttp.http_exceptions import LineTooLong
 from aiohttp.web_protocol import RequestHandler
 
 from kvcast.gateway.admission import Admission
 from kvcast.gateway.errors import HTTP_STATUS, UNREACHABLE, StatusError, conceal, hide, spell
 from kvcast.gateway.http_inference import ReplyFormat, parse_json, read_header_length, read_request, write_reply
 from kvcast.gateway.inference import TRACE_HEADERS, Inference, InferencePath, read_timeout
-from kvcast.gateway.triton import Metadata
+from kvcast.gateway.triton import MAX_METADATA_BYTES, NOT_OFFERED, Metadata
 from kvcast.protocol.errors import REASON_FIELD, BusyError, InvalidRequestError, ServerFaultError, TryAgainError
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -61,8 +62,7 @@ NOT_FORWARDED = {
     "upgrade",
 }
 REPLY_HEADERS = ("Content-Type", "Retry-After")
-
-
+CODINGS = ("identity", "gzip", "deflate")
 STATUS_NAMES = {
     400: "INVALID_ARGUMENT",
     404: "NOT_FOUND",
@@ -95,6 +95,9 @@ class Bodies:
         """
         if request.content_length is not None and request.content_length > limit:
             raise RefusedError(413, f"body: expected at most {limit} bytes, got {request.content_length}", closes=True)
+        encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
+        if encoding not in CODINGS:
+            raise RefusedError(415, f"Content-Encoding: expected one of {', '.join(CODINGS)}", closes=True)
         await answer_expectation(request)
         body = bytearray()
         try:
@@ -163,7 +166,9 @@ class Connection(RequestHandler):
         """
         if is_begun(request):
             raise ConnectionError("an answer has been begun already")
-        if status >= 500:
+        if isinstance(exc, LineTooLong):
+            answer = make_error(RefusedError(431, f"headers: expected at most {MAX_METADATA_BYTES} bytes each"))
+        elif status >= 500:
             answer = make_error(ServerFaultError(hide("the gateway failed", exc)))
         else:
             answer = make_error(RefusedError(status, "this is not a request of HTTP/1.1 that can be read"))
@@ -181,6 +186,8 @@ class GatewayServer(web.Server):
             loop=asyncio.get_running_loop(),
             keepalive_timeout=KEEP_ALIVE_SECONDS,
             access_log=None,  # type: ignore[arg-type]
+            max_line_size=MAX_METADATA_BYTES,
+            max_field_size=MAX_METADATA_BYTES,
         )
 
 
@@ -270,9 +277,18 @@ class HttpServer:
 
     async def _pass_read(self, request: web.BaseRequest, found: re.Match[str]) -> web.Response:
         """Ask Triton; that a model is ready, only if its process lives."""
-        if found[0].endswith("/ready") and found[1] in self._admission.broken:
-            raise TryAgainError(f"{found[1]} is being replaced: its process died")
-        return await self._forward(request, found[0], {}, None)
+        path, model = found[0], found[1]
+        if path.endswith("/ready") and model in self._admission.gates and not self._admission.accepts(model):
+            raise TryAgainError(f"{model}: {self._admission.explain_unready() or 'its process is being replaced'}")
+        response = await self._forward(request, path, {}, None)
+        if path == "/v2":
+            table = json.loads(response.text or "{}")
+            table["extensions"] = [each for each in table.get("extensions", []) if each not in NOT_OFFERED]
+            return web.json_response(table)
+        # Triton's own answers about health are empty; other clients of the protocol read JSON.
+        if path.endswith("/ready"):
+            return web.json_response({"name": model, "ready": True})
+        return web.json_response({"live": True}) if path.endswith("/live") else response
 
     async def _pass_admin(self, request: web.BaseRequest, found: re.Match[str]) -> web.Response:
         """Send on with the caller's headers: Triton itself asks for the admin key."""
@@ -289,7 +305,7 @@ class HttpServer:
         response = await self._forward(request, found[0], {}, None)
         if response.status != 200:
             raise TryAgainError(UNREACHABLE)
-        return response
+        return web.json_response({"ready": True})
 
     async def _tell_state(self, request: web.BaseRequest, found: re.Match[str]) -> web.Response:  # noqa: ARG002
         return web.json_response(dataclasses.asdict(self._admission.state))
@@ -312,9 +328,12 @@ class HttpServer:
 
 
 def compress(request: web.BaseRequest, response: web.Response) -> web.Response:
-    """Have a response compressed if the caller asks for that."""
-    if re.search(r"gzip|deflate", request.headers.get("Accept-Encoding", "")):
-        response.enable_compression()
+    """Have a response compressed if the caller accepts that."""
+    for name in ("gzip", "deflate"):
+        found = re.search(rf"{name}\s*(?:;\s*q=([0-9.]+))?", request.headers.get("Accept-Encoding", "").lower())
+        if found and re.search("[1-9]", found[1] or "1"):
+            response.enable_compression(web.ContentCoding(name))
+            break
     return response
 
 

@@ -33,12 +33,19 @@ MESSAGES: dict[str, type[Message]] = {
     )
 }
 INFER = "ModelInfer"
+# Extensions that Triton names, and inference through the gateway does not offer.
+NOT_OFFERED = ("sequence", "system_shared_memory", "cuda_shared_memory")
+# Of a caller's metadata, and of HTTP headers: forwarded certificates and tokens are long.
+MAX_METADATA_BYTES = 32 << 10
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
     # gRPC's own pauses between attempts grow to minutes; Triton is back within seconds.
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 250),
+    # An error of Triton's repeats names.
+    ("grpc.max_metadata_size", 2 * MAX_METADATA_BYTES),
+    ("grpc.absolute_max_metadata_size", 2 * MAX_METADATA_BYTES),
     ("grpc.enable_http_proxy", 0),  # the environment's proxy is for other machines
 ]
 Metadata = list[tuple[str, str | bytes]]
