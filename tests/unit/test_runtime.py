@@ -29,6 +29,7 @@ from kvcast.serving.options import CacheOptions, read_options
 from kvcast.serving.packing import plan_runs, stack_padded, strip_padding
 from kvcast.serving.serve import Service, start_model
 from kvcast.serving.user_kv import KVArrays, stack_user_kv
+from tests.processes import wait_until
 
 
 @given(st.lists(st.integers(0, 50), max_size=12), st.integers(0, 100))
@@ -207,39 +208,46 @@ class FakeTriton:
         log_info = log_error = staticmethod(lambda message: None)
 
 
+class TritonRequest:
+    """As Triton's, for a history of one event with one id."""
+
+    def __init__(self, item: int, sent: list[tuple[Any, int]]) -> None:
+        self.item, self.sent = item, sent
+
+    def as_numpy(self) -> np.ndarray:
+        return np.full((1, 1, 2), self.item)
+
+    def requested_output_names(self) -> list[str]:
+        return ["kv_id"]
+
+    def parameters(self) -> str:
+        return ""
+
+    def get_response_sender(self) -> "TritonRequest":
+        return self
+
+    def send(self, response: Any, flags: int) -> None:
+        self.sent.append((response, flags))
+
+    def timeout(self) -> int:
+        return 0
+
+    def is_cancelled(self) -> bool:
+        return False
+
+
+def make_triton() -> Any:
+    triton: Any = FakeTriton()
+    triton.get_input_tensor_by_name = lambda request, name: request
+    return triton
+
+
 def test_errors_are_spelled_for_triton(tiny_repository):
-    model = UserEncoder.open(tiny_repository / "user_encoder" / "1", SessionOptions())
-
-    class Input:
-        def as_numpy(self) -> np.ndarray:
-            return np.full((1, 1, 2), -1)
-
+    model, triton = UserEncoder.open(tiny_repository / "user_encoder" / "1", SessionOptions()), make_triton()
     sent: list[tuple[Any, int]] = []
-
-    class TritonRequest:
-        def requested_output_names(self) -> list[str]:
-            return ["kv_id"]
-
-        def parameters(self) -> str:
-            return ""
-
-        def get_response_sender(self) -> "TritonRequest":
-            return self
-
-        def send(self, response: Any, flags: int) -> None:
-            sent.append((response, flags))
-
-        def timeout(self) -> int:
-            return 0
-
-        def is_cancelled(self) -> bool:
-            return False
-
-    triton = FakeTriton()
-    triton.get_input_tensor_by_name = lambda request, name: Input()
     # There is no metrics endpoint here: an answer does not depend on it.
     service = Service(triton, model, Metrics(triton, {}))
-    service.submit([TritonRequest()])
+    service.submit([TritonRequest(-1, sent)])
     service.close()
     ((response, flags),) = sent
     assert flags == triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL
@@ -247,6 +255,30 @@ def test_errors_are_spelled_for_triton(tiny_repository):
     assert (
         response.error.message == "[INVALID_ARGUMENT] history: expected field 'item' within 0..499, got -1 at event 0"
     )
+
+
+def test_metrics_are_written_in_bulk_and_lose_nothing(tiny_repository):
+    """Many at once: fewer writes than replies. One after the other: each is counted before its reply is sent."""
+    model = UserEncoder.open(tiny_repository / "user_encoder" / "1", SessionOptions())
+    sent: list[tuple[Any, int]] = []
+    published: list[tuple[int, int]] = []
+
+    class Counting:
+        def publish(self, stopwatch: Stopwatch, cache: Any, waiting: int, errors: Sequence[Any]) -> None:
+            published.append((len(errors), len(stopwatch.wait)))
+            stopwatch.wait.clear()
+
+    service = Service(make_triton(), model, Counting())  # type: ignore[arg-type]
+    service.submit([TritonRequest(index % 2 * 2 - 1, sent) for index in range(40)])
+    wait_until(lambda: len(sent) == 40, 10)
+    assert (sum(errors for errors, _ in published), sum(waits for _, waits in published)) == (20, 20)
+    assert len(published) < 40
+    published.clear()
+    for index in range(3):
+        service.submit([TritonRequest(-1, sent)])
+        wait_until(lambda index=index: len(sent) == 41 + index, 10)
+        assert sum(errors for errors, _ in published) == index + 1
+    service.close()
 
 
 def test_a_model_that_cannot_load_says_why_in_one_sentence(own_repository):

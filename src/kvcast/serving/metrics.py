@@ -1,7 +1,7 @@
 """What a model tells Prometheus through Triton's metrics endpoint: its cache, its stages, its errors by code.
 
 Triton itself counts a returned error as a success, and has no metrics of the cache. The numbers gather in
-plain Python and are published before the reply that they belong to leaves, so a reader of both sees them agree.
+plain Python and are published before the last reply leaves, so a reader of both sees them agree once all is answered.
 Only the thread that serves may publish: the metrics of tritonserver 2.51 are not made for several threads.
 """
 

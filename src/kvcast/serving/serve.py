@@ -13,6 +13,7 @@ import json
 import queue
 import shutil
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ MICROSECONDS = 1e6
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 where Triton keeps what goes between processes
 # A region grows by more than what it needs.
 ROOM_TO_GROW = 2
+# Metrics are written after the last reply, and at most so much later while others wait.
+PUBLISHED_WITHIN_SECONDS = 0.1
 
 
 class Service:
@@ -63,6 +66,7 @@ class Service:
         manifest = model.artefact.manifest
         self._largest_reply = manifest.user_kv.bytes_of(manifest.workload.history)
         self._is_open = True
+        self._published, self._errors = 0.0, list[KvcastError]()
         self._thread = threading.Thread(target=self._work, name=model.spec.name, daemon=True)
         self._thread.start()
 
@@ -84,6 +88,7 @@ class Service:
                     self._reply(request, reply)
             except Exception as problem:  # noqa: BLE001 without this thread no request is answered any more
                 hide_unexpected(problem, self._log_error)
+        self._publish()
 
     def _take_in(self) -> None:
         """Take in all that has arrived; wait for a first one if none is queued."""
@@ -102,23 +107,31 @@ class Service:
                 self._reply(request, error)
 
     def _reply(self, request: Any, reply: Reply) -> None:
-        """Send one reply; count it first, so that metrics read after a reply include it."""
+        """Send one reply; count it first, so that metrics read after the last reply include all."""
         if not isinstance(reply, KvcastError):
             try:
                 reply = take_reports(self.model.spec.name, read_parameters(request), reply)
             except Exception as problem:  # noqa: BLE001 an answer is worth more than its line in the log
                 hide_unexpected(problem, self._log_error)
         response, error = self._make_response(reply)
-        stopwatch, cache = self.model.stopwatch, self.model.cache
-        stopwatch.wait.extend(self._backlog.waits)
+        self.model.stopwatch.wait.extend(self._backlog.waits)
         self._backlog.waits.clear()
-        try:
-            self._metrics.publish(stopwatch, cache, len(self._backlog), [error] if error else [])
-        except Exception as problem:  # noqa: BLE001 an answer is worth more than its count
-            hide_unexpected(problem, self._log_error)
+        self._errors += [error] if error else []
+        is_last = self._arrivals.empty() and not len(self._backlog)
+        if is_last or time.monotonic() - self._published >= PUBLISHED_WITHIN_SECONDS:
+            self._publish()
         try:
             request.get_response_sender().send(response, flags=self._triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
         except Exception as problem:  # noqa: BLE001 the replies to others must not be lost
+            hide_unexpected(problem, self._log_error)
+
+    def _publish(self) -> None:
+        """Write what has been counted; a few writes of 20 µs each."""
+        self._published = time.monotonic()
+        errors, self._errors = self._errors, []
+        try:
+            self._metrics.publish(self.model.stopwatch, self.model.cache, len(self._backlog), errors)
+        except Exception as problem:  # noqa: BLE001 an answer is worth more than its count
             hide_unexpected(problem, self._log_error)
 
     def _make_response(self, reply: Reply) -> tuple[Any, KvcastError | None]:
