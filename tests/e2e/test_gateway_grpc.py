@@ -15,6 +15,8 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.grpc import service_pb2
 
@@ -422,6 +424,29 @@ def test_health_is_what_the_launcher_says():
         gateway.tell(dataclasses.replace(READY, is_draining=True))
         assert not is_ready()
         assert ask(channel, make_ranking())[0] == "UNAVAILABLE"
+
+
+@pytest.mark.parametrize("service", ["", "inference.GRPCInferenceService"])
+def test_grpcs_own_health_service_says_the_same(service):
+    serving, not_serving = (health_pb2.HealthCheckResponse.ServingStatus.Value(n) for n in ("SERVING", "NOT_SERVING"))
+    request = health_pb2.HealthCheckRequest(service=service)
+    with run_gateway(state=None) as gateway, grpc.insecure_channel(gateway.grpc) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        watched = stub.Watch(request, timeout=30)
+        assert (stub.Check(request).status, next(watched).status) == (not_serving, not_serving)
+        gateway.tell(READY)
+        assert (stub.Check(request).status, next(watched).status) == (serving, serving)
+        gateway.tell(dataclasses.replace(READY, is_ready=False, broken=("doc_fusion",)))
+        assert (stub.Check(request).status, next(watched).status) == (not_serving, not_serving)
+        with pytest.raises(grpc.RpcError):
+            stub.Check(health_pb2.HealthCheckRequest(service="nothing"))
+
+
+def test_the_services_can_be_listed(channel):
+    stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+    (reply,) = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
+    names = {each.name for each in reply.list_services_response.service}
+    assert {"inference.GRPCInferenceService", "grpc.health.v1.Health"} <= names
 
 
 def test_a_server_that_is_starting_or_away_is_unavailable():

@@ -13,7 +13,7 @@ from tritonclient.grpc import service_pb2
 from kvcast.gateway.admission import Admission
 from kvcast.gateway.config import State
 from kvcast.gateway.gate import GateLimits
-from kvcast.gateway.grpc_server import GrpcServer, fill_empty, open_server
+from kvcast.gateway.grpc_server import GrpcServer, Health, fill_empty, open_server
 from kvcast.gateway.inference import InferencePath
 from kvcast.gateway.request_log import RequestLog
 from kvcast.gateway.shadow import Shadow
@@ -83,7 +83,7 @@ def test_triton_hears_nothing_of_a_caller_who_gives_up(how):
         triton = Triton(f"127.0.0.1:{port}")
         path = InferencePath(triton, admission, Shadow(0.0, triton.infer, str), RequestLog(0.0, print))
         handler = GrpcServer(triton, admission, path)
-        front = await open_server(handler, address := f"127.0.0.1:{find_free_ports(1)[0]}", None)
+        front = await open_server(handler, Health(), address := f"127.0.0.1:{find_free_ports(1)[0]}", None)
         async with grpc.aio.insecure_channel(address) as channel:
             message = service_pb2.ModelInferRequest(model_name=MODEL).SerializeToString()
             by_deadline = how == "its deadline passes"

@@ -23,7 +23,7 @@ from aiohttp import web
 from kvcast.gateway.admission import Admission
 from kvcast.gateway.config import LOOPBACK, Event, GatewayConfig, ServeConfig, State, decode_line, encode_line
 from kvcast.gateway.gate import GateLimits
-from kvcast.gateway.grpc_server import GrpcServer, open_server
+from kvcast.gateway.grpc_server import GrpcServer, Health, open_server
 from kvcast.gateway.http_server import CONNECT_SECONDS, KEEP_ALIVE_SECONDS, GatewayServer, HttpServer
 from kvcast.gateway.inference import InferencePath
 from kvcast.gateway.metrics import MetricsPage
@@ -81,8 +81,12 @@ async def serve(control: socket.socket) -> None:
         metrics = MetricsPage(
             admission, shadow, session, f"http://{triton_metrics}/metrics", f"http://{triton_http}/v2/health/ready"
         )
+        health = Health()
         grpc_server = await open_server(
-            GrpcServer(triton, admission, path), join_address(settings.host, settings.grpc_port), read_tls(settings)
+            GrpcServer(triton, admission, path),
+            health,
+            join_address(settings.host, settings.grpc_port),
+            read_tls(settings),
         )
         runner = web.ServerRunner(GatewayServer(http_server.answer, handler_cancellation=True), shutdown_timeout=1)
         metrics_runner = web.ServerRunner(GatewayServer(metrics.answer), shutdown_timeout=1)
@@ -92,9 +96,10 @@ async def serve(control: socket.socket) -> None:
         await listen(runner, settings.host, settings.http_port, read_ssl(settings))
         await listen(metrics_runner, settings.host, settings.metrics_port, None)
         writer.write(encode_line(Event.LISTENING))
-        following = asyncio.create_task(follow(reader, writer, admission, (stop, hurry)))
+        following = asyncio.create_task(follow(reader, writer, admission, health, (stop, hurry)))
         await stop.wait()
         admission.is_leaving = True
+        await health.tell(is_ready=False)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(hurry.wait(), settings.leave_seconds)
         admission.drain()
@@ -131,13 +136,18 @@ async def listen(runner: web.ServerRunner, host: str, port: int, context: ssl.SS
 
 
 async def follow(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, admission: Admission, at_end: Iterable[asyncio.Event]
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    admission: Admission,
+    health: Health,
+    at_end: Iterable[asyncio.Event],
 ) -> None:
     """Take in what the launcher says, until it has ended."""
     with contextlib.suppress(ConnectionError, ValueError, msgspec.DecodeError):  # half a line is its end too
         while line := await reader.readline():
             was_ready = admission.state.is_ready
             admission.follow(decode_line(line, State))
+            await health.tell(is_ready=not admission.explain_unready())
             if admission.state.is_ready and not was_ready:
                 writer.write(encode_line(Event.READY))
     log.error("the process that started this one has ended")

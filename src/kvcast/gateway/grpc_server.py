@@ -1,4 +1,4 @@
-"""The gateway's gRPC side: KServe's service, messages passed on to Triton as they are.
+"""The gateway's gRPC side: KServe's service, messages passed on to Triton as they are; health and reflection.
 
 A message is parsed to see what it asks for and how long its caller waits; what is not a message never reaches Triton.
 Errors carry their reason as trailing metadata.
@@ -11,6 +11,8 @@ from typing import Any
 import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
 from tritonclient.grpc import service_pb2
 
 from kvcast.gateway.admission import Admission
@@ -139,7 +141,19 @@ def read_seconds(message: Any, rpc: Rpc) -> float:
     return min(seconds, read_timeout(message))
 
 
-async def open_server(handler: GrpcServer, address: str, credentials: grpc.ServerCredentials | None) -> grpc.aio.Server:
+class Health(health.aio.HealthServicer):  # type: ignore[misc]  # grpc has no types
+    """gRPC's own health service, as Kubernetes' probes ask it: that of the whole server, and of its one service."""
+
+    async def tell(self, *, is_ready: bool) -> None:
+        """Tell whoever asks, and those who watch."""
+        status = health_pb2.HealthCheckResponse.SERVING if is_ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", SERVICE.strip("/")):
+            await self.set(name, status)
+
+
+async def open_server(
+    handler: GrpcServer, health_service: Health, address: str, credentials: grpc.ServerCredentials | None
+) -> grpc.aio.Server:
     """Listen.
 
     Raises:
@@ -147,6 +161,9 @@ async def open_server(handler: GrpcServer, address: str, credentials: grpc.Serve
     """
     server = grpc.aio.server(options=[*SERVER_OPTIONS, ("grpc.so_reuseport", 0)])
     server.add_generic_rpc_handlers((handler,))
+    health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
+    reflection.enable_server_reflection((SERVICE.strip("/"), health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    await health_service.tell(is_ready=False)
     with contextlib.suppress(RuntimeError):
         port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
         if port:
