@@ -13,6 +13,7 @@ WEIGHTS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DEMO_READY := $(VENV)/.demo-ready
 LIBB64 := build/perf-libraries/.ready
 DEPLOY_TOOLS := build/deploy-tools/.ready
 DEPLOY_PACKAGES := haproxy liblua5.3-0 libopentracing-c-wrapper0 libopentracing1 prometheus kubernetes-client
@@ -33,13 +34,21 @@ help: ## this list
 
 setup: $(READY) ## make the virtual environment .venv with everything, tritonserver included
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@ $(DEMO_READY)
+
+# Of all that, what the demo needs: no linters, schemas, plots or training.
+$(DEMO_READY): pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "make: installing tritonserver, torch and ONNX Runtime into $(VENV): some minutes, once"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[server,export]'
+	@touch $@
+
+$(VENV)/bin/python:
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not installed: install Python 3.11, or set PYTHON=…" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "make: kvcast is pinned to Python 3.11, and $(PYTHON) is another: set PYTHON=…" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "make: $(PYTHON) cannot make virtual environments: install its venv package (Debian: python3.11-venv)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	@touch $@
 
 setup-perf: $(READY) $(LIBB64) ## bring what perf_analyzer links to (no root needed)
 
@@ -66,7 +75,7 @@ export: $(READY) ## export CONFIG into REPOSITORY, proved exact (WEIGHTS=file, e
 serve: $(READY) ## serve REPOSITORY with tritonserver in the foreground
 	@exec $(BIN)/kvcast serve --repository $(REPOSITORY) --config $(CONFIG) --models "$(MODELS)" $(PORTS)
 
-demo: $(READY) ## export if need be, serve, rank for a user of a small shop, show it, stop
+demo: $(DEMO_READY) ## export if need be, serve, rank for a user of a small shop, show it, stop
 	@$(BIN)/kvcast demo --repository $(REPOSITORY) --config $(CONFIG) $(PORTS)
 
 test: $(READY) ## every test, those against a real tritonserver included
