@@ -26,8 +26,7 @@ def option(metavar: str, text: str, **limits: Any) -> Meta:
     return Meta(description=text, extra={METAVAR: metavar}, **limits)
 
 
-Port = option("PORT", "", ge=0, le=65535)
-File = option("FILE.pem", "")
+Port = option("PORT", "(%(default)s)", ge=0, le=65535)
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class ServeConfig:
         option("N", "requests to a model that may wait; more are refused as RESOURCE_EXHAUSTED (%(default)s)", ge=0),
     ] = 256
     tls_certificate: Annotated[Path | None, option("FILE.pem", "serve gRPC and HTTP with TLS")] = None
-    tls_key: Annotated[Path | None, File] = None
+    tls_key: Annotated[Path | None, option("FILE.pem", "the certificate's private key")] = None
     tls_client_ca: Annotated[Path | None, option("FILE.pem", "callers need a certificate of this CA")] = None
 
     def check(self) -> None:
@@ -125,7 +124,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                 type=next(part for part in (typing.get_args(kind) or (kind,)) if part is not type(None)),
                 default=getattr(ServeConfig, name),
                 metavar=meta.extra[METAVAR],
-                help=meta.description or None,
+                help=meta.description,
             )
 
 
