@@ -193,7 +193,7 @@ def test_the_command_is_one_that_kvcast_serve_takes_and_opens_the_ports_of_the_p
     ports = {each["name"]: each["containerPort"] for each in container["ports"]}
     opened = {name: getattr(arguments, f"{name}_port") for name in ports}
     assert opened == ports
-    assert (arguments.host, arguments.unguarded) == ("0.0.0.0", False)  # noqa: S104 in the pod
+    assert (arguments.host, arguments.is_guarded) == ("0.0.0.0", True)  # noqa: S104 in the pod
     assert find_models(arguments.models.split())
     assert dict(arguments.set) == {"intra_op_threads": container["resources"]["limits"]["cpu"]}
     services = [each for each in overlay if each["kind"] == "Service"]
