@@ -195,7 +195,7 @@ def test_the_command_is_one_that_kvcast_serve_takes_and_opens_the_ports_of_the_p
     assert opened == ports
     assert (arguments.host, arguments.is_guarded) == ("0.0.0.0", True)  # noqa: S104 in the pod
     assert find_models(arguments.models.split())
-    assert dict(arguments.set) == {"intra_op_threads": container["resources"]["limits"]["cpu"]}
+    assert dict(arguments.parameters) == {"intra_op_threads": container["resources"]["limits"]["cpu"]}
     services = [each for each in overlay if each["kind"] == "Service"]
     assert len(services) == 2
     for port in (port for each in services for port in each["spec"]["ports"]):
