@@ -103,18 +103,18 @@ def find_fault(outcome: Outcome) -> str | None:
 
 
 def is_allowed_over_http(outcome: Outcome) -> bool:
-    """Whether the status is no fault: anything but 5xx, and 503 with the reason busy or unavailable."""
+    """Whether the status is no fault: anything but 5xx, and 503 or 504 of a server that is busy or away."""
     if outcome.status == "closed":
         return outcome.kind == "socket"
     status = int(outcome.status)
-    return status < 500 or (status == 503 and bool(OVERLOADS.search(outcome.message.decode(errors="replace"))))
+    return status < 500 or (status in (503, 504) and bool(OVERLOADS.search(outcome.message.decode(errors="replace"))))
 
 
 def is_allowed_over_grpc(outcome: Outcome) -> bool:
     """Whether a caller may get this: what is wrong with the request, or that the server is busy or away."""
     if not outcome.known_method:
         return outcome.status == "UNIMPLEMENTED"
-    if outcome.status == "UNAVAILABLE":
+    if outcome.status in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):
         return bool(OVERLOADS.search(outcome.message.decode(errors="replace")))
     return outcome.status in ALLOWED_GRPC
 

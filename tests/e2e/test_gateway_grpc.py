@@ -336,12 +336,13 @@ def hold(name: str, body: bytes, context: Any) -> bytes:
 def test_metadata_and_deadlines_are_passed_on():
     with run_before() as (_, upstream, channel):
         trace = [("traceparent", "00-a-b-01"), ("tracestate", "x=y")]
-        metadata = [*trace, ("own-bin", b"\0\1")]
+        key = ("triton-grpc-protocol-key", "x")
+        metadata = [*trace, key, ("own-bin", b"\0\1"), ("own", "x" * 9000)]
         message = make_ranking().SerializeToString()
         for method in ("ModelInfer", "ModelStatistics"):
             channel.unary_unary(SERVICE + method)(message[:0] if method != "ModelInfer" else message, metadata=metadata)
             got, _, seconds = upstream.seen[method]
-            passed_on = dict(trace if method == "ModelInfer" else metadata)
+            passed_on = dict(trace if method == "ModelInfer" else [*trace, key])
             assert {name: got[name] for name, _ in metadata if name in got} == passed_on
             assert seconds is None or seconds > 1e9
         assert service_pb2.ModelInferRequest.FromString(upstream.seen["ModelInfer"][1]) == make_ranking()

@@ -18,7 +18,7 @@ from tritonclient.grpc import service_pb2
 from kvcast.gateway.admission import Admission
 from kvcast.gateway.errors import spell
 from kvcast.gateway.http_inference import pack_elements
-from kvcast.gateway.inference import TRACE_HEADERS, Inference, InferencePath, check_texts, read_timeout
+from kvcast.gateway.inference import MAX_TRACE, Inference, InferencePath, check_texts, read_timeout, read_trace
 from kvcast.gateway.triton import INFER, MAX_METADATA_BYTES, MESSAGES, NOT_OFFERED, SERVICE, Metadata, Triton
 from kvcast.protocol.errors import REASON_METADATA, InvalidRequestError
 
@@ -47,6 +47,9 @@ SERVER_OPTIONS = [
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 5000),
 ]
+
+# How the metadata begin that open what Triton restricts.
+RESTRICTED = "triton-grpc-protocol-"
 
 Rpc = Any  # grpc.aio.ServicerContext; grpc has no types
 Handler = Callable[[bytes, Rpc], Awaitable[bytes]]
@@ -89,8 +92,7 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no t
             body = message.SerializeToString()
 
         async def read() -> Inference:
-            trace = [(key, value) for key, value in rpc.invocation_metadata() or () if key in TRACE_HEADERS]
-            return Inference(message, body, read_seconds(message, rpc), trace)
+            return Inference(message, body, read_seconds(message, rpc), read_trace(rpc.invocation_metadata() or ()))
 
         return await self._path.answer("grpc", message.model_name, read, bytes)
 
@@ -129,9 +131,12 @@ def fill_empty(message: Any) -> bool:
 
 
 def read_metadata(rpc: Rpc) -> Metadata:
-    """Return the caller's metadata, but for what belongs to the connection."""
+    """Return the caller's metadata that Triton reads: traces, and the keys of its restricted protocols."""
     metadata = rpc.invocation_metadata() or ()
-    return [(key, value) for key, value in metadata if not key.startswith(("grpc-", ":")) and key != "user-agent"]
+    return [
+        *read_trace(metadata),
+        *(pair for pair in metadata if pair[0].startswith(RESTRICTED) and len(pair[1]) <= MAX_TRACE),
+    ]
 
 
 def read_seconds(message: Any, rpc: Rpc) -> float:

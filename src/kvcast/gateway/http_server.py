@@ -20,8 +20,8 @@ from aiohttp.web_protocol import RequestHandler
 from kvcast.gateway.admission import Admission
 from kvcast.gateway.errors import HTTP_STATUS, UNREACHABLE, StatusError, conceal, hide, spell
 from kvcast.gateway.http_inference import ReplyFormat, parse_json, read_header_length, read_request, write_reply
-from kvcast.gateway.inference import TRACE_HEADERS, Inference, InferencePath, read_timeout
-from kvcast.gateway.triton import MAX_METADATA_BYTES, NOT_OFFERED, Metadata
+from kvcast.gateway.inference import Inference, InferencePath, read_timeout, read_trace
+from kvcast.gateway.triton import MAX_METADATA_BYTES, NOT_OFFERED
 from kvcast.protocol.errors import REASON_FIELD, BusyError, InvalidRequestError, ServerFaultError, TryAgainError
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -261,11 +261,7 @@ class HttpServer:
                 raise InvalidRequestError(f"{HEADER_LENGTH}: expected it once, got it {len(lengths)} times")
             header_length = read_header_length(lengths[0] if lengths else None, len(body))
             message, form = read_request(body, header_length, model, version)
-            values = [(name, request.headers.get(name, "")) for name in TRACE_HEADERS]
-            # What gRPC cannot carry as metadata is no trace.
-            trace: Metadata = [
-                (name, value) for name, value in values if value.isascii() and value.isprintable() and value
-            ]
+            trace = read_trace((name.lower(), value) for name, value in request.headers.items())
             return Inference(message, message.SerializeToString(), read_timeout(message), trace)
 
         content, header_length = await self._path.answer("http", model, read, lambda reply: write_reply(reply, form))

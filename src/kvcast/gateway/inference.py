@@ -33,6 +33,8 @@ MAX_RANK = 16
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 # Of a caller's headers, Triton gets those that tie traces together.
 TRACE_HEADERS = ("traceparent", "tracestate")
+# What W3C has services pass on. Triton's gRPC refuses at random what comes with more than 8 KiB of metadata.
+MAX_TRACE = 512
 
 
 Reply = TypeVar("Reply")
@@ -92,6 +94,19 @@ class InferencePath:
             entry.note_sending()
             tail.parameters[LOG_PARAMETER].string_param = entry.fields["request_id"]
         return await self._triton.infer(inference.body + tail.SerializeToString(), inference.trace)
+
+
+def read_trace(headers: Iterable[tuple[str, str | bytes]]) -> Metadata:
+    """Return the headers that tie traces together; one that is too long, or that gRPC cannot carry, is none."""
+    return [
+        (name, value)
+        for name, value in headers
+        if name in TRACE_HEADERS
+        and isinstance(value, str)
+        and 0 < len(value) <= MAX_TRACE
+        and value.isascii()
+        and value.isprintable()
+    ]
 
 
 def read_timeout(message: Any) -> float:
