@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from kvcast.server import ServeConfig, ServerError, TritonServer, shared_memory
 from kvcast.server.__main__ import make_parser
 from kvcast.server.installation import find_installation
 from kvcast.server.log import log_triton, open_log
+from kvcast.server.release import read_state
 from kvcast.server.releases import ReleaseStore
 from kvcast.server.repository import check_port, count_shared_memory, ensure_exported, expand_models, read_config_name
 from kvcast.server.stubs import Stub, list_stubs
@@ -448,3 +450,16 @@ def test_a_log_of_json_has_levels_and_sources():
     assert lines[0]["message"] == "a process died"
     assert datetime.datetime.fromisoformat(lines[0]["time"]).tzinfo is not None
     assert request == {"request_id": "x"}
+
+
+def test_a_port_that_speaks_something_else_is_no_server():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(b"no HTTP\r\n\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        assert read_state(f"127.0.0.1:{listener.getsockname()[1]}") is None

@@ -15,6 +15,7 @@ from kvcast.client.transport import TlsOptions
 from kvcast.protocol.errors import (
     BusyError,
     DeadlineExceededError,
+    ExpiredError,
     InvalidRequestError,
     KvcastError,
     ServerFaultError,
@@ -29,6 +30,7 @@ __all__ = [
     "BusyError",
     "CacheResult",
     "DeadlineExceededError",
+    "ExpiredError",
     "InvalidRequestError",
     "KvcastError",
     "RankRequest",

@@ -123,7 +123,11 @@ def load_config(name_or_path: str) -> ModelConfig:
 
 
 def parse_config(table: dict[str, Any], folder: Path = Path()) -> ModelConfig:
-    """Build a configuration from a parsed TOML table; paths in it start at `folder`."""
+    """Build a configuration from a parsed TOML table; paths in it start at `folder`.
+
+    Raises:
+        ConfigError: a key is missing, unknown, or its value cannot be used.
+    """
     read = convert(table, _Config, "config", ConfigError)
     for name, size in read.vocabularies.items():  # one by one: msgspec does not name a table's key
         convert(size, _VOCABULARY_SIZE, f"vocabularies.{name}", ConfigError)

@@ -15,7 +15,11 @@ Id = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 
 
 def read_file(path: Path, remedy: str, error_type: type[Exception]) -> str:
-    """Return a file's text."""
+    """Return a file's text.
+
+    Raises:
+        error_type: it cannot be read; the message ends with the remedy.
+    """
     try:
         return path.read_text()
     except (OSError, UnicodeDecodeError) as error:

@@ -49,7 +49,11 @@ class Golden:
     scores: npt.NDArray[np.float32]
 
     def check(self, scores: npt.NDArray[Any]) -> None:
-        """Check that a served release gives these scores, within `SCORE_TOLERANCE` (relative above 1)."""
+        """Check that a served release gives these scores, within `SCORE_TOLERANCE` (relative above 1).
+
+        Raises:
+            ArtefactError: they are not those recorded at export, within `SCORE_TOLERANCE` (relative above 1).
+        """
         if scores.shape != self.scores.shape:
             raise ArtefactError(
                 f"golden request: expected {SCORES.name} of shape {list(self.scores.shape)}, got {list(scores.shape)}"
@@ -73,7 +77,11 @@ class Golden:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Read what `to_json` wrote."""
+        """Read what `to_json` wrote.
+
+        Raises:
+            ArtefactError: it is something else.
+        """
         table = decode_json(text, _Golden, GOLDEN_FILE, ArtefactError)
         with contextlib.suppress(ValueError):  # rows of different lengths
             history, candidates = np.array(table.history, np.int64), np.array(table.candidates, np.int64)

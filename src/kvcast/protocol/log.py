@@ -26,7 +26,11 @@ def event_fields(schema: FeatureSchema) -> tuple[Field, ...]:
 
 
 def log_fields(schema: FeatureSchema) -> tuple[Field, ...]:
-    """Return the fields that a log has a column for: those of a candidate, then those that only an event has."""
+    """Return the fields that a log has a column for: those of a candidate, then those that only an event has.
+
+    Raises:
+        ConfigError: a field has the name of another column of the log.
+    """
     fields = schema.candidate_fields + event_fields(schema)
     taken = sorted({USER, TIME, LABEL, REQUEST, TRUTH} & {field.name for field in fields})
     if taken:

@@ -16,7 +16,11 @@ Floats = npt.NDArray[np.float32]
 
 
 def check_history(array: npt.NDArray[np.generic], fields: tuple[Field, ...], limits: Limits) -> Ids:
-    """Check integers `[B, L, history_fields]`; L = 0 is a user without history, and valid."""
+    """Check integers `[B, L, history_fields]`; L = 0 is a user without history, and valid.
+
+    Raises:
+        InvalidRequestError: the rank, the dtype, the number of fields, L or an id is not as expected.
+    """
     ids = _check_shape(HISTORY.name, array, fields, "event")
     if ids.shape[1] > limits.history:
         raise InvalidRequestError(f"{HISTORY.name}: expected at most L = {limits.history} events, got {ids.shape[1]}")
@@ -25,7 +29,12 @@ def check_history(array: npt.NDArray[np.generic], fields: tuple[Field, ...], lim
 
 
 def check_candidates(array: npt.NDArray[np.generic], fields: tuple[Field, ...], limits: Limits) -> Ids:
-    """Check integers `[B, N, T]`, the target token's field first; N is at least 1."""
+    """Check integers `[B, N, T]`, the target token's field first; N is at least 1.
+
+    Raises:
+        InvalidRequestError: the rank, the dtype, the number of fields, N (0 included) or an id is not as
+            expected.
+    """
     ids = _check_shape(CANDIDATES.name, array, fields, "candidate")
     if not 1 <= ids.shape[1] <= limits.candidates:
         raise InvalidRequestError(
@@ -40,7 +49,11 @@ def check_no_candidates(
     fields: tuple[Field, ...],
     limits: Limits,  # noqa: ARG001 the signature of `check_candidates`
 ) -> Ids:
-    """Check the candidates of a prefetch, `[B, 0, T]`."""
+    """Check the candidates of a prefetch, `[B, 0, T]`.
+
+    Raises:
+        InvalidRequestError: it is anything else.
+    """
     ids = _check_shape(CANDIDATES.name, array, fields, "candidate")
     if ids.shape[1]:
         raise InvalidRequestError(f"{CANDIDATES.name}: expected N = 0 candidates for a prefetch, got {ids.shape[1]}")
@@ -48,7 +61,11 @@ def check_no_candidates(
 
 
 def check_same_users(first: str, users: int, second: str, other_users: int) -> None:
-    """Check that two tensors of a request have the same number of users on their batch axis."""
+    """Check that two tensors of a request have the same number of users on their batch axis.
+
+    Raises:
+        InvalidRequestError: they have not.
+    """
     if users != other_users:
         raise InvalidRequestError(
             f"{second}: expected {users} users on the batch axis, as {first} has, got {other_users}"
@@ -59,6 +76,9 @@ def check_user_kv(keys: Floats, values: Floats, layout: KVLayout, limits: Limits
     """Check the user KV of a batch, `[B, M, H, key_rows, slots]` and `[B, M, H, slots, value_columns]`.
 
     is_own: this server's encoder made it; its elements are not scanned.
+
+    Raises:
+        InvalidRequestError: a shape is not the layout's, the two disagree, or an element is not finite.
     """
     slots = keys.shape[-1] if keys.ndim == 5 else 0
     history_length = slots - layout.lead_slots
@@ -84,7 +104,11 @@ def check_user_kv(keys: Floats, values: Floats, layout: KVLayout, limits: Limits
 
 
 def check_kv_id(array: npt.NDArray[np.generic], users: int, kv_id: str) -> None:
-    """Check the ids UINT8 `[B, 32]` that came with user KV against this model's own (hex)."""
+    """Check the ids UINT8 `[B, 32]` that came with user KV against this model's own (hex).
+
+    Raises:
+        InvalidRequestError: a user's KV carries another id.
+    """
     expected = np.frombuffer(bytes.fromhex(kv_id), np.uint8)
     if array.shape != (users, expected.size):
         raise InvalidRequestError(f"{KV_ID.name}: expected shape {[users, expected.size]}, got {list(array.shape)}")
@@ -97,7 +121,11 @@ def check_kv_id(array: npt.NDArray[np.generic], users: int, kv_id: str) -> None:
 
 
 def check_finite(name: str, array: Floats) -> None:
-    """Check that no element is NaN or infinite."""
+    """Check that no element is NaN or infinite.
+
+    Raises:
+        InvalidRequestError: an element is not finite; the message says where.
+    """
     finite = np.isfinite(array)
     if not finite.all():
         place = [int(index) for index in np.argwhere(~finite)[0]]

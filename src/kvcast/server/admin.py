@@ -38,11 +38,19 @@ class Admin:
         return [name for name in models if name not in ready]
 
     def load(self, model: str) -> None:
-        """Load a model as the repository has it; if that fails, the version that was served before still is."""
+        """Load a model as the repository has it; if that fails, the version that was served before still is.
+
+        Raises:
+            ServerError: it cannot be loaded; what was served before still is.
+        """
         self._order(f"load {model}", f"/v2/repository/models/{model}/load")
 
     def unload(self, model: str) -> None:
-        """Unload a model."""
+        """Unload a model.
+
+        Raises:
+            ServerError: Triton refuses.
+        """
         self._order(f"unload {model}", f"/v2/repository/models/{model}/unload")
 
     def check_golden(self, model: str, golden: Golden) -> None:

@@ -102,10 +102,14 @@ class GatewayProcess:
 
     def _keep(self) -> None:
         while not self._stopping.is_set():
-            own, other = socket.socketpair()
-            own.settimeout(TOLD_WITHIN_SECONDS)
-            with own, other:
-                self._run(own, other)
+            try:
+                own, other = socket.socketpair()
+                own.settimeout(TOLD_WITHIN_SECONDS)
+                with own, other:
+                    self._run(own, other)
+            except OSError as error:  # no more processes or files: it may be better next time
+                self._last_line = f"cannot be run: {error.strerror}"
+                logger.warning(f"the gateway {self._last_line}")
             self._failures += 1
             if not self._stopping.is_set():
                 logger.warning("the gateway has ended; starting it again")

@@ -35,6 +35,9 @@ def find_installation(workspace: Path) -> Installation:
     """Find a tritonserver: the one on PATH (as in the NGC image) if there is one, else the wheel's.
 
     workspace: a private folder, for the links to the wheel's backend.
+
+    Raises:
+        ServerError: there is none, or something that it needs is missing.
     """
     on_path = shutil.which("tritonserver")
     if on_path is not None:

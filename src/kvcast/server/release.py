@@ -1,6 +1,7 @@
 """`kvcast release`: publish exports as immutable releases, and choose the one that is served, without a restart."""
 
 import argparse
+import http.client
 import json
 import sys
 import time
@@ -104,7 +105,11 @@ def activate(store: ReleaseStore, number: int, named: list[str], seconds: float)
 
 
 def wait_for(server: str, number: int, deadline: float) -> None:
-    """Wait until a server serves a release; it may refuse to."""
+    """Wait until a server serves a release; it may refuse to.
+
+    Raises:
+        ServerError: it refuses, or the time is over.
+    """
     while time.monotonic() < deadline:
         state = read_state(server) or {}
         if state.get("release_number") == number:
@@ -121,7 +126,7 @@ def read_state(server: str) -> dict[str, Any] | None:
         with urllib.request.urlopen(f"http://{server}/kvcast/state", timeout=5) as reply:
             state: dict[str, Any] = json.load(reply)
             return state
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):  # the last: it speaks something else
         return None
 
 

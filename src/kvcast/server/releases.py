@@ -46,7 +46,11 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     previous: int | None = None
 
     def find(self, name: str) -> Release:
-        """Return a release by its number or the first characters of its id."""
+        """Return a release by its number or the first characters of its id.
+
+        Raises:
+            ServerError: there is none, or more than one.
+        """
         found = [each for each in self.releases if name == str(each.release_number)]
         found = found or [each for each in self.releases if len(name) >= 4 and each.release_id.startswith(name)]
         if len(found) != 1:
@@ -64,7 +68,11 @@ class ReleaseStore:
         self._path = repository / RELEASES_FILE
 
     def read(self) -> Record:
-        """Return the record; an empty one where nothing was ever published."""
+        """Return the record; an empty one where nothing was ever published.
+
+        Raises:
+            ServerError: the file is damaged.
+        """
         try:
             text = self._path.read_bytes()
         except FileNotFoundError:
@@ -76,7 +84,11 @@ class ReleaseStore:
         return decode_json(text, Record, str(self._path), ServerError)
 
     def find_served(self, models: list[str]) -> int:
-        """Return the number of the release to serve: the active one, or the newest if nothing was published."""
+        """Return the number of the release to serve: the active one, or the newest if nothing was published.
+
+        Raises:
+            ServerError: there is none.
+        """
         record = self.read()
         if record.active is not None:
             return record.active
@@ -102,7 +114,11 @@ class ReleaseStore:
         ]
 
     def check(self, release: Release) -> None:
-        """Check every file of a release against its checksum, and the manifests against the release's id."""
+        """Check every file of a release against its checksum, and the manifests against the release's id.
+
+        Raises:
+            ServerError: one is missing or altered, or they are not of one release.
+        """
         number = release.release_number
         for name, expected in release.files.items():
             model, _, file = name.partition("/")
@@ -124,6 +140,9 @@ class ReleaseStore:
         """Record that a release is to be served, after checking its files; return the record as it was before.
 
         Running servers follow by themselves.
+
+        Raises:
+            ServerError: there is no such release, or its files are not as published.
         """
         with self._lock():
             record = self.read()

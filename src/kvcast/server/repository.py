@@ -19,7 +19,11 @@ from kvcast.server.view import find_models
 
 
 def check_repository(repository: Path, models: list[str], config: str | None) -> Manifest:
-    """Check that every model is exported, all of one release, of `config` if that is given; return a manifest."""
+    """Check that every model is exported, all of one release, of `config` if that is given; return a manifest.
+
+    Raises:
+        ServerError: one is unknown, missing, or of another release or configuration.
+    """
     store = ReleaseStore(repository)
     names = expand_models(models)
     number = store.find_served(names)
@@ -42,7 +46,11 @@ def read_config_name(config: str | None) -> str | None:
 
 
 def ensure_exported(repository: Path, models: list[str], config: str) -> None:
-    """Export `config` (name or TOML file) into the repository, unless all of `models` are there already."""
+    """Export `config` (name or TOML file) into the repository, unless all of `models` are there already.
+
+    Raises:
+        ServerError: the export failed; it has said why on standard error.
+    """
     try:
         check_repository(repository, models, read_config_name(config))
     except KvcastError:
@@ -53,7 +61,11 @@ def ensure_exported(repository: Path, models: list[str], config: str) -> None:
 
 
 def expand_models(models: list[str]) -> list[str]:
-    """Return the models that hold an artefact, for models by name, ensembles replaced by their steps."""
+    """Return the models that hold an artefact, for models by name, ensembles replaced by their steps.
+
+    Raises:
+        ServerError: there is no such model, or none was named.
+    """
     return [model.name for model in find_models(models) if not model.steps]
 
 
@@ -68,7 +80,11 @@ def count_shared_memory(manifest: Manifest, models: list[str]) -> int:
 
 
 def check_port(host: str, port: int, purpose: str, variable: str) -> None:
-    """Check that a port can be bound."""
+    """Check that a port can be bound.
+
+    Raises:
+        ServerError: it cannot.
+    """
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

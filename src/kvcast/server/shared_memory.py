@@ -23,7 +23,11 @@ def make_prefix(instance: str) -> str:
 
 
 def claim(instance: str) -> int:
-    """Lock a server's owner file; return the descriptor, which the server's processes inherit."""
+    """Lock a server's owner file; return the descriptor, which the server's processes inherit.
+
+    Raises:
+        ServerError: `/dev/shm` cannot be written.
+    """
     path = FOLDER / f"{PREFIX}{instance}{OWNER}"
     while True:
         try:
@@ -82,7 +86,11 @@ def remove_leftovers() -> list[str]:
 
 
 def check_room(needed: int) -> None:
-    """Check that regions of this many bytes fit."""
+    """Check that regions of this many bytes fit.
+
+    Raises:
+        ServerError: they do not.
+    """
     free = shutil.disk_usage(FOLDER).free
     if free < needed:
         raise ServerError(

@@ -85,7 +85,11 @@ class Supervisor:
         self._thread = threading.Thread(target=self._work, name="supervisor", daemon=True)
 
     def start(self, release: int) -> None:
-        """Check the ensembles of the loaded release with the golden request, report ready, and start to watch."""
+        """Check the ensembles of the loaded release with the golden request, report ready, and start to watch.
+
+        Raises:
+            ServerError, ArtefactError: an ensemble does not answer the golden request as it should.
+        """
         self._watched = list_stubs(self._triton.pid)
         self._check_ensembles(release)
         release_id = self._read_release_id(release)
@@ -304,7 +308,11 @@ class Supervisor:
         if seen == self._record_seen or self.state.broken:
             return
         self._record_seen = seen
-        record = self._store.read()
+        try:
+            record = self._store.read()
+        except KvcastError as error:
+            logger.warning(f"{error}; release {self.state.release_number} stays")
+            return
         if record.active in (None, self.state.release_number):
             if self.state.refused_release:
                 self._tell(refused_release=0, refused_reason="")

@@ -56,7 +56,11 @@ class TritonProcess:
         return self._process.poll() if self._process is not None else None
 
     def start(self, workspace: Path, timeout_seconds: float) -> None:
-        """Start it, and wait until every model is loaded; workspace: a private folder, for links to the backends."""
+        """Start it, and wait until every model is loaded; workspace: a private folder, for links to the backends.
+
+        Raises:
+            ServerError: it cannot be run, stopped, or is not ready in time.
+        """
         installation = find_installation(workspace)
         self._command = [str(installation.binary), *installation.flags, *self._flags]
         # The stubs must not leave compiled files in a repository that is only read.
@@ -72,7 +76,11 @@ class TritonProcess:
             self._process.wait()
 
     def restart(self, timeout_seconds: float) -> None:
-        """Start it again after a crash."""
+        """Start it again after a crash.
+
+        Raises:
+            ServerError: as `start`.
+        """
         self._end_group()
         shared_memory.remove_regions(self.instance)
         self._tail.clear()

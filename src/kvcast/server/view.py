@@ -103,7 +103,11 @@ class View:
 
 
 def find_models(names: Iterable[str]) -> list[ModelSpec]:
-    """Return the models that are needed to serve those named: the steps of ensembles too."""
+    """Return the models that are needed to serve those named: the steps of ensembles too.
+
+    Raises:
+        ServerError: there is no such model, or none was named.
+    """
     known = {model.name: model for model in MODELS}
     names = list(names)
     unknown = [name for name in names if name not in known]

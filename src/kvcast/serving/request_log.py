@@ -17,8 +17,6 @@ REPORTS = (ENCODE_REPORT.name, FUSE_REPORT.name)
 
 def take_reports(model: str, parameters: Mapping[str, Any], reply: Tensors) -> Tensors:
     """Log the reports in the reply to a request that is logged; return the reply as its caller asked for it."""
-    if LOG_PARAMETER not in parameters:
-        return reply
     reports = [reply[name] for name in REPORTS if name in reply]
     for user, text in enumerate(reports[0][:, 0] if reports else ()):
         line = {

@@ -108,7 +108,7 @@ class Service:
 
     def _reply(self, request: Any, reply: Reply) -> None:
         """Send one reply; count it first, so that metrics read after the last reply include all."""
-        if not isinstance(reply, KvcastError):
+        if not isinstance(reply, KvcastError) and LOG_PARAMETER in request.parameters():
             try:
                 reply = take_reports(self.model.spec.name, read_parameters(request), reply)
             except Exception as problem:  # noqa: BLE001 an answer is worth more than its line in the log
