@@ -147,5 +147,5 @@ format: $(READY) ## rewrite the code in the project's format
 clean: ## remove what was built: the environment, exports, caches
 	[ ! -d build ] || chmod -R u+w build  # published releases are read-only
 	rm -rf $(VENV) build *.egg-info src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	rm -f model_repository/*/1/model.onnx model_repository/*/1/model.onnx.data model_repository/*/1/manifest.json model_repository/*/1/golden.json
+	rm -f model_repository/*/1/model.onnx model_repository/*/1/weights.data model_repository/*/1/manifest.json model_repository/*/1/golden.json
 	find . -name __pycache__ -prune -exec rm -rf {} +

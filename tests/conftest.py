@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvcast.export.cache import CACHE_VARIABLE, TraceCache
 from kvcast.export.pipeline import WeightsSource, export_release
 from kvcast.export.release import fingerprint_release
 from kvcast.networks.interface import RankingNetwork, build_network
@@ -32,15 +33,29 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def tiny_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model repository with the export of `tests/tiny.toml`; the workers of `pytest -n` share it."""
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that the workers of `pytest -n` share."""
     folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traces(shared_folder: Path) -> Iterator[TraceCache]:
+    """Traced graphs of this run alone, in processes that it starts too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE_VARIABLE, str(shared_folder / "traces"))
+        yield TraceCache(shared_folder / "traces")
+
+
+@pytest.fixture(scope="session")
+def tiny_repository(shared_folder: Path, traces: TraceCache) -> Path:
+    """A model repository with the export of `tests/tiny.toml`; the workers of `pytest -n` share it."""
+    folder = shared_folder
     repository = folder / "tiny" / "repository"
     with (folder / "tiny.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not repository.exists():
-            export_release(load_config(str(EXPORTED_TOML)), WeightsSource(seed=0), repository, say=lambda _: None)
+            export_release(load_config(str(EXPORTED_TOML)), WeightsSource(seed=0), repository, lambda _: None, traces)
     return repository
 
 

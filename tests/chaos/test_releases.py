@@ -35,10 +35,10 @@ SWITCHES = 20
 
 
 @pytest.fixture(scope="module")
-def other_export(tmp_path_factory):
+def other_export(tmp_path_factory, tiny_repository, traces):
     """An export with other weights: other scores."""
     folder = tmp_path_factory.mktemp("other") / "export"
-    export_release(load_config(str(EXPORTED_TOML)), WeightsSource(seed=1), folder, say=lambda _: None)
+    export_release(load_config(str(EXPORTED_TOML)), WeightsSource(seed=1), folder, lambda _: None, traces)
     return folder
 
 

@@ -157,9 +157,9 @@ def test_a_swapped_graph_is_refused_at_load(own_repository):
 
 
 def test_a_truncated_weights_file_is_refused_at_load(own_repository):
-    weights = own_repository / "user_encoder" / "1" / "model.onnx.data"
+    weights = own_repository / "user_encoder" / "1" / "weights.data"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    expect_refusal(make_settings(own_repository), "model.onnx.data", "SHA-256")
+    expect_refusal(make_settings(own_repository), "weights.data", "SHA-256")
 
 
 def test_a_failing_start_leaves_nothing_behind(own_repository):

@@ -15,7 +15,7 @@ from kvcast.protocol.tensors import EXPORTED_MODELS, MODELS
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", ".gitignore", "src", "export", "model_repository")
-EXPORTED = ("model.onnx", "model.onnx.data", "manifest.json", "golden.json")
+EXPORTED = ("model.onnx", "weights.data", "manifest.json", "golden.json")
 
 
 @pytest.fixture(scope="module")

@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir
 import pytest
 import torch
 
-from kvcast.export.graphs import WEIGHTS_PREFIX, TracedGraph, describe_graphs, export_graph
 from kvcast.export.pipeline import _describe
 from kvcast.export.release import fingerprint_kv, fingerprint_release
+from kvcast.export.template import GraphTemplate, write_graphs
+from kvcast.export.trace import trace_model
 from kvcast.networks.interface import SHORT_NAMES, RankingNetwork
 from kvcast.protocol.config import ModelConfig
 from kvcast.protocol.errors import InvalidRequestError
-from kvcast.protocol.manifest import MANIFEST_FILE, ONNX_FILE, RELEASE_METADATA_KEY, Parity
+from kvcast.protocol.manifest import MANIFEST_FILE, Parity
 from kvcast.serving import DocFusion, UserEncoder
 from kvcast.serving.artefact import SessionOptions
 from kvcast.serving.model import Request
@@ -56,11 +56,7 @@ class Side:
 def export_sides(config: ModelConfig, folder: Path, *changed: str) -> list[Side]:
     """Export a network, and again with another value for each of these weights in turn; trace it only once."""
     network = make_network(config)
-    (folder / "traced").mkdir()
-    traced = [
-        export_graph(graph, fingerprint_release(network), folder / "traced" / f"{graph.model}.onnx")
-        for graph in describe_graphs(network)[:2]
-    ]
+    traced = [trace_model(network, model).template for model in ("user_encoder", "doc_fusion")]
     sides = [write_side(network, traced, folder / "old")]
     for name in changed:
         weight = network.get_parameter(name)
@@ -71,20 +67,14 @@ def export_sides(config: ModelConfig, folder: Path, *changed: str) -> list[Side]
     return sides
 
 
-def write_side(network: RankingNetwork, traced: list[TracedGraph], folder: Path) -> Side:
+def write_side(network: RankingNetwork, traced: list[GraphTemplate], folder: Path) -> Side:
     """Write what the two models need, with the network's present weights."""
-    release, kv_id = fingerprint_release(network), fingerprint_kv(network, traced[0].program)
+    release, kv_id = fingerprint_release(network), fingerprint_kv(network, traced[0])
+    folder.mkdir()
+    write_graphs(traced, network, release, folder)
     for each in traced:
-        model, own = each.graph.model, folder / each.graph.model
-        own.mkdir(parents=True)
-        program = each.unoptimised.clone()
-        for name, weight in network.named_parameters(WEIGHTS_PREFIX):
-            if name in program.graph.initializers:
-                program.graph.initializers[name].const_value = onnx_ir.tensor(weight.numpy().copy(), name=name)
-        program.metadata_props[RELEASE_METADATA_KEY] = release
-        onnx_ir.save(program, own / ONNX_FILE)
-        manifest = _describe(network, release, kv_id, Parity(0, 0, 0, 0), model, own)
-        (own / MANIFEST_FILE).write_text(manifest.to_json())
+        manifest = _describe(network, release, kv_id, Parity(0, 0, 0, 0, release), each.model, folder / each.model)
+        (folder / each.model / MANIFEST_FILE).write_text(manifest.to_json())
     options = SessionOptions(provider="cpu")
     encoder, fusion = UserEncoder.open(folder / "user_encoder", options), DocFusion.open(folder / "doc_fusion", options)
     return Side(copy.deepcopy(network), encoder, fusion)

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcast.export.calls import OnnxCalls
-from kvcast.export.graphs import describe_graphs, export_graph
 from kvcast.export.release import fingerprint_release
+from kvcast.export.template import open_session, write_graphs
+from kvcast.export.trace import trace_model
 from kvcast.networks.interface import RankingNetwork
 from kvcast.protocol.config import load_config
 from kvcast.protocol.tensors import DOC_FUSION, RANKER_FULL, USER_ENCODER
@@ -117,14 +118,9 @@ def test_graphs_of_other_sizes(sizes, tmp_path):
     network = make_network(config, seed=3)
     looked_at = (USER_ENCODER.name, DOC_FUSION.name, RANKER_FULL.name)  # the resident graph takes longer than all three
     with torch.inference_mode():
-        release = fingerprint_release(network)
-        calls = OnnxCalls(
-            {
-                graph.model: export_graph(graph, release, tmp_path / f"{graph.model}.onnx").open_file()
-                for graph in describe_graphs(network)
-                if graph.model in looked_at
-            }
-        )
+        templates = [trace_model(network, model).template for model in looked_at]
+        write_graphs(templates, network, fingerprint_release(network), tmp_path)
+    calls = OnnxCalls({model: open_session(tmp_path / model / "model.onnx") for model in looked_at})
     weights = {name: value.numpy() for name, value in network.state_dict().items()}
     for length, count, seed in ((1, 1, 0), (40, 7, 1), (13, 3, 2)):
         history, candidates = draw_request(config, length, count, seed)

@@ -243,7 +243,7 @@ def make_manifest() -> Manifest:
         kv_id="cd" * 32,
         history_fields=FIELDS, candidate_fields=FIELDS, limits=LIMITS, workload=load_config("tiny").workload,
         dims=Dims(2, 3, 12, 2), user_kv=LAYOUT, dtype="FP32", opset=20, versions={"torch": "2"},
-        parity=Parity(3e-7, 1e-7, 2e-7, 0.1), files={"model.onnx": "00"},
+        parity=Parity(3e-7, 1e-7, 2e-7, 0.1, "ab"), files={"model.onnx": "00"},
     )  # fmt: skip
 
 

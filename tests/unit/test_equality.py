@@ -11,11 +11,12 @@ import torch
 from hypothesis import given, settings
 
 from kvcast.export.calls import OnnxCalls
-from kvcast.export.cases import draw_case, list_large_cases, list_small_cases
-from kvcast.export.equality import Comparison, prove_graphs_equal_network
-from kvcast.export.graphs import TracedGraph, describe_graphs, export_graph
+from kvcast.export.cases import draw_case, list_large_cases, list_limit_cases, list_small_cases
+from kvcast.export.equality import Comparison, Graphs, prove_graphs_equal_network
 from kvcast.export.pipeline import WeightsSource, export_release
 from kvcast.export.proofs import ProofError
+from kvcast.export.template import write_graphs
+from kvcast.export.trace import trace_model
 from kvcast.networks.interface import RankingNetwork
 from kvcast.networks.weights import draw_weights
 from kvcast.protocol.tensors import DOC_FUSION, MAX_BATCH_SIZE, RANKER_FULL, RANKER_RESIDENT, USER_ENCODER
@@ -26,13 +27,10 @@ from tests.unit.differing import Plain
 CONFIG = make_config(layers=1)
 
 
-def trace(network: RankingNetwork, models: tuple[str, ...], folder: Path) -> dict[str, TracedGraph]:
-    traced = {}
-    for graph in describe_graphs(network):
-        if graph.model in models:
-            (folder / graph.model).mkdir()
-            traced[graph.model] = export_graph(graph, "00" * 32, folder / graph.model / "model.onnx")
-    return traced
+def trace(network: RankingNetwork, models: tuple[str, ...], folder: Path) -> Graphs:
+    traced = {model: trace_model(network, model) for model in models}
+    write_graphs([each.template for each in traced.values()], network, "00" * 32, folder)
+    return Graphs({model: each.template for model, each in traced.items()}, folder, traced.__getitem__)
 
 
 def build(family: type[Plain]) -> Plain:
@@ -76,7 +74,7 @@ def test_an_operator_that_was_replaced_in_a_file_is_refused_by_name(model, tmp_p
     traced = trace(network, (model,), tmp_path)
     assert 0 <= prove_graphs_equal_network(network, traced) <= 1e-5
     right, wrong = ("Tanh", "Softsign") if model in (ITEM, RANKER_FULL.name) else ("Add", "Sub")
-    change_file(traced[model].path, lambda node: replace_operator(node, right, wrong))
+    change_file(traced.folder / model / "model.onnx", lambda node: replace_operator(node, right, wrong))
     with pytest.raises(ProofError) as caught:
         prove_graphs_equal_network(network, traced)
     assert f"{model}" in str(caught.value)
@@ -88,7 +86,7 @@ def test_an_operator_that_was_replaced_in_a_file_is_refused_by_name(model, tmp_p
 def test_a_weight_that_was_changed_in_a_file_is_refused(tmp_path):
     network = build(Plain)
     traced = trace(network, (ITEM,), tmp_path)
-    data = traced[ITEM].path.with_name("model.onnx.data")
+    data = tmp_path / ITEM / "weights.data"
     weights = np.fromfile(data, np.float32)
     (weights * 1.0001).tofile(data)
     with pytest.raises(ProofError, match=r"doc_fusion, .*scores: expected what the network gives within 1e-05"):
@@ -118,12 +116,11 @@ def test_the_families_that_come_with_the_project_equal_their_graphs_with_any_wei
         network = make_network(config, seed)
         for weight in network.parameters():
             weight.mul_(scale)
-        graphs = OnnxCalls({model: graph.open(network) for model, graph in traced.items()})
+        graphs = OnnxCalls({model: graph.open(network) for model, graph in traced.templates.items()})
         assert max(Comparison(network, graphs).compare(case) for case in list_small_cases(config)) <= 1e-5
 
 
-def test_a_refused_graph_leaves_the_repository_as_it_was(tmp_path, monkeypatch):
-    monkeypatch.setattr("kvcast.export.pipeline.describe_graphs", lambda network: describe_graphs(network)[:1])
+def test_a_refused_graph_leaves_the_repository_as_it_was(tmp_path):
     network = dataclasses.replace(CONFIG.network, family="tests.unit.differing:MasksWithBooleans")
     with pytest.raises(ProofError, match="property 0"):
         export_release(
@@ -133,7 +130,7 @@ def test_a_refused_graph_leaves_the_repository_as_it_was(tmp_path, monkeypatch):
 
 
 def test_the_kinds_of_request_are_all_there_and_within_the_limits():
-    small, large = list(list_small_cases(CONFIG)), list(list_large_cases(CONFIG))
+    small, large = list(list_small_cases(CONFIG)), [*list_large_cases(CONFIG), *list_limit_cases(CONFIG)]
     for case in small + large:
         check_case(case)
     lengths = {case.history.shape[1] for case in large}

@@ -1,6 +1,7 @@
 """Export: every proof can fail, names its property, and leaves the repository alone; weights are checked by name."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -262,7 +263,7 @@ def test_the_exported_repository(tiny_repository):
     for model, manifest in zip(EXPORTED_MODELS, manifests, strict=True):
         folder = tiny_repository / model.name / "1"
         assert manifest.model == model.name
-        assert set(manifest.files) == {"golden.json", "model.onnx", "model.onnx.data"}
+        assert set(manifest.files) == {"golden.json", "model.onnx", "weights.data"}
         assert all(hash_file(folder / name) == digest for name, digest in manifest.files.items())
         assert 0 < manifest.parity.onnx <= 1e-5
         assert 0 < manifest.parity.graphs <= 1e-5
@@ -313,7 +314,7 @@ def test_a_trained_model_is_exported_over_another_and_keeps_an_operators_configu
     assert main(["--config", str(toml), "--repository", str(own_repository)]) == 0
     printed = capsys.readouterr().out
     assert f"weights: {out}" in printed
-    assert "[10/10]" in printed
+    assert re.search(r"^\[9\] write ", printed, re.MULTILINE)
     assert "cached = monolith" in printed
     assert "count: 2" in config.read_text()
     network = build_network(load_config(str(toml)))

@@ -15,10 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kvcast.export.calls import TorchCalls
-from kvcast.export.graphs import TraceError, describe_graphs, export_graph
+from kvcast.export.graphs import TraceError
 from kvcast.export.pipeline import WeightsSource, _prove_network, _set_weights
 from kvcast.export.proofs import ProofError, draw_sample, prove
 from kvcast.export.release import fingerprint_release
+from kvcast.export.trace import trace_model
 from kvcast.networks.hstu import HSTU
 from kvcast.networks.interface import SHORT_NAMES, RankingNetwork, UserKV, build_network
 from kvcast.networks.transformer import Transformer
@@ -251,10 +252,8 @@ class ChoosesInPython(Transformer):
 def test_code_that_cannot_be_traced_is_named_by_its_line(tmp_path, capfd):
     network = ChoosesInPython(CONFIG).eval().requires_grad_(False)
     draw_weights(network, 0)
-    release = fingerprint_release(network)
-    graph = next(graph for graph in describe_graphs(network) if graph.model == DOC_FUSION.name)
     with pytest.raises(TraceError) as caught:
-        export_graph(graph, release, tmp_path / "model.onnx")
+        trace_model(network, DOC_FUSION.name)
     said = str(caught.value)
     assert said.startswith("doc_fusion cannot be traced for any number of users, events and candidates: ")
     assert re.search(r"test_families\.py:\d+: return scores if candidates\[0, 0, 0\] > 3 else", said)

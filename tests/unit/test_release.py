@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kvcast.export import release
 from kvcast.export.graphs import describe_graphs
-from kvcast.export.release import fingerprint_kv, fingerprint_release, list_tensors_read
+from kvcast.export.release import fingerprint_release, hash_steps, list_tensors_read
+from kvcast.export.template import GraphTemplate, list_weights
 from kvcast.networks.interface import SHORT_NAMES, RankingNetwork, UserKV, build_network
 from kvcast.networks.transformer import Transformer
 from kvcast.networks.weights import draw_weights, load_weights
@@ -58,6 +60,11 @@ def trace(network: RankingNetwork) -> torch.export.ExportedProgram:
     graph = describe_graphs(network)[0]
     sizes = dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)  # users, L
     return torch.export.export(graph.module, graph.sample, dynamic_shapes=(sizes,), strict=False)
+
+
+def fingerprint_kv(network: RankingNetwork, program: torch.export.ExportedProgram) -> str:
+    reads = tuple(list_tensors_read(program).keys() & list_weights(network).keys())
+    return release.fingerprint_kv(network, GraphTemplate("", b"", b"", (), (), hash_steps(program), reads))
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from kvcast.export.pipeline import WeightsSource, export_release
+from kvcast.export.cache import CACHE_VARIABLE, TraceCache, find_cache_folder
+from kvcast.export.pipeline import export_release
+from kvcast.networks.weights import WeightsSource
 from kvcast.protocol.config import DEFAULT_CONFIG, list_configs, load_config
 from kvcast.protocol.errors import KvcastError
 
@@ -43,6 +45,12 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="the model repository to write into; made if it does not exist",
     )
+    parser.add_argument(
+        "--no-cache",
+        action="store_true",
+        help="trace the graphs even if code and configuration are those of an earlier export, whose graphs are kept in "
+        f"${CACHE_VARIABLE}, else in ~/.cache/kvcast",
+    )
     return parser
 
 
@@ -52,7 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = load_config(arguments.config)
         source = WeightsSource(arguments.weights, arguments.seed, arguments.accept_undirected)
-        export_release(config, source, arguments.repository, lambda line: print(line, flush=True))
+        cache = None if arguments.no_cache else TraceCache(find_cache_folder())
+        export_release(config, source, arguments.repository, lambda line: print(line, flush=True), cache)
     except KvcastError as error:
         print(f"kvcast export: {error}", file=sys.stderr)
         return 1

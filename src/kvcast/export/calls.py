@@ -9,8 +9,8 @@ import numpy.typing as npt
 import onnxruntime as ort
 import torch
 
-from kvcast.export.graphs import open_session
 from kvcast.export.proofs import Calls, Floats, Ids
+from kvcast.export.template import open_session
 from kvcast.networks.interface import MaskKind, RankingNetwork, UserKV
 from kvcast.protocol.manifest import ONNX_FILE
 from kvcast.protocol.tensors import (

@@ -35,10 +35,15 @@ class Case:
 
 
 def list_large_cases(config: ModelConfig) -> Iterator[Case]:
-    """Return random requests of several sizes, up to the limits."""
+    """Return random requests of several sizes."""
     longest, most = config.limits.history, config.limits.candidates
     for events, count in dict.fromkeys((min(events, longest), min(count, most)) for events, count in SIZES):
         yield Case(f"a random request of {events} events and {count} candidates", *_draw(config, events, count))
+
+
+def list_limit_cases(config: ModelConfig) -> Iterator[Case]:
+    """Return requests at the limits."""
+    longest, most = config.limits.history, config.limits.candidates
     history, candidates = _draw(config, longest, most)
     yield Case(f"{most} candidates, the limit", history[:, :SHORT_HISTORY], candidates)
     yield Case(f"{min(longest, LONG_HISTORY)} events", history[:, :LONG_HISTORY], candidates[:, :1])

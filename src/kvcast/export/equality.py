@@ -16,6 +16,7 @@ import math
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import numpy as np
@@ -25,12 +26,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis.configuration import set_hypothesis_home_dir
 
 from kvcast.export.calls import OnnxCalls, TorchCalls
-from kvcast.export.cases import Case, draw_case, list_large_cases, list_small_cases
+from kvcast.export.cases import Case, draw_case, list_large_cases, list_limit_cases, list_small_cases
 from kvcast.export.graphs import TracedGraph
 from kvcast.export.operators import describe_first_difference
 from kvcast.export.proofs import Calls, Floats, ProofError, make_no_user_kv
+from kvcast.export.template import GraphTemplate, open_session
 from kvcast.networks.interface import RankingNetwork
 from kvcast.protocol.golden import measure_differences
+from kvcast.protocol.manifest import ONNX_FILE
 from kvcast.protocol.schema import KVLayout
 from kvcast.protocol.tensors import DOC_FUSION, RANKER_FULL, RANKER_RESIDENT, SCORE_TOLERANCE, SCORES, USER_ENCODER
 
@@ -160,12 +163,30 @@ def measure_output(name: str, expected: Floats, got: Floats) -> npt.NDArray[np.f
     return measure_differences(expected, got, size)
 
 
-def prove_graphs_equal_network(network: RankingNetwork, traced: Mapping[str, TracedGraph]) -> float:
+@dataclass(frozen=True)
+class Graphs:
+    """The graphs that are to be proved.
+
+    templates: by model.
+    folder: of the files, `<model>/model.onnx`.
+    trace: traces the graph of a model, whose steps are looked at where it differs.
+    """
+
+    templates: Mapping[str, GraphTemplate]
+    folder: Path
+    trace: Callable[[str], TracedGraph]
+
+    def open_files(self) -> OnnxCalls:
+        """Open the exported files."""
+        return OnnxCalls({model: open_session(self.folder / model / ONNX_FILE) for model in self.templates})
+
+
+def prove_graphs_equal_network(network: RankingNetwork, graphs: Graphs) -> float:
     """Prove property 0 on requests of every kind, with the weights that are exported and with larger ones.
 
     Args:
         network: the network whose graphs these are.
-        traced: the graphs to prove, by model. The exported files are run; with larger weights, what they came from.
+        graphs: the exported files are run; with larger weights, the templates that they came from.
 
     Returns:
         The largest difference of scores and KV, relative above 1, with the weights that are exported.
@@ -174,35 +195,41 @@ def prove_graphs_equal_network(network: RankingNetwork, traced: Mapping[str, Tra
         ProofError: a graph differs; the message names graph, kind of request, output and, where it can be told, the
             operator.
     """
-    largest = _prove_exported(network, traced)
+    comparison = Comparison(network, graphs.open_files())
+    with _refusing(comparison, graphs):
+        with _one_thread():
+            largest = max(comparison.compare(case) for case in list_small_cases(network.config))
+            _search(comparison)
+        largest = max(largest, *(comparison.compare(case) for case in list_large_cases(network.config)))
     with _one_thread():
         for scale in SCALES:
-            if not _prove_scaled(scale, network, traced):
+            if not _prove_scaled(scale, network, graphs):
                 break
     return largest
 
 
-def _prove_exported(network: RankingNetwork, traced: Mapping[str, TracedGraph]) -> float:
-    """Prove the exported files; return the largest difference."""
-    comparison = Comparison(network, OnnxCalls({model: graph.open_file() for model, graph in traced.items()}))
-    with _refusing(comparison, traced):
-        with _one_thread():
-            largest = max(comparison.compare(case) for case in list_small_cases(network.config))
-            _search(comparison)
-        return max(largest, *(comparison.compare(case) for case in list_large_cases(network.config)))
+def prove_graphs_equal_network_at_limits(network: RankingNetwork, graphs: Graphs) -> float:
+    """Prove property 0 on requests at the limits; return the largest difference.
+
+    Raises:
+        ProofError: as `prove_graphs_equal_network`.
+    """
+    comparison = Comparison(network, graphs.open_files())
+    with _refusing(comparison, graphs):
+        return max(comparison.compare(case) for case in list_limit_cases(network.config))
 
 
-def _prove_scaled(scale: float, network: RankingNetwork, traced: Mapping[str, TracedGraph]) -> bool:
+def _prove_scaled(scale: float, network: RankingNetwork, graphs: Graphs) -> bool:
     """Prove the same with larger weights; return False if they are too large for the network itself."""
     scaled = _change_weights(network, lambda weight: weight * scale)
     cases = [case for case in list_small_cases(network.config) if case.is_served]
     limit = SCORE_TOLERANCE * WELL_CONDITIONED
     try:
-        rounding = _measure_rounding(scaled, cases[::3], traced)
+        rounding = _measure_rounding(scaled, cases[::3], graphs.templates)
         only_finite = frozenset(output for output, own in rounding.items() if own > limit)
-        for model, graph in traced.items():  # one after the other: each holds all weights
-            comparison = Comparison(scaled, OnnxCalls({model: graph.open(scaled)}), only_finite, LARGEST)
-            with _refusing(comparison, traced, f", with weights {scale} times as large"):
+        for model, template in graphs.templates.items():  # one after the other: each holds all weights
+            comparison = Comparison(scaled, OnnxCalls({model: template.open(scaled)}), only_finite, LARGEST)
+            with _refusing(comparison, graphs, f", with weights {scale} times as large"):
                 for case in cases:
                     comparison.compare(case)
     except NotFiniteError:
@@ -314,7 +341,7 @@ def _round_otherwise(weight: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _refusing(comparison: Comparison, traced: Mapping[str, TracedGraph], weights: str = "") -> Iterator[None]:
+def _refusing(comparison: Comparison, graphs: Graphs, weights: str = "") -> Iterator[None]:
     """Refuse an artefact whose graph differs, with the operator that is to blame.
 
     Raises:
@@ -328,15 +355,16 @@ def _refusing(comparison: Comparison, traced: Mapping[str, TracedGraph], weights
             raise
         raise ProofError(f"{error}{weights}") from error
     except DifferenceError as error:
-        operator = _find_operator(comparison, traced, error.model.partition(" ")[0], look_at_file=not weights)
+        operator = _find_operator(comparison, graphs, error.model.partition(" ")[0], look_at_file=not weights)
         raise ProofError(f"{error}{weights}{operator}\n  {HINT}") from error
 
 
-def _find_operator(comparison: Comparison, traced: Mapping[str, TracedGraph], model: str, *, look_at_file: bool) -> str:
+def _find_operator(comparison: Comparison, graphs: Graphs, model: str, *, look_at_file: bool) -> str:
     """Return a line that names the operator where a graph leaves the network, or nothing."""
     feeds = comparison.graphs.feeds[model]
+    file = graphs.folder / model / ONNX_FILE if look_at_file else None
     try:
-        found = describe_first_difference(traced[model], comparison.network, feeds, look_at_file=look_at_file)
+        found = describe_first_difference(graphs.trace(model), comparison.network, feeds, file)
     except Exception:  # noqa: BLE001 whatever fails here, the difference is what has to be said
         found = None
     return f"\n  {found}" if found else ""

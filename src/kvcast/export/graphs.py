@@ -2,9 +2,8 @@
 
 `user_encoder` takes histories and returns stacked KV. `doc_fusion` takes one KV tensor a layer: a layer
 of a stacked array is a view, while a slice inside a graph is a copy. `ranker_resident` does both sides in one graph, KV
-layer by layer on both ends. `ranker_full` is the monolith. What was traced is kept beside the file, without weights, so
-that the proofs can run it with others and look at what its operators return. The module traces; it proves and writes
-nothing else.
+layer by layer on both ends. `ranker_full` is the monolith. What is traced becomes a template, into which any weights
+can be put (export/template.py). The module traces; it proves and writes nothing.
 """
 
 import contextlib
@@ -12,7 +11,7 @@ import io
 import logging
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,11 @@ import onnxscript
 import torch
 from torch import Tensor, nn
 
+from kvcast.export.release import hash_steps, list_tensors_read
+from kvcast.export.template import GraphTemplate, detach_weights, list_weights, open_session, split_folding
 from kvcast.networks.attention import ATTEND_UNMASKED
 from kvcast.networks.interface import RankingNetwork, UserKV
 from kvcast.protocol.errors import ArtefactError
-from kvcast.protocol.manifest import RELEASE_METADATA_KEY
 from kvcast.protocol.tensors import (
     CANDIDATES,
     DOC_FUSION,
@@ -45,8 +45,6 @@ from kvcast.protocol.tensors import (
 )
 
 OPSET = 20
-# Before the network's own names of its weights, in each of the modules below.
-WEIGHTS_PREFIX = "network"
 # The part of ONNX Runtime's operator that is used here; onnx itself has no schema of it.
 MULTI_HEAD_ATTENTION = onnx.defs.OpSchema(
     "MultiHeadAttention",
@@ -131,21 +129,17 @@ class Graph:
 
 @dataclass(frozen=True)
 class TracedGraph:
-    """A traced graph: the exported file, the program it was made from, and the same in ONNX before it was optimised.
+    """What a trace gave: the template, the program that it was made from, and the same in ONNX, not optimised.
 
-    The last has every weight by its name in `graph.module`; the optimiser folds weights into constants without a name.
+    The last has the name of every step of the program, and every weight by its name in `graph.module`.
     """
 
     graph: Graph
-    path: Path
+    template: GraphTemplate
     program: torch.export.ExportedProgram
     unoptimised: onnx_ir.Model
 
-    def open_file(self) -> ort.InferenceSession:
-        """Open the exported file."""
-        return open_session(self.path)
-
-    def open(self, network: RankingNetwork, more_outputs: Sequence[str] = ()) -> ort.InferenceSession:
+    def open_unoptimised(self, network: RankingNetwork, more_outputs: Sequence[str]) -> ort.InferenceSession:
         """Open the graph as it was before it was optimised.
 
         Args:
@@ -153,12 +147,13 @@ class TracedGraph:
             more_outputs: names of values in the graph that become outputs too.
         """
         model = self.unoptimised.clone()
-        weights: dict[str, ort.OrtValue] = {}
-        for name, weight in network.named_parameters(WEIGHTS_PREFIX, remove_duplicate=False):
-            if name in model.graph.initializers:
-                array = weight.contiguous().numpy()
-                weights[name] = ort.OrtValue.ortvalue_from_numpy(array)
-                model.graph.initializers[name].const_value = _describe_weight(name, array)
+        weights = {
+            name: tensor.contiguous().numpy()
+            for name, tensor in list_weights(network).items()
+            if name in model.graph.initializers
+        }
+        for name, array in weights.items():
+            model.graph.initializers[name].const_value = _describe_weight(name, array)
         values = {value.name: value for node in model.graph for value in node.outputs}
         model.graph.outputs.extend(values[name] for name in more_outputs)
         return open_session(onnx_ir.to_proto(model).SerializeToString(), weights)
@@ -168,17 +163,6 @@ def _describe_weight(name: str, array: npt.NDArray[Any]) -> onnx_ir.ExternalTens
     """Return a tensor for a graph whose bytes the session is given when it is opened: no file is read."""
     data_type = onnx_ir.DataType.from_numpy(array.dtype)
     return onnx_ir.ExternalTensor("weights", 0, array.nbytes, data_type, shape=onnx_ir.Shape(array.shape), name=name)
-
-
-def open_session(model: Path | bytes, weights: Mapping[str, ort.OrtValue] | None = None) -> ort.InferenceSession:
-    """Open a graph for the proofs, on the CPU; what fails is an exception and not a line of ONNX Runtime's as well."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    # Sessions take turns with torch on the same cores: threads that wait busily slow everything else down.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if weights:
-        options.add_external_initializers(list(weights), list(weights.values()))
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def describe_graphs(network: RankingNetwork) -> list[Graph]:
@@ -241,14 +225,13 @@ class TraceError(ArtefactError):
     """A network's code cannot be made into a graph."""
 
 
-def export_graph(graph: Graph, release: str, path: Path) -> TracedGraph:
-    """Trace one graph into an ONNX file at `path`, weights in `path` + ".data" beside it; return what was traced.
-
-    The release is written into the file's metadata, so that a file that was swapped is noticed at load.
+def trace_graph(graph: Graph, network: RankingNetwork) -> TracedGraph:
+    """Trace one graph of a network.
 
     Raises:
         TraceError: the network's code cannot be traced for any number of users, events and candidates.
     """
+    weights = list_weights(network)
     with _quiet_exporter(), _explaining(graph.model):
         program = torch.onnx.export(
             graph.module,
@@ -265,13 +248,22 @@ def export_graph(graph: Graph, release: str, path: Path) -> TracedGraph:
         if program is None or program.exported_program is None:
             raise RuntimeError(f"{graph.model}: the ONNX exporter returned nothing")
         unoptimised = program.model.clone()
+        detach_weights(program.model, weights)
         program.optimize()
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces, with the paths of the exporting machine
-    program.model.metadata_props[RELEASE_METADATA_KEY] = release
-    program.save(str(path), external_data=True)
-    onnx.checker.check_model(str(path))
-    return TracedGraph(graph, path, program.exported_program, unoptimised)
+    structure, folding, direct = split_folding(onnx_ir.to_proto(program.model), weights)
+    traced = program.exported_program
+    template = GraphTemplate(
+        model=graph.model,
+        structure=structure.SerializeToString(deterministic=True),
+        folding=folding.SerializeToString(deterministic=True),
+        direct=tuple(direct),
+        folded=tuple(each.name for each in folding.graph.output),
+        steps=hash_steps(traced),
+        reads=tuple(sorted(list_tensors_read(traced).keys() & weights.keys())),
+    )
+    return TracedGraph(graph, template, traced, unoptimised)
 
 
 def translate_attend_unmasked(query: Any, key: Any, value: Any, heads: int) -> Any:

@@ -7,7 +7,8 @@ judge whether a difference matters.
 
 import operator
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +20,8 @@ import torch
 from torch import fx
 from torch.export.graph_signature import InputKind
 
-from kvcast.export.graphs import WEIGHTS_PREFIX, TracedGraph, open_session
+from kvcast.export.graphs import TracedGraph
+from kvcast.export.template import WEIGHTS_PREFIX, list_weights, open_session
 from kvcast.networks.interface import RankingNetwork
 from kvcast.protocol.golden import measure_differences
 from kvcast.protocol.tensors import SCORE_TOLERANCE
@@ -31,7 +33,7 @@ MOST_IDS = 20_000
 
 @torch.inference_mode()
 def describe_first_difference(
-    traced: TracedGraph, network: RankingNetwork, feeds: Arrays, *, look_at_file: bool
+    traced: TracedGraph, network: RankingNetwork, feeds: Arrays, file: Path | None
 ) -> str | None:
     """Say at which operator a graph leaves the network.
 
@@ -39,7 +41,7 @@ def describe_first_difference(
         traced: the graph.
         network: whose weights it is run with.
         feeds: the graph's inputs by name.
-        look_at_file: look into the exported file too; its weights have to be the network's.
+        file: the exported file, to look into as well; its weights have to be the network's.
 
     Returns:
         A clause, or None if it cannot be told.
@@ -48,8 +50,11 @@ def describe_first_difference(
         return None
     expected = Recorder(traced.program.graph_module).record(_list_arguments(traced, network, feeds))
     steps = [step for step in traced.program.graph.nodes if step.name in expected]
-    for session in (_open_unoptimised, _open_file) if look_at_file else (_open_unoptimised,):
-        opened, operators = session(traced, network, expected)
+    ways: list[Callable[..., tuple[ort.InferenceSession, dict[str, str]]]] = [partial(_open_unoptimised, network)]
+    if file is not None:
+        ways.append(partial(_open_file, file))
+    for open_graph in ways:
+        opened, operators = open_graph(traced, expected)
         got = dict(zip(operators, opened.run(list(operators), dict(feeds)), strict=True))
         for step in steps:
             if step.name in got and _differ(expected[step.name], got[step.name]):
@@ -77,7 +82,7 @@ class Recorder(fx.Interpreter):
 def _list_arguments(traced: TracedGraph, network: RankingNetwork, feeds: Arrays) -> list[torch.Tensor]:
     """Return what the traced program takes, in its order: weights, buffers, constants and the graph's inputs."""
     program, inputs = traced.program, iter(traced.graph.input_names)
-    tensors = dict(network.named_parameters(WEIGHTS_PREFIX, remove_duplicate=False))
+    tensors = list_weights(network)
     arguments = []
     for spec in program.graph_signature.input_specs:
         if spec.kind is InputKind.USER_INPUT:
@@ -90,25 +95,21 @@ def _list_arguments(traced: TracedGraph, network: RankingNetwork, feeds: Arrays)
 
 
 def _open_unoptimised(
-    traced: TracedGraph, network: RankingNetwork, wanted: Collection[str]
+    network: RankingNetwork, traced: TracedGraph, wanted: Collection[str]
 ) -> tuple[ort.InferenceSession, dict[str, str]]:
     """Open the graph before it was optimised; return also the operators that make those of the wanted values it has."""
     values = {value.name: node.op_type for node in traced.unoptimised.graph for value in node.outputs if value.name}
     operators = _select(values, traced, wanted)
-    return traced.open(network, list(operators)), operators
+    return traced.open_unoptimised(network, list(operators)), operators
 
 
-def _open_file(
-    traced: TracedGraph,
-    network: RankingNetwork,  # noqa: ARG001 the file holds its weights
-    wanted: Collection[str],
-) -> tuple[ort.InferenceSession, dict[str, str]]:
-    """Open the exported file in the same way."""
-    model = onnx.load(traced.path, load_external_data=False)
+def _open_file(path: Path, traced: TracedGraph, wanted: Collection[str]) -> tuple[ort.InferenceSession, dict[str, str]]:
+    """Open the exported file in the same way; it has its own weights."""
+    model = onnx.load(path, load_external_data=False)
     values = {name: node.op_type for node in model.graph.node for name in node.output}
     operators = _select(values, traced, wanted)
     model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in operators)
-    with tempfile.NamedTemporaryFile(dir=traced.path.parent, suffix=".onnx") as file:  # beside the file of weights
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".onnx") as file:  # beside the file of weights
         file.write(model.SerializeToString())
         file.flush()
         return open_session(Path(file.name)), operators

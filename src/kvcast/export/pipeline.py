@@ -11,66 +11,67 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
-from kvcast.export.calls import OnnxCalls, TorchCalls
-from kvcast.export.equality import prove_graphs_equal_network
-from kvcast.export.graphs import OPSET, describe_graphs, export_graph
-from kvcast.export.proofs import Calls, Sample, draw_sample, prove, prove_history_is_blind, prove_layout, prove_limits
+from kvcast.export.cache import Entry, LimitProofs, NoKeyError, TraceCache, make_key
+from kvcast.export.calls import TorchCalls
+from kvcast.export.equality import Graphs, prove_graphs_equal_network, prove_graphs_equal_network_at_limits
+from kvcast.export.graphs import OPSET
+from kvcast.export.proofs import (
+    ProofError,
+    draw_sample,
+    prove,
+    prove_history_is_blind,
+    prove_layout,
+    prove_limits,
+)
 from kvcast.export.release import fingerprint_kv, fingerprint_release
-from kvcast.networks.interface import MaskKind, RankingNetwork, build_network
-from kvcast.networks.weights import draw_weights, load_weights
+from kvcast.export.template import GraphTemplate, write_graphs
+from kvcast.export.trace import trace_model, trace_network
+from kvcast.networks.interface import RankingNetwork, build_network
+from kvcast.networks.weights import WeightsSource, set_weights
 from kvcast.protocol.config import ModelConfig
 from kvcast.protocol.errors import ConfigError
 from kvcast.protocol.golden import GOLDEN_FILE, Golden
 from kvcast.protocol.locate import is_in_wheel, locate
-from kvcast.protocol.manifest import MANIFEST_FILE, ONNX_FILE, RELEASES_FILE, Dims, Manifest, Parity, hash_file
+from kvcast.protocol.manifest import MANIFEST_FILE, RELEASES_FILE, Dims, Manifest, Parity, hash_file
 from kvcast.protocol.tensors import EXPORTED_MODELS, USER_ENCODER
 
 VERSION_FOLDER = "1"
 # Long enough for every code path; properties 1 to 6 run some twenty forwards each.
 PROOF_HISTORY = 192
 PROOF_CANDIDATES = 5
-STEPS = 10
-
-
-@dataclass(frozen=True)
-class WeightsSource:
-    """Where weights come from: a safetensors file or a seed; without either, what the configuration comes with.
-
-    accept_undirected: take a file that says it was trained with the undirected mask.
-    """
-
-    file: Path | None = None
-    seed: int | None = None
-    accept_undirected: bool = False
 
 
 class Progress:
     """Counts the steps and says how long each took."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
+        self.say = say
         self._step = 0
 
     @contextlib.contextmanager
     def step(self, what: str) -> Iterator[None]:
         """Announce one step and, when it ends, its duration."""
         self._step += 1
-        label = f"[{self._step}/{STEPS}] {what}"
-        self._say(f"{label} …")
+        label = f"[{self._step}] {what}"
+        self.say(f"{label} …")
         started = time.perf_counter()
         yield
-        self._say(f"{label}: {time.perf_counter() - started:.1f} s")
+        self.say(f"{label}: {time.perf_counter() - started:.1f} s")
 
 
 @torch.inference_mode()
 def export_release(
-    config: ModelConfig, weights: WeightsSource, repository: Path, say: Callable[[str], None] = print
+    config: ModelConfig,
+    weights: WeightsSource,
+    repository: Path,
+    say: Callable[[str], None] = print,
+    cache: TraceCache | None = None,
 ) -> Manifest:
     """Export a configuration into a model repository.
 
@@ -79,12 +80,15 @@ def export_release(
         weights: a safetensors file, a seed, or what the configuration comes with.
         repository: the folder that Triton will load; made and furnished with the models if need be.
         say: receives lines of progress.
+        cache: of traced graphs. With those of an earlier export of the same code and configuration only the weights
+            are new: the same files, in a fraction of the time.
 
     Returns:
         The manifest (of the last model; they differ in `model` and `files` alone).
 
     Raises:
         ConfigError: the weights do not fit the configuration, or the repository holds published releases.
+        TraceError: the network's code cannot be made into a graph.
         ProofError: a property does not hold; nothing in the repository has changed then.
     """
     if (repository / RELEASES_FILE).exists():
@@ -99,38 +103,32 @@ def export_release(
     progress = Progress(say)
     with progress.step(f"build {config.name} ({config.network.family})"):
         network = build_network(config)
-        mask = _set_weights(network, weights)
+        mask = set_weights(network, weights)
     with progress.step("fingerprint the release"):
         release = fingerprint_release(network)
+    proofs = Proofs(network)
     with progress.step("prove the network (torch): properties 1 to 6, negative control"):
-        samples = _draw_samples(config)
-        torch_error, undirected_difference = _prove_network(network, samples)
+        proofs.prove_network()
     with contextlib.ExitStack() as stack:
         staging = Path(stack.enter_context(_stage_beside(repository)))
-        traced = {}
-        for graph in describe_graphs(network):
-            with progress.step(f"trace {graph.model}"):
-                folder = staging / graph.model
-                folder.mkdir()
-                traced[graph.model] = export_graph(graph, release, folder / ONNX_FILE)
-        kv_id = fingerprint_kv(network, traced[USER_ENCODER.name].program)
-        with progress.step("prove that the graphs equal the network (property 0)"):
-            graph_error = prove_graphs_equal_network(network, traced)
-        with progress.step("prove the ONNX graphs: properties 1 to 6"):
-            onnx_error = _prove_calls(OnnxCalls.open(staging), samples, network)
-            golden = _record_golden(TorchCalls(network), samples[0])
-        parity = Parity(graph_error, torch_error, onnx_error, undirected_difference)
+        trace = partial(_trace_beside_each_other, config, weights, progress)
+        graphs, limits = _make_graphs(proofs, release, staging, progress, trace, cache)
+        parity = proofs.describe(limits.release)
+        kv_id = fingerprint_kv(network, graphs.templates[USER_ENCODER.name])
         with progress.step(f"write {repository}"):
             _furnish_repository(repository)
+            golden = proofs.record_golden().to_json()
             for model in EXPORTED_MODELS:
-                (staging / model.name / GOLDEN_FILE).write_text(golden.to_json())
-                manifest = _describe(network, release, kv_id, parity, model.name, staging / model.name)
-                (staging / model.name / MANIFEST_FILE).write_text(manifest.to_json())
-                _move_into_place(staging / model.name, repository / model.name / VERSION_FOLDER)
+                folder = graphs.folder / model.name
+                (folder / GOLDEN_FILE).write_text(golden)
+                manifest = _describe(network, release, kv_id, parity, model.name, folder)
+                (folder / MANIFEST_FILE).write_text(manifest.to_json())
+            for model in EXPORTED_MODELS:
+                _move_into_place(graphs.folder / model.name, repository / model.name / VERSION_FOLDER)
     say(
-        f"release {release[:12]} of {config.name}: graphs = network to {graph_error:.1e}, cached = monolith to "
-        f"{torch_error:.1e} (torch) and {onnx_error:.1e} (ONNX); the undirected mask would move scores by up to "
-        f"{undirected_difference:.1e}"
+        f"release {release[:12]} of {config.name}: graphs = network to {parity.graphs:.1e}, cached = monolith to "
+        f"{parity.torch:.1e} (torch) and {parity.onnx:.1e} (ONNX); the undirected mask would move scores by up to "
+        f"{parity.undirected_difference:.1e}"
     )
     if mask == "undirected":
         say("these weights were trained with the undirected mask: so far can a score lie from the one of training")
@@ -152,45 +150,131 @@ def _choose_weights(config: ModelConfig, weights: WeightsSource) -> WeightsSourc
     return dataclasses.replace(weights, file=own)
 
 
-def _set_weights(network: RankingNetwork, weights: WeightsSource) -> MaskKind | None:
-    """Set every parameter; return the mask of training, where a file says it."""
-    if weights.file is not None:
-        return load_weights(network, weights.file, accept_undirected=weights.accept_undirected)
-    draw_weights(network, weights.seed or 0)
-    return None
+class Proofs:
+    """The proofs of one export, and what they have measured so far."""
+
+    def __init__(self, network: RankingNetwork) -> None:
+        """Draw the requests on which the properties are proved."""
+        self.network, self._calls = network, TorchCalls(network)
+        schema, limits = network.config.schema, network.config.limits
+        length = min(PROOF_HISTORY, limits.history - 3)  # the padding proof adds three events
+        count = min(PROOF_CANDIDATES, limits.candidates)
+        self._samples = [draw_sample(schema, length, count, seed=1), draw_sample(schema, 3, count, seed=2)]
+        self._errors = {"graphs": 0.0, "torch": 0.0, "onnx": 0.0, "undirected_difference": 0.0}
+        self._seconds = 0.0
+
+    def prove_network(self) -> None:
+        """Prove properties 1 to 6 of the network in torch, run the negative control and measure the mask's effect."""
+        calls, network = self._calls, self.network
+        with self._timing():
+            for sample in self._samples:
+                prove_layout(calls.encode_user(sample.history), sample, network.kv_layout)
+            self._record("torch", *(prove(calls, sample, network.kv_layout) for sample in self._samples))
+            for sample in self._samples:
+                prove_history_is_blind(calls.probe_user_keys, network.config.schema, sample)
+                blind = calls.run_monolith(sample.history, sample.candidates)
+                undirected = calls.run_monolith(sample.history, sample.candidates, "undirected")
+                self._record("undirected_difference", abs(blind - undirected).max())
+
+    def prove_equality(self, graphs: Graphs) -> None:
+        """Prove property 0 of the exported files."""
+        with self._timing():
+            self._record("graphs", prove_graphs_equal_network(self.network, graphs))
+
+    def prove_graphs(self, graphs: Graphs) -> None:
+        """Prove properties 1 to 6 of the exported files."""
+        with self._timing():
+            calls = graphs.open_files()
+            self._record("onnx", *(prove(calls, sample, self.network.kv_layout) for sample in self._samples))
+
+    def prove_limits(self, graphs: Graphs, release: str) -> LimitProofs:
+        """Prove requests at the limits, of the network and of the exported files; return what is known of that."""
+        network, started = self.network, time.perf_counter()
+        self._record("torch", prove_limits(self._calls, network.config, network.kv_layout))
+        self._record("graphs", prove_graphs_equal_network_at_limits(network, graphs))
+        self._record("onnx", prove_limits(graphs.open_files(), network.config, network.kv_layout))
+        return LimitProofs(release, time.perf_counter() - started, self._seconds)
+
+    def record_golden(self) -> Golden:
+        """Return a request and the network's scores."""
+        history, candidates = self._samples[0].history, self._samples[0].candidates
+        return Golden(history[0], candidates[0], self._calls.rank(history, candidates)[0])
+
+    def describe(self, limits: str) -> Parity:
+        """Return what was measured; limits: the release with which requests at the limits were proved."""
+        return Parity(**self._errors, limits=limits)
+
+    def _record(self, name: str, *differences: float) -> None:
+        self._errors[name] = float(max(self._errors[name], *differences))
+
+    @contextlib.contextmanager
+    def _timing(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._seconds += time.perf_counter() - started
 
 
-def _draw_samples(config: ModelConfig) -> list[Sample]:
-    length = min(PROOF_HISTORY, config.limits.history - 3)  # the padding proof adds three events
-    count = min(PROOF_CANDIDATES, config.limits.candidates)
-    return [draw_sample(config.schema, length, count, seed=1), draw_sample(config.schema, 3, count, seed=2)]
+def _make_graphs(
+    proofs: Proofs,
+    release: str,
+    staging: Path,
+    progress: Progress,
+    trace: Callable[[], tuple[GraphTemplate, ...]],
+    cache: TraceCache | None,
+) -> tuple[Graphs, LimitProofs]:
+    """Write the graphs and prove them; those of the cache if it has them, and others where those cannot be proved."""
+    key = _make_key(proofs.network, cache, progress)
+    entry = cache.load(key) if cache and key else None
+    try:
+        graphs = _write_and_prove(proofs, entry.templates if entry else trace(), release, staging / "graphs", progress)
+    except ProofError as error:
+        if entry is None:
+            raise
+        progress.say(f"{error}\nthat was a graph that had been traced before: all are traced again")
+        entry = None
+        graphs = _write_and_prove(proofs, trace(), release, staging / "again", progress)
+    limits = entry.limits if entry else None
+    if limits is not None and limits.seconds > limits.other_seconds:
+        progress.say(f"requests at the limits were proved of these graphs with release {limits.release[:12]}")
+    else:
+        with progress.step("prove requests at the limits, in torch and through the ONNX graphs"):
+            limits = proofs.prove_limits(graphs, release)
+    # A module that was loaded meanwhile could have a part in the trace, and is not in the key.
+    if cache and entry is None and key == _make_key(proofs.network, cache, progress):
+        cache.store(key, Entry(tuple(graphs.templates.values()), limits))
+    return graphs, limits
 
 
-def _prove_calls(calls: Calls, samples: list[Sample], network: RankingNetwork) -> float:
-    layout = network.kv_layout
-    return max(*(prove(calls, sample, layout) for sample in samples), prove_limits(calls, network.config, layout))
+def _write_and_prove(
+    proofs: Proofs, templates: tuple[GraphTemplate, ...], release: str, folder: Path, progress: Progress
+) -> Graphs:
+    with progress.step("put the weights into the graphs"):
+        folder.mkdir()
+        write_graphs(templates, proofs.network, release, folder)
+    graphs = Graphs({each.model: each for each in templates}, folder, partial(trace_model, proofs.network))
+    with progress.step("prove that the graphs equal the network (property 0)"):
+        proofs.prove_equality(graphs)
+    with progress.step("prove the ONNX graphs: properties 1 to 6"):
+        proofs.prove_graphs(graphs)
+    return graphs
 
 
-def _record_golden(calls: Calls, sample: Sample) -> Golden:
-    return Golden(sample.history[0], sample.candidates[0], calls.rank(sample.history, sample.candidates)[0])
+def _trace_beside_each_other(
+    config: ModelConfig, weights: WeightsSource, progress: Progress
+) -> tuple[GraphTemplate, ...]:
+    with progress.step("trace the four graphs, which takes longest"):
+        return tuple(trace_network(config, weights, lambda model: progress.say(f"    {model} is traced")).values())
 
 
-def _prove_network(network: RankingNetwork, samples: list[Sample]) -> tuple[float, float]:
-    """Return the parity error, and how far the undirected mask moves the scores."""
-    calls = TorchCalls(network)
-    for sample in samples:
-        prove_layout(calls.encode_user(sample.history), sample, network.kv_layout)
-    error = _prove_calls(calls, samples, network)
-    for sample in samples:
-        prove_history_is_blind(calls.probe_user_keys, network.config.schema, sample)
-    differences = [
-        abs(
-            calls.run_monolith(sample.history, sample.candidates)
-            - calls.run_monolith(sample.history, sample.candidates, "undirected")
-        ).max()
-        for sample in samples
-    ]
-    return error, float(max(differences))
+def _make_key(network: RankingNetwork, cache: TraceCache | None, progress: Progress) -> str:
+    """Return the key of the network's graphs; empty without a cache, and where what they depend on cannot be told."""
+    if cache is None:
+        return ""
+    try:
+        return make_key(network)
+    except NoKeyError as error:
+        progress.say(f"the traced graphs cannot be used again: {error}")
+        return ""
 
 
 def _describe(network: RankingNetwork, release: str, kv_id: str, parity: Parity, model: str, folder: Path) -> Manifest:

@@ -14,6 +14,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from kvcast.export.template import GraphTemplate, list_weights
 from kvcast.networks import attention, interface, masks
 from kvcast.networks.interface import RankingNetwork
 from kvcast.protocol.manifest import CONTRACT_VERSION
@@ -33,21 +34,30 @@ def fingerprint_release(network: RankingNetwork) -> str:
     return _digest([_list_settings(network), schema], tensors)
 
 
-def fingerprint_kv(network: RankingNetwork, encoder: torch.export.ExportedProgram) -> str:
+def fingerprint_kv(network: RankingNetwork, encoder: GraphTemplate) -> str:
     """Return the same over what the user's side is made of: two releases that share it read each other's user KV.
 
     Of the schema it is the history's fields; of the weights, those that the traced encoder reads. The steps of the
     trace are in it too, so that code that looks at anything else of the configuration cannot mix KV.
     """
-    graphs = [module.graph for module in encoder.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
+    fields, weights = msgspec.to_builtins(network.config.schema.history_fields), list_weights(network)
+    return _digest(
+        ["user KV", _list_settings(network), fields, encoder.steps], {name: weights[name] for name in encoder.reads}
+    )
+
+
+def hash_steps(program: torch.export.ExportedProgram) -> str:
+    """Return the SHA-256 (hex) of a traced program's steps, and of the constants in it."""
+    graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
     steps = [
         f"{node.target} {node.args} {node.kwargs}"
         for graph in graphs
         for node in graph.nodes
         if node.op != "placeholder" and (node.users or node.op == "output")
     ]
-    fields = msgspec.to_builtins(network.config.schema.history_fields)
-    return _digest(["user KV", _list_settings(network), fields, steps], list_tensors_read(encoder))
+    buffers = {*program.graph_signature.buffers}
+    constants = {name: each for name, each in list_tensors_read(program).items() if name in program.constants}
+    return _digest(steps, {name: each for name, each in constants.items() if name not in buffers})
 
 
 def list_tensors_read(program: torch.export.ExportedProgram) -> dict[str, Tensor]:

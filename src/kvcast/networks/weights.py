@@ -1,5 +1,6 @@
 """Weights of a network: drawn from a seed, or read from a safetensors file (never from a pickle)."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
@@ -14,6 +15,30 @@ from kvcast.protocol.errors import ConfigError
 MASK_METADATA_KEY = "kvcast.mask"
 HISTORY_METADATA_KEY = "kvcast.history"
 ENCODED, NONE = "encoded", "none"
+
+
+@dataclass(frozen=True)
+class WeightsSource:
+    """Where weights come from: a safetensors file or a seed; without either, what the configuration comes with.
+
+    accept_undirected: take a file that says it was trained with the undirected mask.
+    """
+
+    file: Path | None = None
+    seed: int | None = None
+    accept_undirected: bool = False
+
+
+def set_weights(network: RankingNetwork, source: WeightsSource) -> MaskKind | None:
+    """Set every parameter, from seed 0 if nothing is named; return the mask of training, where a file says it.
+
+    Raises:
+        ConfigError: as `load_weights`.
+    """
+    if source.file is not None:
+        return load_weights(network, source.file, accept_undirected=source.accept_undirected)
+    draw_weights(network, source.seed or 0)
+    return None
 
 
 def draw_weights(network: RankingNetwork, seed: int) -> None:

@@ -5,6 +5,8 @@ Export writes it, the models rely on nothing that it does not say, and clients r
 
 import hashlib
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,13 @@ from kvcast.protocol.schema import FeatureSchema, Field, KVLayout, Limits, Workl
 
 MANIFEST_FILE = "manifest.json"
 ONNX_FILE = "model.onnx"
+# The weights of all models of a release: one file, with a name in the folder of each.
+WEIGHTS_FILE = "weights.data"
 # In a repository: which releases were published into it, and which of them is served (server/releases.py).
 RELEASES_FILE = "releases.json"
 # Raised whenever a tensor, its meaning or this file changes, or what networks/attention.py and networks/masks.py
 # compute, so that artefacts of both sides cannot be mixed.
-CONTRACT_VERSION = 4
+CONTRACT_VERSION = 5
 # Where the ONNX file itself repeats the release, so that a swapped file is noticed.
 RELEASE_METADATA_KEY = "kvcast.release"
 
@@ -41,13 +45,15 @@ class Parity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `graphs` is that between the graphs and the network, of scores and user KV, relative above 1; `torch` and `onnx` are
     those between cached path and monolith, in the network and through the graphs.
     `undirected_difference` is the negative control: the largest difference of scores
-    between the undirected and the target-blind mask.
+    between the undirected and the target-blind mask. `limits` is the release with whose weights requests at the limits
+    were proved of these graphs: its own, or an earlier one where that takes longer than all other proofs.
     """
 
     graphs: float
     torch: float
     onnx: float
     undirected_difference: float
+    limits: str
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -110,3 +116,11 @@ def hash_file(path: Path) -> str:
     """Return the SHA-256 (hex) of a file's bytes, as `Manifest.files` holds it."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make a hard link, or a copy where the file system has none: the models of a release share their weights."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -3,7 +3,9 @@
 import argparse
 import http.client
 import json
+import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -11,15 +13,21 @@ from typing import Any
 
 import msgspec
 
+from kvcast.protocol.config import list_configs
 from kvcast.protocol.errors import KvcastError
+from kvcast.protocol.manifest import read_manifest
+from kvcast.protocol.tensors import EXPORTED_MODELS
 from kvcast.server.installation import ServerError
-from kvcast.server.releases import Record, ReleaseStore
+from kvcast.server.releases import Record, Release, ReleaseStore
 
 POLL_SECONDS = 0.2
 DEFAULT_SERVER = "127.0.0.1:8000"
 
 EXAMPLE = """\
-example:
+examples:
+  kvcast release push new.safetensors   # from a training job: export, publish, activate, delete the oldest
+
+step by step:
   kvcast export --config bench --weights new.safetensors --repository build/new
   kvcast release publish build/new
   kvcast release activate 2        # running servers load it beside the old one, try it, and switch
@@ -34,21 +42,31 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="kvcast release",
         description="Publish exports as immutable, checksummed releases, and choose which one is served. A server "
-        "tries a release with its golden request before it switches.",
+        "tries a release with its golden request before it switches. One command at a time changes what is served: "
+        "another waits for it, and says so.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="publish | list | activate | rollback")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="push | publish | list | activate | rollback"
+    )
+    push = commands.add_parser("push", help="export trained weights, publish them and serve them")
+    push.add_argument("weights", type=Path, metavar="WEIGHTS.safetensors")
+    push.add_argument("--config", help="name or TOML file (that of the release that is served)")
+    push.add_argument("--keep", type=int, default=5, metavar="COUNT", help="releases to keep (%(default)s)")
+    push.add_argument(
+        "--keep-gigabytes", type=float, default=100.0, metavar="GB", help="bytes that they may have (%(default)s)"
+    )
     publish = commands.add_parser("publish", help="copy an export into the repository as its next release")
     publish.add_argument("source", type=Path, metavar="EXPORT", help="folder that `kvcast export` has written")
     listing = commands.add_parser("list", help="print the releases")
     activate = commands.add_parser("activate", help="serve a release")
     activate.add_argument("release", metavar="RELEASE", help="its number, or the first characters of its id")
     rollback = commands.add_parser("rollback", help="serve the release that was active before")
-    for command in (publish, listing, activate, rollback):
+    for command in (push, publish, listing, activate, rollback):
         command.add_argument("--repository", type=Path, default=Path("model_repository"), metavar="DIR")
     listing.add_argument("--json", action="store_true", help="print the record as JSON")
-    for command in (activate, rollback):
+    for command in (push, activate, rollback):
         command.add_argument(
             "--server", action="append", metavar="HOST:PORT",
             help=f"HTTP address of a running server to wait for; may be repeated ({DEFAULT_SERVER}, if one is there)",
@@ -63,25 +81,75 @@ def main(argv: list[str] | None = None) -> int:
     store = ReleaseStore(arguments.repository)
     try:
         if arguments.command == "publish":
-            release = store.publish(arguments.source)
-            print(f"release {release.release_number} ({release.release_id[:12]}, {release.config}) is published")
-            others = ", ".join(store.find_other_configs(arguments.source))
-            if others:
-                print(f"the config.pbtxt of {others} stays as it is in {store.repository}: the export has another")
+            publish(store, arguments.source)
         elif arguments.command == "list":
             print(to_json(store.read()) if arguments.json else to_table(store.read()))
         else:
-            record = store.read()
-            number = record.previous
-            if arguments.command == "activate":
-                number = record.find(arguments.release).release_number
-            if number is None:
-                raise ServerError("no release was active before the one that is: `kvcast release list` shows them")
-            activate(store, number, arguments.server or [], arguments.wait)
+            with store.switching(lambda: print("another command is switching releases: waiting for it", flush=True)):
+                _switch(store, arguments)
     except (KvcastError, OSError) as error:
         print(f"kvcast release {arguments.command}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _switch(store: ReleaseStore, arguments: argparse.Namespace) -> None:
+    """Run a command that changes which release is served."""
+    record = store.read()
+    number = record.previous
+    if arguments.command == "push":
+        config = arguments.config or find_config(record)
+        number = push(store, arguments.weights, config)
+    elif arguments.command == "activate":
+        number = record.find(arguments.release).release_number
+    if number is None:
+        raise ServerError("no release was active before the one that is: `kvcast release list` shows them")
+    activate(store, number, arguments.server or [], arguments.wait)
+    if arguments.command == "push":
+        for release in store.prune(arguments.keep, arguments.keep_gigabytes * 1e9):
+            print(f"release {release.release_number} ({release.release_id[:12]}) is deleted")
+
+
+def push(store: ReleaseStore, weights: Path, config: str) -> int:
+    """Export weights and publish them, if that was not done before; return the release's number.
+
+    Raises:
+        ServerError: the export failed, which has said why; or it cannot be published.
+    """
+    with tempfile.TemporaryDirectory(dir=store.repository.resolve().parent, prefix=".kvcast-push-") as folder:
+        source = Path(folder) / "export"
+        command = [sys.executable, "-m", "kvcast.export", "--config", config, "--repository", str(source)]
+        if subprocess.run([*command, "--weights", str(weights)], check=False).returncode:
+            raise ServerError(f"{weights} could not be exported; what is served stays as it is")
+        release_id = read_manifest(source / EXPORTED_MODELS[0].name / "1").release
+        for known in store.read().releases:
+            if known.release_id == release_id:
+                print(f"release {known.release_number} has these weights")
+                return known.release_number
+        return publish(store, source).release_number
+
+
+def publish(store: ReleaseStore, source: Path) -> Release:
+    """Publish an export, and say what became of it."""
+    release = store.publish(source)
+    print(f"release {release.release_number} ({release.release_id[:12]}, {release.config}) is published")
+    others = ", ".join(store.find_other_configs(source))
+    if others:
+        print(f"the config.pbtxt of {others} stays as it is in {store.repository}: the export has another")
+    return release
+
+
+def find_config(record: Record) -> str:
+    """Return the configuration of the release that is served, or of the newest.
+
+    Raises:
+        ServerError: there is none, or it is no configuration that comes with the package.
+    """
+    releases = [each for each in record.releases if each.release_number == record.active] or record.releases[-1:]
+    if not releases or releases[0].config not in list_configs():
+        name = releases[0].config if releases else "none"
+        raise ServerError(f"config: expected one of {', '.join(list_configs())}, got {name}: give --config FILE.toml")
+    return releases[0].config
 
 
 def activate(store: ReleaseStore, number: int, named: list[str], seconds: float) -> None:

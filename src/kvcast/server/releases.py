@@ -10,14 +10,14 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import msgspec
 
 from kvcast.protocol.decoding import decode_json
 from kvcast.protocol.golden import read_golden
-from kvcast.protocol.manifest import MANIFEST_FILE, RELEASES_FILE, hash_file, read_manifest
+from kvcast.protocol.manifest import MANIFEST_FILE, RELEASES_FILE, hash_file, link_or_copy, read_manifest
 from kvcast.protocol.tensors import EXPORTED_MODELS, MODELS
 from kvcast.server.installation import ServerError
 from kvcast.server.view import CONFIG_FILE, ENSEMBLE_VERSION
@@ -25,6 +25,7 @@ from kvcast.server.view import CONFIG_FILE, ENSEMBLE_VERSION
 # Keys in files of earlier versions.
 OLD_KEYS = {b'"fingerprint":': b'"release_id":', b'"number":': b'"release_number":'}
 STAGING_PREFIX = ".publishing-"
+SWITCH_LOCK = "releases.lock"
 READ_ONLY_FILE, READ_ONLY_FOLDER, WRITABLE_FOLDER = 0o444, 0o555, 0o755
 
 
@@ -120,11 +121,13 @@ class ReleaseStore:
             ServerError: one is missing or altered, or they are not of one release.
         """
         number = release.release_number
+        known: dict[int, str] = {}  # of files that have several names, the SHA-256
         for name, expected in release.files.items():
             model, _, file = name.partition("/")
             path = self.find_folder(model, number) / file
             try:
-                got = hash_file(path)
+                inode = path.stat().st_ino
+                got = known[inode] = known.get(inode) or hash_file(path)
             except OSError as error:
                 raise ServerError(f"{path}: cannot be read ({error.strerror}): publish the release again") from error
             if got != expected:
@@ -155,6 +158,46 @@ class ReleaseStore:
         """Undo an activation."""
         with self._lock():
             self._write(msgspec.structs.replace(self.read(), active=before.active, previous=before.previous))
+
+    def prune(self, keep: int, most_bytes: float) -> list[Release]:
+        """Delete the oldest releases while there are more than that many, or of more bytes; return those deleted.
+
+        The active release and the one before it stay, however large they are.
+        """
+        with self._lock():
+            record = self.read()
+            kept, deleted = list(record.releases), []
+            while len(kept) > keep or sum(map(self._count_bytes, kept)) > most_bytes:
+                old = [each for each in kept if each.release_number not in (record.active, record.previous)]
+                if not old:
+                    break
+                deleted.append(min(old, key=lambda each: each.release_number))
+                kept.remove(deleted[-1])
+            self._write(msgspec.structs.replace(record, releases=tuple(kept)))
+        for release in deleted:
+            for model in EXPORTED_MODELS:
+                folder = self.find_folder(model.name, release.release_number)
+                folder.chmod(WRITABLE_FOLDER)
+                shutil.rmtree(folder)
+        return deleted
+
+    def _count_bytes(self, release: Release) -> int:
+        """Return the bytes of a release's files, of those that models share once."""
+        folders = [self.find_folder(model.name, release.release_number) for model in EXPORTED_MODELS]
+        found = [path.stat() for folder in folders if folder.is_dir() for path in _list_files(folder)]
+        return sum({each.st_ino: each.st_size for each in found}.values())
+
+    @contextlib.contextmanager
+    def switching(self, tell: Callable[[], None]) -> Iterator[None]:
+        """Exclude others that choose the release that is served; `tell` is called if that takes waiting."""
+        self.repository.mkdir(parents=True, exist_ok=True)
+        with (self.repository / SWITCH_LOCK).open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                tell()
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def publish(self, source: Path) -> Release:
         """Copy a complete export into the repository as its next release; it is not served yet.
@@ -227,13 +270,20 @@ class ReleaseStore:
     def _copy(self, folders: dict[str, Path], number: int, moved: list[Path]) -> Release:
         """Copy to a folder aside, check the copies, and move them into place; `moved` lists what was moved."""
         files: dict[str, str] = {}
+        copies: dict[str, Path] = {}  # by their SHA-256
         with tempfile.TemporaryDirectory(dir=self.repository, prefix=STAGING_PREFIX) as staging:
             for model, folder in folders.items():
-                copy = Path(staging) / model
+                copy, described = Path(staging) / model, read_manifest(folder).files
                 copy.mkdir()
                 for path in _list_files(folder):
-                    shutil.copyfile(path, copy / path.name)
-                    files[f"{model}/{path.name}"] = hash_file(copy / path.name)
+                    digest, target = described.get(path.name, ""), copy / path.name
+                    if digest in copies:  # the weights, which all models share
+                        link_or_copy(copies[digest], target)
+                    else:
+                        shutil.copyfile(path, target)
+                        digest = hash_file(target)
+                        copies[digest] = target
+                    files[f"{model}/{path.name}"] = digest
                 for name, expected in read_manifest(copy).files.items():
                     if files.get(f"{model}/{name}") != expected:
                         raise ServerError(f"{folder / name}: not the file that its manifest describes: export again")
