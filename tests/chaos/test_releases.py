@@ -15,9 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from kvcast.export.pipeline import WeightsSource, export_release
+from kvcast.networks.interface import RankingNetwork
 from kvcast.protocol.config import load_config
 from kvcast.protocol.errors import ConfigError
 from kvcast.protocol.manifest import hash_file
@@ -29,9 +33,10 @@ from kvcast.server.stubs import list_stubs
 from tests.chaos.load import Load, draw_requests, expect, record_answers
 from tests.conftest import make_settings
 from tests.processes import read_state, wait_until
-from tests.support import EXPORTED_TOML
+from tests.support import EXPORTED_TOML, Ids, make_network
 
 SWITCHES = 20
+PUSHES = 20 if "KVCAST_THOROUGH" in os.environ else 4
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +99,63 @@ def switch_to(server, number, answers, requests):
             record_answers(server.grpc_address, requests[:3], model), answers[number, model], strict=False
         ):
             np.testing.assert_allclose(scores, right, rtol=0, atol=1e-5)
+
+
+def test_pushes_under_load_fail_no_request_and_score_as_their_weights_do(tiny_repository, tmp_path, capfd):
+    """From weights in a file to scores that are theirs, again and again; and what is old is deleted."""
+    store, requests = ReleaseStore(tmp_path / "repository"), draw_requests(6)
+    store.publish(tiny_repository)
+    store.activate(1)
+    networks = [make_network(load_config(str(EXPORTED_TOML)), seed) for seed in range(PUSHES + 1)]
+    answers = [[score_in_torch(network, *request) for request in requests] for network in networks]
+    options = ("--config", str(EXPORTED_TOML), "--keep", "3")
+    with serve(store.repository, models=["ranker"]) as server:
+        with Load(server.grpc_address, expect(requests, *answers), threads=2) as load:
+            for seed, network in enumerate(networks[1:], start=1):
+                save_file(network.state_dict(), tmp_path / "new.safetensors")
+                assert run(server, "push", str(tmp_path / "new.safetensors"), *options) == 0
+                for scores, right in zip(record_answers(server.grpc_address, requests), answers[seed], strict=True):
+                    np.testing.assert_allclose(scores, right, rtol=0, atol=1e-5)
+            load.wait_for(20)
+        assert set(load.count()) == {"right"}, [each for each in load.outcomes if each.what != "right"][:3]
+        said = capfd.readouterr().out
+        assert "is traced" not in said.partition("serves release 2")[2], "only the first traces, if that"
+        assert [each.release_number for each in store.read().releases] == [PUSHES - 1, PUSHES, PUSHES + 1]
+        assert sorted(path.name for path in (store.repository / "doc_fusion").glob("[0-9]*")) == sorted(
+            str(number) for number in range(PUSHES - 1, PUSHES + 2)
+        )
+        assert "release 1 (" in said
+        # The same weights once more are the same release; one that cannot be exported changes nothing.
+        assert run(server, "push", str(tmp_path / "new.safetensors"), *options) == 0
+        assert f"release {PUSHES + 1} has these weights" in capfd.readouterr().out
+        (tmp_path / "new.safetensors").write_bytes(b"no weights")
+        assert run(server, "push", str(tmp_path / "new.safetensors"), *options) == 1
+        assert "could not be exported; what is served stays as it is" in capfd.readouterr().err
+        assert read_state(server)["release_number"] == PUSHES + 1
+    weights = [store.find_folder(model.name, PUSHES) / "weights.data" for model in EXPORTED_MODELS]
+    assert len({path.stat().st_ino for path in weights}) == 1, "one file of weights"
+
+
+@torch.inference_mode()
+def score_in_torch(network: RankingNetwork, history: Ids, candidates: Ids) -> npt.NDArray[np.float32]:
+    user_kv = network.encode_user(torch.from_numpy(history if len(history) else 0 * candidates[:1, :2])[None])
+    return network.fuse(user_kv, torch.from_numpy(candidates)[None])[0].numpy()
+
+
+def test_a_command_that_switches_waits_for_another(repository, capsys):
+    store = ReleaseStore(repository)
+    with store.switching(lambda: pytest.fail("nobody is before it")):
+        other = threading.Thread(target=release, args=(["activate", "2", "--repository", str(repository)],))
+        other.start()
+        wait_until(lambda: "another command is switching releases: waiting for it" in capsys.readouterr().out, 20)
+        assert store.read().active == 1
+    other.join()
+    assert store.read().active == 2
+
+
+def test_a_push_names_the_configuration_that_it_lacks(tmp_path, capsys):
+    assert release(["push", "new.safetensors", "--repository", str(tmp_path / "repository")]) == 1
+    assert "config: expected one of bench, demo, " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("victim", ["user_encoder", "doc_fusion"])

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from kvcast.export.calls import TorchCalls
 from kvcast.export.graphs import TraceError
-from kvcast.export.pipeline import WeightsSource, _prove_network, _set_weights
-from kvcast.export.proofs import ProofError, draw_sample, prove
+from kvcast.export.pipeline import Proofs
+from kvcast.export.proofs import ProofError, Sample, draw_sample, prove
 from kvcast.export.release import fingerprint_release
 from kvcast.export.trace import trace_model
 from kvcast.networks.hstu import HSTU
 from kvcast.networks.interface import SHORT_NAMES, RankingNetwork, UserKV, build_network
 from kvcast.networks.transformer import Transformer
-from kvcast.networks.weights import draw_weights
+from kvcast.networks.weights import WeightsSource, draw_weights, set_weights
 from kvcast.protocol.config import ModelConfig, list_configs, load_config, parse_config
 from kvcast.protocol.errors import ConfigError
 from kvcast.protocol.manifest import Dims, Manifest, Parity, parse_manifest
@@ -223,6 +223,14 @@ BROKEN = {
 }
 
 
+def prove_network(network: RankingNetwork, samples: list[Sample]) -> float:
+    """Prove a network as an export does; return the largest difference of scores."""
+    proofs = Proofs(network, samples)
+    proofs.prove_network()
+    proofs.prove_network_limits()
+    return proofs.describe("").torch
+
+
 @pytest.mark.parametrize("family", BROKEN, ids=lambda family: family.__name__)
 @torch.inference_mode()
 def test_a_family_that_breaks_one_property_is_refused_by_its_name(family):
@@ -236,7 +244,7 @@ def test_a_family_that_breaks_one_property_is_refused_by_its_name(family):
         and sample.candidates[0, 2, 0] < sample.candidates[0, 1, 0]
     )
     with pytest.raises(ProofError) as caught:
-        _prove_network(network, [sample])
+        prove_network(network, [sample])
     assert str(caught.value).startswith(BROKEN[family])
 
 
@@ -267,7 +275,7 @@ def test_both_families_pass():
         network = make_network(config)
         sample = draw_sample(config.schema, 12, 5, seed=1)
         assert 0 <= prove(TorchCalls(network), sample, network.kv_layout) <= 1e-5
-        _prove_network(network, [sample])
+        prove_network(network, [sample])
 
 
 # Options.
@@ -350,7 +358,7 @@ def test_a_file_is_found_beside_its_toml_from_anywhere(guide_folder, monkeypatch
     draw_weights(network, 0)
     samples = [draw_sample(config.schema, 20, 5, seed=1)]
     with torch.inference_mode():
-        assert _prove_network(network, samples)[0] <= 1e-5
+        assert prove_network(network, samples) <= 1e-5
     fingerprint = fingerprint_release(network)
     source = guide_folder / "my_network.py"
     moved = tmp_path_factory.mktemp("moved")
@@ -422,12 +430,12 @@ def test_weights_of_another_mask_are_taken_only_if_asked(tmp_path, mask):
     network = build_network(CONFIG)
     if mask == "causal":
         with pytest.raises(ConfigError, match=r"expected kvcast\.mask to be target_blind or undirected, got 'causal'"):
-            _set_weights(network, WeightsSource(path))
+            set_weights(network, WeightsSource(path))
         return
     if mask == "undirected":
         with pytest.raises(ConfigError, match="--accept-undirected"):
-            _set_weights(network, WeightsSource(path))
-    assert _set_weights(network, WeightsSource(path, accept_undirected=True)) == mask
+            set_weights(network, WeightsSource(path))
+    assert set_weights(network, WeightsSource(path, accept_undirected=True)) == mask
     assert fingerprint_release(network) == fingerprint_release(trained)
 
 
@@ -437,7 +445,7 @@ def test_mismatches_come_before_the_mask_and_all_at_once(tmp_path):
     del weights["positions.weight"]
     save_file(weights, tmp_path / "weights.safetensors", metadata={"kvcast.mask": "undirected"})
     with pytest.raises(ConfigError) as caught:
-        _set_weights(build_network(CONFIG), WeightsSource(tmp_path / "weights.safetensors"))
+        set_weights(build_network(CONFIG), WeightsSource(tmp_path / "weights.safetensors"))
     assert "extra: not a parameter of Transformer, got torch.float32 [2, 3]" in str(caught.value)
     assert "positions.weight: missing, expected torch.float32 [64, 16]" in str(caught.value)
 

@@ -23,6 +23,7 @@ from kvcast.export.equality import Graphs, prove_graphs_equal_network, prove_gra
 from kvcast.export.graphs import OPSET
 from kvcast.export.proofs import (
     ProofError,
+    Sample,
     draw_sample,
     prove,
     prove_history_is_blind,
@@ -153,13 +154,14 @@ def _choose_weights(config: ModelConfig, weights: WeightsSource) -> WeightsSourc
 class Proofs:
     """The proofs of one export, and what they have measured so far."""
 
-    def __init__(self, network: RankingNetwork) -> None:
-        """Draw the requests on which the properties are proved."""
+    def __init__(self, network: RankingNetwork, samples: list[Sample] | None = None) -> None:
+        """Take the requests on which the properties are proved; two are drawn if there are none."""
         self.network, self._calls = network, TorchCalls(network)
         schema, limits = network.config.schema, network.config.limits
         length = min(PROOF_HISTORY, limits.history - 3)  # the padding proof adds three events
         count = min(PROOF_CANDIDATES, limits.candidates)
-        self._samples = [draw_sample(schema, length, count, seed=1), draw_sample(schema, 3, count, seed=2)]
+        drawn = [draw_sample(schema, length, count, seed=1), draw_sample(schema, 3, count, seed=2)]
+        self._samples = samples or drawn
         self._errors = {"graphs": 0.0, "torch": 0.0, "onnx": 0.0, "undirected_difference": 0.0}
         self._seconds = 0.0
 
@@ -187,10 +189,14 @@ class Proofs:
             calls = graphs.open_files()
             self._record("onnx", *(prove(calls, sample, self.network.kv_layout) for sample in self._samples))
 
+    def prove_network_limits(self) -> None:
+        """Prove requests at the limits of the network in torch."""
+        self._record("torch", prove_limits(self._calls, self.network.config, self.network.kv_layout))
+
     def prove_limits(self, graphs: Graphs, release: str) -> LimitProofs:
         """Prove requests at the limits, of the network and of the exported files; return what is known of that."""
         network, started = self.network, time.perf_counter()
-        self._record("torch", prove_limits(self._calls, network.config, network.kv_layout))
+        self.prove_network_limits()
         self._record("graphs", prove_graphs_equal_network_at_limits(network, graphs))
         self._record("onnx", prove_limits(graphs.open_files(), network.config, network.kv_layout))
         return LimitProofs(release, time.perf_counter() - started, self._seconds)
