@@ -247,8 +247,9 @@ def _pack(where: str, tensor: Input) -> bytes:
     flat = _read_whole_numbers(flat) if allowed == {int} else flat
     wrong = set(map(type, flat)) - allowed
     if wrong:
-        got = ", ".join(sorted(each.__name__ for each in wrong))
-        raise InvalidRequestError(f"{where}.data: expected {expected} for {datatype}, got {got}")
+        index, value = next((index, each) for index, each in enumerate(flat) if type(each) in wrong)
+        got = type(value).__name__ + ("" if isinstance(value, list | dict) else f" {value!r}"[:100])
+        raise InvalidRequestError(f"{where}.data: expected {expected} for {datatype}, got {got} at element {index}")
     try:
         packed = pack_elements(datatype, map(str.encode, flat) if datatype == "BYTES" else flat)
     except OverflowError as error:
