@@ -2,8 +2,9 @@
 # tritonclient.http.aio (2.51.0 and 2.73.0) asks for compressed replies and cannot read them, but for inference.
 #
 # Its aiohttp session sends aiohttp's own `Accept-Encoding: gzip, deflate, …` with every request and has
-# `auto_decompress=False`; only replies to inference are then decompressed by hand. tritonserver 2.51 compresses nothing else,
-# so it is not noticed until a proxy in front does. Guess before looking: the client decompresses all or asks for none.
+# `auto_decompress=False`; only replies to inference are then decompressed by hand. tritonserver 2.51 compresses nothing
+# else, so it is not noticed until a proxy in front does. Guess before looking: the client decompresses all that it
+# accepts, or accepts nothing.
 #
 #   server that never compresses: metadata read
 #   server that compresses where that is accepted: UnicodeDecodeError, at get_model_metadata
