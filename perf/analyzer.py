@@ -5,18 +5,14 @@ is never left to its own random inputs: they are drawn once and repeated, which 
 """
 
 import csv
-import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from kvcast.protocol.errors import ErrorKind, KvcastError
-from kvcast.protocol.request import RankRequest
-from kvcast.protocol.tensors import CANDIDATES, HISTORY
 from perf import programs
 
 LIBRARIES = Path("build/perf-libraries")
@@ -46,18 +42,6 @@ class Measurement:
     mean: float
     p50: float
     p99: float
-
-
-def write_input_data(requests: Sequence[RankRequest], path: Path) -> None:
-    """Write requests in perf_analyzer's format, shapes without the batch axis."""
-    entries = [
-        {
-            name: {"content": ids.ravel().tolist(), "shape": list(ids.shape)}
-            for name, ids in ((HISTORY.name, request.history), (CANDIDATES.name, request.candidates))
-        }
-        for request in requests
-    ]
-    path.write_text(json.dumps({"data": entries}))
 
 
 def run_analyzer(model: str, address: str, data: Path, load: Load, timeout: float = 900) -> Measurement:

@@ -23,8 +23,8 @@ from kvcast.protocol.request import RankRequest
 from kvcast.protocol.tensors import RANKER, RANKER_FULL
 from kvcast.server import TritonServer
 from kvcast.serving.options import CACHE_BUDGET
-from kvcast.synthetic import ClickLog
-from perf.analyzer import Load, Measurement, PerfError, run_analyzer, write_input_data
+from kvcast.synthetic import ClickLog, write_perf_input
+from perf.analyzer import Load, Measurement, PerfError, run_analyzer
 from perf.baselines.race import Field, race, start_workers
 from perf.baselines.softmax import choose_peers
 from perf.cost_model import CostModel, claimed_gain, claimed_speedup, throughput_drop
@@ -70,7 +70,7 @@ class Bench:
         """Run perf_analyzer once on generated requests of this size."""
         path = self.folder / f"{history}_{candidates}.json"
         if not path.exists():
-            write_input_data([self.log.draw_request(history, candidates) for _ in range(DIFFERENT_REQUESTS)], path)
+            write_perf_input([self.log.draw_request(history, candidates) for _ in range(DIFFERENT_REQUESTS)], path)
         return run_analyzer(model, self.server.grpc_address, path, load)
 
     def compare(self, history: int, candidates: int, per_candidate: float | None) -> Comparison:

@@ -5,8 +5,8 @@ import tempfile
 from pathlib import Path
 
 from kvcast.protocol.tensors import RANKER_RESIDENT
-from kvcast.synthetic import ClickLog
-from perf.analyzer import Load, run_analyzer, write_input_data
+from kvcast.synthetic import ClickLog, write_perf_input
+from perf.analyzer import Load, run_analyzer
 from perf.harness import Harness, Record
 
 COUNTS = (1, 10, 50)
@@ -21,7 +21,7 @@ def run_guard(harness: Harness) -> Record:
         addresses = {"direct": server.direct_grpc_address, "guarded": server.grpc_address}
         for count in harness.keep_served(COUNTS):
             data = Path(folder) / f"{count}.json"
-            write_input_data([log.draw_request(history, count) for _ in range(4)], data)
+            write_perf_input([log.draw_request(history, count) for _ in range(4)], data)
             run_analyzer(RANKER_RESIDENT.name, server.grpc_address, data, Load(8))  # from here on all are hits
             rounds = [measure_round(addresses, data, 4 * plan.requests) for _ in range(plan.rounds)]
             row = {name: statistics.median(each[name] for each in rounds) for name in addresses}

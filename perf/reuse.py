@@ -22,8 +22,8 @@ from kvcast.protocol.request import RankRequest
 from kvcast.protocol.tensors import RANKER, RANKER_RESIDENT, SCORE_TOLERANCE
 from kvcast.server import TritonServer
 from kvcast.serving.user_kv_cache import Arrays, UserKVCache
-from kvcast.synthetic import ClickLog, Trace, Traffic, Visit
-from perf.analyzer import Load, PerfError, run_analyzer, write_input_data
+from kvcast.synthetic import ClickLog, Trace, Traffic, Visit, write_perf_input
+from perf.analyzer import Load, PerfError, run_analyzer
 from perf.baselines.race import Worker, start_workers
 from perf.harness import Harness, Record
 from perf.processes import Counters, read_model_memory
@@ -69,7 +69,7 @@ def measure_round(
     server: TritonServer, requests: Sequence[RankRequest], data: Path, worker: Worker
 ) -> dict[str, float]:
     """Send the same new users twice to each model; return median seconds of the first and of the second time."""
-    write_input_data(requests, data)
+    write_perf_input(requests, data)
     seconds: dict[str, float] = {}
     for state in ("cold", "warm"):
         for model, cached_by in CACHED_BY.items():

@@ -91,7 +91,9 @@ def test_what_is_not_offered_is_unimplemented(channel, method):
 
 def test_streaming_is_not_offered(channel):
     stream = channel.stream_stream(SERVICE + "ModelStreamInfer")(iter([make_ranking().SerializeToString()]))
-    with pytest.raises(grpc.RpcError) as caught:
+    with pytest.raises(
+        grpc.RpcError, match="ModelStreamInfer: this server does not offer it; send ModelInfer"
+    ) as caught:
         list(stream)
     details: Any = caught.value
     assert details.code() == grpc.StatusCode.UNIMPLEMENTED

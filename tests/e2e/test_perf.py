@@ -1,4 +1,4 @@
-"""`python -m perf run` on a real server with the real perf_analyzer, as small as it gets."""
+"""The real perf_analyzer on a real server: by docs/clients.md and by `python -m perf run`, as small as it gets."""
 
 import json
 import subprocess
@@ -6,7 +6,10 @@ import sys
 
 import pytest
 
-from perf.analyzer import find_analyzer, make_environment
+from kvcast.protocol.manifest import MANIFEST_FILE
+from kvcast.protocol.tensors import RANKER_RESIDENT
+from kvcast.synthetic.__main__ import main as clicklog
+from perf.analyzer import find_analyzer, make_environment, read_report
 from tests.support import find_free_ports
 
 
@@ -16,7 +19,24 @@ def can_run_analyzer() -> bool:
     return b"shared libraries" not in done.stderr
 
 
-@pytest.mark.skipif(not can_run_analyzer(), reason="perf_analyzer lacks libb64: run `make setup-perf`")
+needs_analyzer = pytest.mark.skipif(not can_run_analyzer(), reason="perf_analyzer lacks libb64: run `make setup-perf`")
+
+
+@needs_analyzer
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_it_runs_with_the_requests_of_kvcast_clicklog(server, tiny_repository, tmp_path, protocol):
+    data, report = tmp_path / "requests.json", tmp_path / "report.csv"
+    manifest = tiny_repository / RANKER_RESIDENT.name / "1" / MANIFEST_FILE
+    assert clicklog(["--manifest", str(manifest), "--perf-input", str(data), "--requests", "20"]) == 0
+    address = server.http_address if protocol == "http" else server.grpc_address
+    command = [str(find_analyzer()), "-m", RANKER_RESIDENT.name, "-i", protocol, "-u", address]
+    command += ["--input-data", str(data), "--request-count", "40", "-f", str(report)]
+    done = subprocess.run(command, env=make_environment(), capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert read_report(report.read_text()).throughput > 0
+
+
+@needs_analyzer
 def test_a_small_run_measures_reports_and_draws(tiny_repository, tmp_path):
     http, grpc, metrics = (str(port) for port in find_free_ports(3))
     command = [sys.executable, "-m", "perf", "run", "--config", "tiny", "--repository", str(tiny_repository)]

@@ -149,7 +149,7 @@ WRONG = {
     "a number of 5000 digits": (write().replace(b"[1, 2]}", b"[1, " + b"9" * 5000 + b"]}"), "expected JSON"),
     "a number over 64 bits": (write(data=[1, 2**63]), "range of INT64"),
     "a number below 0 where none is": (write(datatype="UINT8", data=[1, -1]), "range of UINT8"),
-    "a fraction": (write(data=[1, 2.5]), "expected whole numbers for INT64, got float"),
+    "a fraction": (write(data=[1, 2.5]), "expected whole numbers for INT64, got float 2.5 at element 1"),
     "truth for a number": (write(data=[1, True]), "got bool"),
     "a number for truth": (write(datatype="BOOL", data=[1, 0]), "got int"),
     "numbers for texts": (write(datatype="BYTES", data=[1, 0]), "got int"),
@@ -157,7 +157,14 @@ WRONG = {
     "a type that JSON has not": (write(datatype="FP16"), "expected one of BOOL"),
     "depth": (b"[" * 1100, "nested too deep"),
     "depth in data": (write().replace(b"[1, 2]}", b"[" * 1100 + b"]" * 1100 + b"}"), "nested too deep"),
-    "uneven lists": (write(data=[[1], 2]), "got list"),
+    "uneven lists": (write(data=[[1], 2]), "got list at element 0"),
+    "a long text for a number": (write(data=[1, "x" * 9000]), f"got str '{'x' * 98} at element 1"),
+    "lists of different lengths": (write(shape=[3], data=[[1, 2], [3]]), "as long as each other, got lengths [1, 2]"),
+    "columns for rows": (
+        write(shape=[1, 3, 2], data=[[[1, 2, 3], [1, 2, 3]]]),
+        "shape [1, 3, 2] says, got lengths [1, 2, 3]",
+    ),
+    "columns without the first axis": (write(shape=[1, 3, 2], data=[[1, 2, 3], [1, 2, 3]]), "got lengths [2, 3]"),
     "no inputs": (b"{}", "expected the keys"),
     "an axis over its limit": (
         write(shape=[0, 1 << 31], data=[]),
@@ -217,6 +224,12 @@ def test_strings_leave_as_bytes_with_their_lengths():
 def test_a_tensor_without_elements_is_valid():
     message, _ = read_request(write(shape=[1, 0, 4], data=[]), None, "ranker")
     assert (list(message.inputs[0].shape), list(message.raw_input_contents)) == ([1, 0, 4], [b""])
+
+
+@pytest.mark.parametrize("shape", [(6,), (1, 6), (3, 2), (1, 3, 2), (1, 3, 2, 1), (1, 3, 1, 2), (1, 1, 6)])
+def test_data_is_flat_or_as_its_shape(shape):
+    data = np.arange(6).reshape(shape)
+    assert read_inputs(write(shape=[1, 3, 2], data=data.tolist())) == [data.tobytes()]
 
 
 def test_whole_numbers_written_as_floats_are_taken_where_they_are_exact():

@@ -9,10 +9,10 @@ import pytest
 
 from kvcast.protocol.config import load_config
 from kvcast.protocol.request import RankRequest
-from kvcast.synthetic import ClickLog, Visit
+from kvcast.synthetic import ClickLog, Visit, write_perf_input
 from perf.__main__ import main, write_files
 from perf.affinity import read_trace
-from perf.analyzer import PerfError, read_report, write_input_data
+from perf.analyzer import PerfError, read_report
 from perf.baselines.race import WARM_UPS, Field, RaceError, Worker, race, start_workers
 from perf.baselines.worker import make_peer
 from perf.cost_model import CostModel, claimed_gain, claimed_speedup, throughput_drop
@@ -76,7 +76,7 @@ def test_perf_analyzers_report_is_read():
 
 def test_input_data_has_shapes_without_the_batch_axis(tmp_path):
     log = ClickLog(load_config("tiny").schema, seed=1)
-    write_input_data([log.draw_request(3, 2)], tmp_path / "data.json")
+    write_perf_input([log.draw_request(3, 2)], tmp_path / "data.json")
     (entry,) = json.loads((tmp_path / "data.json").read_text())["data"]
     assert entry["history"]["shape"] == [3, 2]
     assert len(entry["candidates"]["content"]) == 8

@@ -6,7 +6,14 @@ from typing import Any
 import grpc
 import grpc.aio
 import numpy as np
-from tritonclient.grpc import InferResult, service_pb2, service_pb2_grpc
+
+try:
+    from tritonclient.grpc import InferResult, service_pb2, service_pb2_grpc
+except TypeError as error:  # protobuf has these messages already, from another file
+    raise ImportError(
+        "kvcast's gRPC transport needs tritonclient.grpc, which cannot be imported beside another package with the "
+        f"messages of the inference protocol, as kserve: use protocol='http', or a process of its own ({error})"
+    ) from error
 from tritonclient.utils import np_to_triton_dtype
 
 from kvcast.client.transport import (

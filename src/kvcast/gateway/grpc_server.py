@@ -35,6 +35,7 @@ TYPED_CONTENTS = {
     "FP64": "fp64_contents",
     "BYTES": "bytes_contents",
 }
+METHODS = service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods_by_name
 # A refusal has to be there before the caller gives up.
 QUEUE_SHARE = 0.9
 SERVER_OPTIONS = [
@@ -62,11 +63,20 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no t
         self._triton, self._admission, self._path = triton, admission, path
 
     def service(self, details: grpc.HandlerCallDetails) -> Any:
-        """Return the handler of a method, None for one that is not offered."""
+        """Return the handler of a method, None for one that there is not."""
         name = details.method.removeprefix(SERVICE)
-        if details.method != SERVICE + name or name not in MESSAGES:
+        if details.method != SERVICE + name or name not in METHODS:
             return None
+        if name not in MESSAGES:
+            return grpc.stream_stream_rpc_method_handler(self._make_refusal(name))
         return grpc.unary_unary_rpc_method_handler(self._make_handler(name))
+
+    def _make_refusal(self, name: str) -> Callable[[Any, Rpc], Awaitable[None]]:
+        async def refuse(requests: Any, rpc: Rpc) -> None:  # noqa: ARG001
+            message = f"{name}: this server does not offer it" + ("; send ModelInfer" if "Infer" in name else "")
+            await rpc.abort(grpc.StatusCode.UNIMPLEMENTED, message, ((REASON_METADATA, "UNIMPLEMENTED"),))
+
+        return refuse
 
     def _make_handler(self, name: str) -> Handler:
         async def handle(body: bytes, rpc: Rpc) -> bytes:

@@ -234,10 +234,15 @@ def _read_inputs(inputs: list[Input], binary: bytes, message: Any) -> None:
 
 def _pack(where: str, tensor: Input) -> bytes:
     """Return JSON data as the bytes of its datatype."""
-    flat, datatype = _flatten(where, tensor.data), tensor.datatype
+    (flat, lengths), datatype = _flatten(where, tensor.data), tensor.datatype
     if len(flat) != math.prod(tensor.shape):
         raise InvalidRequestError(
             f"{where}.data: expected {math.prod(tensor.shape)} elements for its shape, got {len(flat)}"
+        )
+    if flat and not fits(lengths, tensor.shape):
+        raise InvalidRequestError(
+            f"{where}.data: expected a flat list, or lists in lists as its shape {tensor.shape} says, "
+            f"got lengths {lengths[:MAX_RANK]}"
         )
     if datatype not in ELEMENTS:
         raise InvalidRequestError(
@@ -247,8 +252,9 @@ def _pack(where: str, tensor: Input) -> bytes:
     flat = _read_whole_numbers(flat) if allowed == {int} else flat
     wrong = set(map(type, flat)) - allowed
     if wrong:
-        got = ", ".join(sorted(each.__name__ for each in wrong))
-        raise InvalidRequestError(f"{where}.data: expected {expected} for {datatype}, got {got}")
+        index, value = next((index, each) for index, each in enumerate(flat) if type(each) in wrong)
+        got = type(value).__name__ + ("" if isinstance(value, list | dict) else f" {value!r}"[:100])
+        raise InvalidRequestError(f"{where}.data: expected {expected} for {datatype}, got {got} at element {index}")
     try:
         packed = pack_elements(datatype, map(str.encode, flat) if datatype == "BYTES" else flat)
     except OverflowError as error:
@@ -281,16 +287,32 @@ def _read_whole_numbers(flat: list[Any]) -> list[Any]:
     ]
 
 
-def _flatten(where: str, data: Any) -> list[Any]:
-    """Return the elements of a list, or of lists in lists as deep as each other."""
+def _flatten(where: str, data: Any) -> tuple[list[Any], list[int]]:
+    """Return the elements of a list, or of lists in lists as deep and long as each other, and the lengths of those."""
     if not isinstance(data, list):
         raise InvalidRequestError(f"{where}.data: expected a list, got {type(data).__name__}")
-    flat: Iterable[Any] = data
-    while True:
-        elements = list(flat)
-        if set(map(type, elements)) != {list}:
-            return elements
-        flat = chain.from_iterable(elements)
+    elements, lengths = data, [len(data)]
+    while set(map(type, elements)) == {list}:
+        different = sorted(set(map(len, elements)))
+        if len(different) > 1:
+            raise InvalidRequestError(
+                f"{where}.data: expected lists as long as each other, got lengths {different[:10]}"
+            )
+        lengths += different
+        elements = list(chain.from_iterable(elements))
+    return elements, lengths
+
+
+def fits(lengths: list[int], shape: list[int]) -> bool:
+    """Whether nested lists are a tensor's rows, and not its columns: several axes may be one list, in their order."""
+    axes = (axis for axis in shape if axis != 1)
+    for length in lengths:
+        size = 1
+        while size < length:
+            size *= next(axes, length + 1)
+        if size != length:
+            return False
+    return True
 
 
 def _unpack(name: str, datatype: str, data: bytes) -> list[Any]:

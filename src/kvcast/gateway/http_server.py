@@ -97,7 +97,8 @@ class Bodies:
             raise RefusedError(413, f"body: expected at most {limit} bytes, got {request.content_length}", closes=True)
         encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
         if encoding not in CODINGS:
-            raise RefusedError(415, f"Content-Encoding: expected one of {', '.join(CODINGS)}", closes=True)
+            expected = f"expected one of {', '.join(CODINGS)}, got {encoding[:100]!r}"
+            raise RefusedError(415, f"Content-Encoding: {expected}", closes=True)
         await answer_expectation(request)
         body = bytearray()
         try:
@@ -320,7 +321,8 @@ class HttpServer:
         if reply.status >= 400:
             raise RefusedError(reply.status, conceal(read_error(content)))
         headers = {name: reply.headers[name] for name in REPLY_HEADERS if name in reply.headers}
-        return compress(request, web.Response(status=reply.status, headers=headers, body=content))
+        # As Triton's own, never compressed: tritonclient's asyncio client accepts that, and cannot read it.
+        return web.Response(status=reply.status, headers=headers, body=content)
 
 
 def compress(request: web.BaseRequest, response: web.Response) -> web.Response:

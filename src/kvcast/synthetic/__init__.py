@@ -4,6 +4,7 @@ They depend on the feature schema and numpy alone.
 """
 
 from kvcast.synthetic.generator import ClickLog
+from kvcast.synthetic.perf_input import write_perf_input
 from kvcast.synthetic.shop import Shop
 from kvcast.synthetic.trace import Trace, Traffic, Visit
 from kvcast.synthetic.truth import Effects, Habits, PlantedLog, PlantedRows
@@ -21,4 +22,5 @@ __all__ = [
     "Visit",
     "Visitor",
     "draw_visitor",
+    "write_perf_input",
 ]
