@@ -325,7 +325,7 @@ def test_options_travel_with_the_manifest():
         model="ranker", config="c", network="f:F", release="0" * 64, kv_id="0" * 64,
         history_fields=CONFIG.schema.history_fields, candidate_fields=CONFIG.schema.candidate_fields,
         limits=CONFIG.limits, workload=CONFIG.workload, dims=Dims(1, 1, 1, 1),
-        user_kv=make_network(CONFIG).kv_layout, dtype="FP32", opset=20, versions={}, parity=Parity(0, 0, 0, 0),
+        user_kv=make_network(CONFIG).kv_layout, dtype="FP32", opset=20, versions={}, parity=Parity(0, 0, 0, 0, ""),
         files={},
     )  # fmt: skip
     assert "network_options" not in json.loads(manifest.to_json())
