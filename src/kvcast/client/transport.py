@@ -1,17 +1,22 @@
-"""What all transports share: one inference as a `Call`, and errors by status code and reason.
+"""What all transports share: one inference as a `Call`, the connections of a client, errors by status and reason.
 
 A transport knows tensors by name and raises `KvcastError`s, whatever its library's own habits. Those of gRPC and HTTP
-are imported when they are used: `open_transport`, `open_async_transport`.
+are imported when they are used: `open_transport`. None asks the environment for a proxy.
 """
 
 import abc
-from collections.abc import Mapping, Sequence
+import asyncio
+import importlib
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, TypeVar, cast
 
 import numpy.typing as npt
 
+from kvcast.client.address import Address
 from kvcast.protocol.errors import (
     ERRORS,
     BusyError,
@@ -21,8 +26,9 @@ from kvcast.protocol.errors import (
     ServerFaultError,
     TryAgainError,
 )
+from kvcast.protocol.routing import ROUTING_HEADER
 
-Protocol = Literal["grpc", "http"]
+Link = TypeVar("Link")
 Tensors = dict[str, npt.NDArray[Any]]
 
 # The part of the caller's deadline that a request may not spend in the server's queue: a refusal has to arrive before
@@ -47,31 +53,19 @@ ERRORS_BY_STATUS: dict[str | int, type[KvcastError]] = {
     503: TryAgainError,
     504: DeadlineExceededError,
 }
-
-
-@dataclass(frozen=True)
-class TlsOptions:
-    """Encrypt gRPC. Paths of PEM files.
-
-    ca_file: CA of the server's certificate; None is what gRPC trusts by itself.
-    certificate_file, key_file: the client's own certificate and its key, for a server that asks for one (mutual TLS).
-    """
-
-    ca_file: str | Path | None = None
-    certificate_file: str | Path | None = None
-    key_file: str | Path | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot work, before anything is sent.
-
-        Raises:
-            ValueError: a file is missing, or a certificate comes without its key.
-        """
-        if (self.certificate_file is None) != (self.key_file is None):
-            raise ValueError("tls: expected certificate_file and key_file together, got one of them")
-        for name, path in vars(self).items():
-            if path is not None and not Path(path).is_file():
-                raise ValueError(f"tls: expected {name} to be a file, got {str(path)!r}")
+# What gRPC says itself of a server that it has not heard.
+SILENT = {"UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED"}
+# Looking for the reason why a first connection fails takes no longer.
+LOOK_SECONDS = 1.0
+# What is a header of HTTP and a key of gRPC's metadata alike.
+HEADER_NAME = re.compile(r"[a-z0-9_.-]+")
+HEADER_VALUE = re.compile(r"(?! )[\x20-\x7e]*(?<! )")
+# Headers that say how a message travels; the routing key comes from `user_id`.
+OWN_HEADERS = {
+    *("accept-encoding", "connection", "content-encoding", "content-length", "content-type", "expect", "host"),
+    *("inference-header-content-length", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "user-agent"),
+    ROUTING_HEADER,
+}
 
 
 @dataclass(frozen=True)
@@ -79,6 +73,7 @@ class Call:
     """What one inference asks for: arrays by input name (batch axis first), the outputs wanted, request parameters.
 
     routing_key: by which a proxy before several servers chooses one; None leaves it the choice.
+    headers: of HTTP, metadata over gRPC, as `check_headers` returns them.
     """
 
     model: str
@@ -86,6 +81,12 @@ class Call:
     outputs: Sequence[str]
     parameters: Mapping[str, bool] = field(default_factory=dict)
     routing_key: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def all_headers(self) -> dict[str, str]:
+        """The headers, with the routing key."""
+        return {**self.headers, **({} if self.routing_key is None else {ROUTING_HEADER: self.routing_key})}
 
 
 class Transport(abc.ABC):
@@ -120,26 +121,176 @@ class AsyncTransport(abc.ABC):
         """Close the connections."""
 
 
-def open_transport(protocol: Protocol, address: str, tls: TlsOptions | None = None) -> Transport:
-    """Return the sync transport of a protocol; nothing is sent yet."""
-    if protocol == "grpc":
-        from kvcast.client.grpc_transport import GrpcTransport  # noqa: PLC0415 a caller of HTTP needs no gRPC
+@dataclass
+class Line(Generic[Link]):
+    """A link (channel, pool or session), how many calls are on it, and when the server was last heard on it."""
 
-        return GrpcTransport(address, tls)
-    from kvcast.client.http_transport import HttpTransport  # noqa: PLC0415 nor the other way round
-
-    return HttpTransport(address)
+    link: Link
+    calls: int = 0
+    heard: float = 0.0
 
 
-def open_async_transport(protocol: Protocol, address: str, tls: TlsOptions | None = None) -> AsyncTransport:
-    """Return the asyncio transport of a protocol; nothing is sent yet."""
-    if protocol == "grpc":
-        from kvcast.client.grpc_transport import AsyncGrpcTransport  # noqa: PLC0415 a caller of HTTP needs no gRPC
+class Lines(Generic[Link]):
+    """The line that all calls of a client share. Safe to use from several threads.
 
-        return AsyncGrpcTransport(address, tls)
-    from kvcast.client.http_transport import AsyncHttpTransport  # noqa: PLC0415 nor the other way round
+    A network can drop a connection without telling either side. So when a deadline passes without a sign of life, the
+    next call gets a new line; the old one is closed by the last call on it.
+    """
 
-    return AsyncHttpTransport(address)
+    def __init__(self, open_link: Callable[[], Link]) -> None:
+        self._open_link = open_link
+        self._lock = threading.Lock()
+        self._line: Line[Link] | None = None
+        self._closed = False
+        self.was_heard = False
+
+    def take(self) -> Line[Link]:
+        """Return the line for a call, which has to `leave` it.
+
+        Raises:
+            RuntimeError: the client is closed.
+        """
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("this client is closed: make a new one")
+            if self._line is None:
+                self._line = Line(self._open_link())
+            self._line.calls += 1
+            return self._line
+
+    def leave(self, line: Line[Link], started: float, error: KvcastError | None, *, heard: bool) -> Link | None:
+        """End a call that has begun at `started`; return a link that has to be closed now.
+
+        heard: the server has answered, if only with an error.
+        """
+        with self._lock:
+            line.calls -= 1
+            if heard:
+                self.was_heard, line.heard = True, time.monotonic()
+            elif isinstance(error, DeadlineExceededError) and line.heard < started and line is self._line:
+                self._line = None
+            return line.link if line is not self._line and not line.calls else None
+
+    def close(self) -> Link | None:
+        """Let no more calls on; return the link in use, which has to be closed."""
+        with self._lock:
+            line, self._line, self._closed = self._line, None, True
+            if line is None:
+                return None
+            line.calls += 1  # the last call must not close it again
+            return line.link
+
+
+class _Network(Generic[Link]):
+    """What transports over a network share. A subclass says how to open a link, to send on it, to name an error."""
+
+    open_link: Callable[[Address], Link]
+    # Returns the error of our own that says who has to act, and whether the server has answered.
+    translate: Callable[[Exception, str, float], tuple[KvcastError, bool]]
+
+    def __init__(self, address: Address) -> None:
+        self.address = address
+        self.lines: Lines[Link] = Lines(lambda: self.open_link(address))
+
+    def may_be_misled(self, error: KvcastError, *, heard: bool) -> bool:
+        """Whether the address may be wrong: there is no connection, and never was one."""
+        return type(error) is TryAgainError and not (heard or self.lines.was_heard)
+
+
+class NetworkTransport(_Network[Link], Transport):
+    """A transport over a network."""
+
+    @abc.abstractmethod
+    def send(self, link: Link, call: Call, deadline: float) -> Tensors:
+        """Run one inference; raise anything."""
+
+    def infer(self, call: Call, deadline: float) -> Tensors:
+        """Run one inference."""
+        line, started, deadline = self.lines.take(), time.monotonic(), min(deadline, LONGEST_SECONDS)
+        error, heard = None, True
+        try:
+            return self.send(line.link, call, deadline)
+        except Exception as raised:
+            error, heard = self.translate(raised, self.address.text, deadline)
+            if self.may_be_misled(error, heard=heard):
+                error = self.address.find_fault(min(deadline, LOOK_SECONDS)) or error
+            raise error from raised
+        finally:
+            if (link := self.lines.leave(line, started, error, heard=heard)) is not None:
+                cast(Any, link).close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        if (link := self.lines.close()) is not None:
+            cast(Any, link).close()
+
+
+class AsyncNetworkTransport(_Network[Link], AsyncTransport):
+    """A transport over a network for asyncio, in the event loop of its first call."""
+
+    _loop: asyncio.AbstractEventLoop | None = None
+
+    @abc.abstractmethod
+    async def send(self, link: Link, call: Call, deadline: float) -> Tensors:
+        """Run one inference; raise anything."""
+
+    async def infer(self, call: Call, deadline: float) -> Tensors:
+        """Run one inference."""
+        self._check_loop()
+        line, started, deadline = self.lines.take(), time.monotonic(), min(deadline, LONGEST_SECONDS)
+        error, heard = None, True
+        try:
+            return await self.send(line.link, call, deadline)
+        except Exception as raised:
+            error, heard = self.translate(raised, self.address.text, deadline)
+            if self.may_be_misled(error, heard=heard):
+                fault = await asyncio.to_thread(self.address.find_fault, min(deadline, LOOK_SECONDS))
+                error = fault or error
+            raise error from raised
+        finally:
+            if (link := self.lines.leave(line, started, error, heard=heard)) is not None:
+                await cast(Any, link).close()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        self._check_loop()
+        if (link := self.lines.close()) is not None:
+            await cast(Any, link).close()
+
+    def _check_loop(self) -> None:
+        loop = asyncio.get_running_loop()
+        if self._loop not in (None, loop):
+            raise RuntimeError("this client was used in another event loop before: make one in each loop")
+        self._loop = loop
+
+
+def open_transport(address: Address, kind: str = "SyncTransport") -> Any:
+    """Return the `SyncTransport` or `AsyncTransport` to an address; nothing is sent yet."""
+    # A caller of HTTP needs no gRPC, nor the other way round.
+    module = importlib.import_module(f"kvcast.client.{address.protocol}_transport")
+    return getattr(module, kind)(address)
+
+
+def check_headers(headers: Mapping[str, str] | None) -> dict[str, str]:
+    """Return headers with their names in lower case.
+
+    Raises:
+        ValueError: a name or a value is not one of HTTP and of gRPC's metadata, or is the client's own.
+    """
+    checked = {}
+    for name, value in (headers or {}).items():
+        key = str(name).lower()
+        if not HEADER_NAME.fullmatch(key):
+            raise ValueError(f"headers: expected names of letters, digits, '-', '_' and '.', got {name!r}")
+        if key in OWN_HEADERS or key.startswith("grpc-") or key.endswith("-bin"):
+            raise ValueError(f"headers: {key} is the protocol's or the client's own, and cannot be set")
+        if not (isinstance(value, str) and HEADER_VALUE.fullmatch(value)):
+            raise ValueError(
+                f"headers: expected {key} to be printable ASCII without spaces around it, got "
+                f"{'other characters' if isinstance(value, str) else type(value).__name__}"
+            )
+        checked[key] = value
+    return checked
 
 
 def make_error(status: str | int, reason: str, message: str, address: str, deadline: float) -> KvcastError:
