@@ -117,37 +117,40 @@ class Address:
     @property
     def socket_options(self) -> list[tuple[int, int, int]]:
         """What has the kernel look after a silent TCP connection, as `setsockopt` takes it."""
-        if self.keepalive_seconds == float("inf"):
+        if self.keepalive_seconds > LONGEST_KEEPALIVE:
             return []
-        times = ((socket.TCP_KEEPIDLE, self.keepalive_seconds), (socket.TCP_KEEPINTVL, 1), (socket.TCP_KEEPCNT, 5))
-        return [
-            (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-            *((socket.IPPROTO_TCP, name, int(min(value, LONGEST_KEEPALIVE))) for name, value in times),
-        ]
+        times = {socket.TCP_KEEPIDLE: int(self.keepalive_seconds), socket.TCP_KEEPINTVL: 1, socket.TCP_KEEPCNT: 5}
+        options = [(socket.IPPROTO_TCP, name, value) for name, value in times.items()]
+        return [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), *options]
 
     def find_fault(self, seconds: float) -> AddressError | None:
         """Return what is wrong here, None if that cannot be told; each look takes at most `seconds`."""
-        other: Protocol = "http" if self.protocol == "grpc" else "grpc"
         try:
-            context = self.tls.make_context() if self.tls else None
-            answer = self._greet(self.protocol, context, seconds)
-            if not answer and self.tls is None and self._takes_tls(seconds):
-                return AddressError(f"{self.text}: expects TLS: give tls=TlsOptions(…) (kvcast rank: --tls-ca)")
-            if not answer and self.tls is not None:
-                answer = self._greet(other, context, seconds)
+            return self._look(seconds)
         except ssl.SSLError as error:
             why = getattr(error, "verify_message", "") or error.reason
             return AddressError(
                 f"{self.text}: no TLS ({why}): is it served with TLS, by this name, are these its files?"
             )
-        except (TimeoutError, ConnectionResetError, BrokenPipeError):
+        except (TimeoutError, ConnectionResetError):
             return None
         except OSError as error:
             return NoServerError(
                 f"{self.text}: no server ({error.strerror or error}): is it up, and is this its address and port?"
             )
-        # A server of HTTP/2 begins with its settings.
-        is_grpc = answer[3:4] == b"\4"
+
+    def _look(self, seconds: float) -> AddressError | None:
+        other: Protocol = "http" if self.protocol == "grpc" else "grpc"
+        context = self.tls.make_context() if self.tls else None
+        answer = self._greet(self.protocol, context, seconds)
+        if not answer and context is None and self._takes_tls(seconds):
+            return AddressError(f"{self.text}: expects TLS: give tls=TlsOptions(…) (kvcast rank: --tls-ca)")
+        if not answer and context is not None:
+            answer = self._greet(other, context, seconds)
+            if not answer:
+                hint = "does it want a certificate of ours (certificate_file, key_file), and is it up?"
+                return NoServerError(f"{self.text}: hangs up after the TLS handshake: {hint}")
+        is_grpc = answer[3:4] == b"\4"  # a server of HTTP/2 begins with its settings
         if not answer or is_grpc == (self.protocol == "grpc"):
             return None
         return AddressError(
@@ -162,8 +165,10 @@ class Address:
             if context is not None:
                 context.set_alpn_protocols([ALPN[protocol]])
                 stream = stack.enter_context(context.wrap_socket(stream, server_hostname=self.host))
-            stream.sendall(GREETINGS[protocol])
-            return stream.recv(9)
+            with contextlib.suppress(ConnectionResetError, BrokenPipeError, ssl.SSLEOFError):
+                stream.sendall(GREETINGS[protocol])
+                return stream.recv(9)
+        return b""
 
     def _takes_tls(self, seconds: float) -> bool:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

@@ -10,7 +10,7 @@ import numpy as np
 from tritonclient.grpc import InferResult, service_pb2, service_pb2_grpc
 from tritonclient.utils import np_to_triton_dtype
 
-from kvcast.client.address import Address
+from kvcast.client.address import LONGEST_KEEPALIVE, Address
 from kvcast.client.transport import (
     SILENT,
     AsyncNetworkTransport,
@@ -29,13 +29,12 @@ CHANNEL_OPTIONS = [
     # gRPC's own pause before connecting again grows to two minutes; a server that was restarted is back in seconds.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
-    ("grpc.keepalive_timeout_ms", 5_000),
     # A new channel is a new connection, not the one that another channel to the same address has.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_http_proxy", 0),
 ]
-# What gRPC takes for never.
-LONGEST_MILLISECONDS = 2**31 - 1
+# How long a keepalive ping may stay unanswered. Both are needed: the first alone leaves it a minute (grpcio 1.85).
+PING_TIMEOUTS = [("grpc.keepalive_timeout_ms", 5_000), ("grpc.http2.ping_timeout_ms", 5_000)]
 
 
 class Channel(NamedTuple):
@@ -80,9 +79,9 @@ def translate(error: Exception, address: str, deadline: float) -> tuple[KvcastEr
 
 
 def _open_channel(library: Any, address: Address) -> Channel:
-    milliseconds = int(min(1e3 * address.keepalive_seconds, LONGEST_MILLISECONDS))
-    # A connection that was silently dropped is noticed while a request waits on it.
-    options = [*CHANNEL_OPTIONS, ("grpc.keepalive_time_ms", milliseconds)]
+    options = list(CHANNEL_OPTIONS)
+    if address.keepalive_seconds < LONGEST_KEEPALIVE:
+        options += [("grpc.keepalive_time_ms", int(1e3 * address.keepalive_seconds)), *PING_TIMEOUTS]
     if address.tls is None:
         channel = library.insecure_channel(address.netloc, options)
     else:
