@@ -27,7 +27,7 @@ from kvcast.client import (
 )
 from kvcast.client.__main__ import main
 from kvcast.client.address import Address, Protocol
-from kvcast.client.transport import Lines, check_headers, open_transport
+from kvcast.client.transport import Call, Lines, check_headers, open_transport
 from kvcast.protocol.errors import REASON_METADATA
 from tests.support import find_free_ports
 
@@ -258,6 +258,21 @@ def test_a_line_is_replaced_after_a_silent_deadline_and_closed_by_its_last_call(
     assert lines.leave(slow, 1.0, missed, heard=False) is None, "closed already"
     with pytest.raises(RuntimeError, match="this client is closed"):
         lines.take()
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_cancelled_call_is_no_sign_of_life(protocol):
+    async def run() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            transport = open_transport(
+                Address.parse(f"127.0.0.1:{silent.getsockname()[1]}", protocol), "AsyncTransport"
+            )
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(transport.infer(Call("ranker", {}, ["scores"]), 20), 0.2)
+            assert not transport.lines.was_heard
+            await transport.close()
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

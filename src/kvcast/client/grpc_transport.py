@@ -91,7 +91,7 @@ def _open_channel(library: Any, address: Address) -> Channel:
     return Channel(channel, service_pb2_grpc.GRPCInferenceServiceStub(channel))
 
 
-class SyncTransport(NetworkTransport[Channel]):
+class SyncTransport(NetworkTransport):
     """One channel, which multiplexes all threads."""
 
     open_link = staticmethod(functools.partial(_open_channel, grpc))
@@ -103,7 +103,7 @@ class SyncTransport(NetworkTransport[Channel]):
         return read_outputs(InferResult(reply), call.outputs)
 
 
-class AsyncTransport(AsyncNetworkTransport[Channel]):
+class AsyncTransport(AsyncNetworkTransport):
     """The same for asyncio."""
 
     open_link = staticmethod(functools.partial(_open_channel, grpc.aio))

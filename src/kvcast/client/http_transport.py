@@ -134,7 +134,7 @@ def _open_session(address: Address) -> aiohttp.ClientSession:
     )
 
 
-class SyncTransport(NetworkTransport[urllib3.HTTPConnectionPool]):
+class SyncTransport(NetworkTransport):
     """A pool of connections, which all threads share."""
 
     open_link = staticmethod(_open_pool)
@@ -157,7 +157,7 @@ class SyncTransport(NetworkTransport[urllib3.HTTPConnectionPool]):
         return read_reply(response.status, response.headers, content, call, self.address.text, deadline)
 
 
-class AsyncTransport(AsyncNetworkTransport[aiohttp.ClientSession]):
+class AsyncTransport(AsyncNetworkTransport):
     """The same for asyncio."""
 
     open_link = staticmethod(_open_session)

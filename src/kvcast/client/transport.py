@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar, cast
+from typing import Any
 
 import numpy.typing as npt
 
@@ -28,7 +28,6 @@ from kvcast.protocol.errors import (
 )
 from kvcast.protocol.routing import ROUTING_HEADER
 
-Link = TypeVar("Link")
 Tensors = dict[str, npt.NDArray[Any]]
 
 # The part of the caller's deadline that a request may not spend in the server's queue: a refusal has to arrive before
@@ -122,29 +121,29 @@ class AsyncTransport(abc.ABC):
 
 
 @dataclass
-class Line(Generic[Link]):
+class Line:
     """A link (channel, pool or session), how many calls are on it, and when the server was last heard on it."""
 
-    link: Link
+    link: Any
     calls: int = 0
     heard: float = 0.0
 
 
-class Lines(Generic[Link]):
+class Lines:
     """The line that all calls of a client share. Safe to use from several threads.
 
     A network can drop a connection without telling either side. So when a deadline passes without a sign of life, the
     next call gets a new line; the old one is closed by the last call on it.
     """
 
-    def __init__(self, open_link: Callable[[], Link]) -> None:
+    def __init__(self, open_link: Callable[[], Any]) -> None:
         self._open_link = open_link
         self._lock = threading.Lock()
-        self._line: Line[Link] | None = None
+        self._line: Line | None = None
         self._closed = False
         self.was_heard = False
 
-    def take(self) -> Line[Link]:
+    def take(self) -> Line:
         """Return the line for a call, which has to `leave` it.
 
         Raises:
@@ -158,8 +157,8 @@ class Lines(Generic[Link]):
             self._line.calls += 1
             return self._line
 
-    def leave(self, line: Line[Link], started: float, error: KvcastError | None, *, heard: bool) -> Link | None:
-        """End a call that has begun at `started`; return a link that has to be closed now.
+    def leave(self, line: Line, started: float, error: KvcastError | None, *, heard: bool) -> Any:
+        """End a call that has begun at `started`; return a link that has to be closed now, or None.
 
         heard: the server has answered, if only with an error.
         """
@@ -171,8 +170,8 @@ class Lines(Generic[Link]):
                 self._line = None
             return line.link if line is not self._line and not line.calls else None
 
-    def close(self) -> Link | None:
-        """Let no more calls on; return the link in use, which has to be closed."""
+    def close(self) -> Any:
+        """Let no more calls on; return the link in use, which has to be closed, or None."""
         with self._lock:
             line, self._line, self._closed = self._line, None, True
             if line is None:
@@ -181,81 +180,81 @@ class Lines(Generic[Link]):
             return line.link
 
 
-class _Network(Generic[Link]):
+class _Network:
     """What transports over a network share. A subclass says how to open a link, to send on it, to name an error."""
 
-    open_link: Callable[[Address], Link]
+    open_link: Callable[[Address], Any]
+    # Runs one inference, awaited or not, and raises anything.
+    send: Callable[[Any, Call, float], Any]
     # Returns the error of our own that says who has to act, and whether the server has answered.
     translate: Callable[[Exception, str, float], tuple[KvcastError, bool]]
 
     def __init__(self, address: Address) -> None:
         self.address = address
-        self.lines: Lines[Link] = Lines(lambda: self.open_link(address))
+        self.lines = Lines(lambda: self.open_link(address))
 
     def may_be_misled(self, error: KvcastError, *, heard: bool) -> bool:
         """Whether the address may be wrong: there is no connection, and never was one."""
         return type(error) is TryAgainError and not (heard or self.lines.was_heard)
 
 
-class NetworkTransport(_Network[Link], Transport):
+class NetworkTransport(_Network, Transport):
     """A transport over a network."""
-
-    @abc.abstractmethod
-    def send(self, link: Link, call: Call, deadline: float) -> Tensors:
-        """Run one inference; raise anything."""
 
     def infer(self, call: Call, deadline: float) -> Tensors:
         """Run one inference."""
         line, started, deadline = self.lines.take(), time.monotonic(), min(deadline, LONGEST_SECONDS)
-        error, heard = None, True
+        error, heard = None, False
         try:
-            return self.send(line.link, call, deadline)
+            outputs: Tensors = self.send(line.link, call, deadline)
         except Exception as raised:
             error, heard = self.translate(raised, self.address.text, deadline)
             if self.may_be_misled(error, heard=heard):
                 error = self.address.find_fault(min(deadline, LOOK_SECONDS)) or error
             raise error from raised
+        else:
+            heard = True
+            return outputs
         finally:
             if (link := self.lines.leave(line, started, error, heard=heard)) is not None:
-                cast(Any, link).close()
+                link.close()
 
     def close(self) -> None:
         """Close the connections."""
         if (link := self.lines.close()) is not None:
-            cast(Any, link).close()
+            link.close()
 
 
-class AsyncNetworkTransport(_Network[Link], AsyncTransport):
+class AsyncNetworkTransport(_Network, AsyncTransport):
     """A transport over a network for asyncio, in the event loop of its first call."""
 
     _loop: asyncio.AbstractEventLoop | None = None
-
-    @abc.abstractmethod
-    async def send(self, link: Link, call: Call, deadline: float) -> Tensors:
-        """Run one inference; raise anything."""
 
     async def infer(self, call: Call, deadline: float) -> Tensors:
         """Run one inference."""
         self._check_loop()
         line, started, deadline = self.lines.take(), time.monotonic(), min(deadline, LONGEST_SECONDS)
-        error, heard = None, True
+        error, heard = None, False
         try:
-            return await self.send(line.link, call, deadline)
+            outputs: Tensors = await self.send(line.link, call, deadline)
         except Exception as raised:
             error, heard = self.translate(raised, self.address.text, deadline)
             if self.may_be_misled(error, heard=heard):
                 fault = await asyncio.to_thread(self.address.find_fault, min(deadline, LOOK_SECONDS))
                 error = fault or error
             raise error from raised
+        else:
+            heard = True
+            return outputs
         finally:
             if (link := self.lines.leave(line, started, error, heard=heard)) is not None:
-                await cast(Any, link).close()
+                await link.close()
 
     async def close(self) -> None:
         """Close the connections."""
         self._check_loop()
         if (link := self.lines.close()) is not None:
-            await cast(Any, link).close()
+            await link.close()
 
     def _check_loop(self) -> None:
         loop = asyncio.get_running_loop()
