@@ -33,7 +33,7 @@ CHANNEL_OPTIONS = [
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_http_proxy", 0),
 ]
-# How long a keepalive ping may stay unanswered. Both are needed: the first alone leaves it a minute (grpcio 1.85).
+# How long a ping may stay unanswered: the first alone leaves it a minute (findings/grpc_keepalive_timeout.sh).
 PING_TIMEOUTS = [("grpc.keepalive_timeout_ms", 5_000), ("grpc.http2.ping_timeout_ms", 5_000)]
 
 
