@@ -1,4 +1,4 @@
-"""The client and everyday networks, without Triton: addresses, headers, lines, event loops, proxies."""
+"""The client and everyday networks, without Triton: addresses, headers, connections, event loops, proxies."""
 
 import asyncio
 import contextlib
@@ -27,7 +27,7 @@ from kvcast.client import (
 )
 from kvcast.client.__main__ import main
 from kvcast.client.address import Address, Protocol
-from kvcast.client.transport import Call, Lines, check_headers, open_transport
+from kvcast.client.transport import Call, ConnectionHolder, check_headers, open_transport
 from kvcast.protocol.errors import REASON_METADATA
 from tests.support import find_free_ports
 
@@ -236,28 +236,28 @@ def test_the_environments_proxy_is_not_used(stand_in, protocol, mode, monkeypatc
 
 
 class Closes:
-    """A link that can be closed."""
+    """A session that can be closed."""
 
 
-def test_a_line_is_replaced_after_a_silent_deadline_and_closed_by_its_last_call():
-    lines = Lines(Closes)
+def test_a_connection_is_replaced_after_a_silent_deadline_and_closed_by_its_last_call():
+    holder = ConnectionHolder(Closes)
     missed = DeadlineExceededError("late")
-    first, other = lines.take(), lines.take()
+    first, other = holder.acquire(), holder.acquire()
     assert first is other
-    assert lines.leave(first, 1.0, missed, heard=False) is None, "another call is still on it"
-    fresh = lines.take()
+    assert holder.release(first, 1.0, missed, answered=False) is None, "another call is still on it"
+    fresh = holder.acquire()
     assert fresh is not first
-    assert lines.leave(other, 1.0, None, heard=True) is first.link
-    assert lines.leave(fresh, 1.0, missed, heard=False) is fresh.link
-    busy, slow = lines.take(), lines.take()
-    lines.leave(busy, 1.0, None, heard=True)
-    assert lines.leave(slow, 1.0, missed, heard=False) is None
-    assert lines.take() is slow, "others were answered on it: the server is slow, the connection is there"
-    assert lines.close() is slow.link
-    assert lines.close() is None
-    assert lines.leave(slow, 1.0, missed, heard=False) is None, "closed already"
+    assert holder.release(other, 1.0, None, answered=True) is first.session
+    assert holder.release(fresh, 1.0, missed, answered=False) is fresh.session
+    busy, slow = holder.acquire(), holder.acquire()
+    holder.release(busy, 1.0, None, answered=True)
+    assert holder.release(slow, 1.0, missed, answered=False) is None
+    assert holder.acquire() is slow, "others were answered on it: the server is slow, the connection is there"
+    assert holder.close() is slow.session
+    assert holder.close() is None
+    assert holder.release(slow, 1.0, missed, answered=False) is None, "closed already"
     with pytest.raises(RuntimeError, match="this client is closed"):
-        lines.take()
+        holder.acquire()
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -269,7 +269,7 @@ def test_a_cancelled_call_is_no_sign_of_life(protocol):
             )
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(transport.infer(Call("ranker", {}, ["scores"]), 20), 0.2)
-            assert not transport.lines.was_heard
+            assert not transport.connections.was_reached
             await transport.close()
 
     asyncio.run(run())
@@ -319,7 +319,7 @@ def test_kept_http_connections_are_looked_after(stand_in):
     option = (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
     address = Address.parse(stand_in.addresses["http"], "http", keepalive_seconds=7)
     with contextlib.closing(open_transport(address)) as transport:
-        pool = transport.lines.take().link
+        pool = transport.connections.acquire().session
         assert pool.urlopen("POST", "/", b"").status == 500
         connection = pool.pool.get()
         assert connection.sock.getsockopt(*option) == 7
@@ -328,7 +328,7 @@ def test_kept_http_connections_are_looked_after(stand_in):
 
     async def run() -> None:
         transport = open_transport(address, "AsyncTransport")
-        session = transport.lines.take().link
+        session = transport.connections.acquire().session
         async with session.post("/", data=b"x") as response:
             await response.read()
         ((kept, _),) = next(iter(session.connector._conns.values()))

@@ -123,10 +123,10 @@ class Address:
         options = [(socket.IPPROTO_TCP, name, value) for name, value in times.items()]
         return [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), *options]
 
-    def find_fault(self, seconds: float) -> AddressError | None:
+    def diagnose(self, seconds: float) -> AddressError | None:
         """Return what is wrong here, None if that cannot be told; each look takes at most `seconds`."""
         try:
-            return self._look(seconds)
+            return self._diagnose(seconds)
         except ssl.SSLError as error:
             why = getattr(error, "verify_message", "") or error.reason
             return AddressError(
@@ -139,7 +139,7 @@ class Address:
                 f"{self.text}: no server ({error.strerror or error}): is it up, and is this its address and port?"
             )
 
-    def _look(self, seconds: float) -> AddressError | None:
+    def _diagnose(self, seconds: float) -> AddressError | None:
         other: Protocol = "http" if self.protocol == "grpc" else "grpc"
         context = self.tls.make_context() if self.tls else None
         answer = self._greet(self.protocol, context, seconds)

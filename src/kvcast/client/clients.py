@@ -204,7 +204,7 @@ class RankOptions(CallOptions, total=False):
 
 @dataclass(frozen=True)
 class _Options:
-    """What a call was told, or was not; `whole` is the deadline of all of it."""
+    """The options of a call, with defaults; `whole` is the deadline of all of it."""
 
     whole: Deadline
     headers: Headers
@@ -288,7 +288,7 @@ class _Settings:
                     return ranking
             raise TryAgainError(f"candidates: the release changed while they were scored in {len(parts)} parts")
 
-        return (yield from self._talk(rank, options))
+        return (yield from self._with_manifest(rank, options))
 
     def _prefetch(self, history: npt.ArrayLike, user_id: UserId | None, options: _Options) -> Steps[Report]:
         def prefetch(talk: Conversation) -> Steps[Report]:
@@ -296,9 +296,9 @@ class _Settings:
             answer = yield from self._exchange(call, options)
             return _expect_report(answer.outputs)
 
-        return (yield from self._talk(prefetch, options))
+        return (yield from self._with_manifest(prefetch, options))
 
-    def _talk(self, ask: Callable[[Conversation], Steps[Result]], options: _Options) -> Steps[Result]:
+    def _with_manifest(self, ask: Callable[[Conversation], Steps[Result]], options: _Options) -> Steps[Result]:
         """Follow steps that need the manifest; once more if they are refused and the manifest was an old one."""
         manifest = yield from self._know_manifest(options)
         try:
@@ -423,13 +423,13 @@ class RankerClient(_Settings):
                 ranked.
             ValueError: a header, the concurrency or the number of user ids cannot be.
         """
-        told = self._start(**options)
+        chosen = self._start(**options)
         jobs = _pair_up(pairs, user_ids, concurrency)
-        self._follow(self._know_manifest(told))
+        self._follow(self._know_manifest(chosen))
 
         def rank_one(job: tuple[Pair, UserId | None]) -> Ranking | KvcastError:
             try:
-                return self._follow(self._rank(*job, told))
+                return self._follow(self._rank(*job, chosen))
             except KvcastError as error:
                 return error
 
@@ -530,14 +530,14 @@ class AsyncRankerClient(_Settings):
         **options: Unpack[RankOptions],
     ) -> list[Ranking | KvcastError]:
         """Score the candidates of several users, as `RankerClient.rank_many`."""
-        told = self._start(**options)
+        chosen = self._start(**options)
         jobs, turns = _pair_up(pairs, user_ids, concurrency), asyncio.Semaphore(concurrency)
-        await self._follow(self._know_manifest(told))
+        await self._follow(self._know_manifest(chosen))
 
         async def rank_one(job: tuple[Pair, UserId | None]) -> Ranking | KvcastError:
             async with turns:
                 try:
-                    return await self._follow(self._rank(*job, told))
+                    return await self._follow(self._rank(*job, chosen))
                 except KvcastError as error:
                     return error
 

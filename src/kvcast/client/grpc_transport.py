@@ -94,23 +94,23 @@ def _open_channel(library: Any, address: Address) -> Channel:
 class SyncTransport(NetworkTransport):
     """One channel, which multiplexes all threads."""
 
-    open_link = staticmethod(functools.partial(_open_channel, grpc))
+    open_session = staticmethod(functools.partial(_open_channel, grpc))
     translate = staticmethod(translate)
 
-    def send(self, link: Channel, call: Call, deadline: float) -> Tensors:
+    def send(self, session: Channel, call: Call, deadline: float) -> Tensors:
         """Run one inference."""
-        reply = link.stub.ModelInfer(make_request(call, deadline), timeout=deadline, metadata=make_metadata(call))
+        reply = session.stub.ModelInfer(make_request(call, deadline), timeout=deadline, metadata=make_metadata(call))
         return read_outputs(InferResult(reply), call.outputs)
 
 
 class AsyncTransport(AsyncNetworkTransport):
     """The same for asyncio."""
 
-    open_link = staticmethod(functools.partial(_open_channel, grpc.aio))
+    open_session = staticmethod(functools.partial(_open_channel, grpc.aio))
     translate = staticmethod(translate)
 
-    async def send(self, link: Channel, call: Call, deadline: float) -> Tensors:
+    async def send(self, session: Channel, call: Call, deadline: float) -> Tensors:
         """Run one inference."""
         request = make_request(call, deadline)
-        reply = await link.stub.ModelInfer(request, timeout=deadline, metadata=make_metadata(call))
+        reply = await session.stub.ModelInfer(request, timeout=deadline, metadata=make_metadata(call))
         return read_outputs(InferResult(reply), call.outputs)

@@ -137,14 +137,14 @@ def _open_session(address: Address) -> aiohttp.ClientSession:
 class SyncTransport(NetworkTransport):
     """A pool of connections, which all threads share."""
 
-    open_link = staticmethod(_open_pool)
+    open_session = staticmethod(_open_pool)
     translate = staticmethod(translate)
 
-    def send(self, link: urllib3.HTTPConnectionPool, call: Call, deadline: float) -> Tensors:
+    def send(self, session: urllib3.HTTPConnectionPool, call: Call, deadline: float) -> Tensors:
         """Run one inference."""
         body, headers = make_body(call, deadline)
         until = time.monotonic() + deadline
-        response = link.urlopen(
+        response = session.urlopen(
             "POST",
             make_path(call),
             body,
@@ -160,15 +160,15 @@ class SyncTransport(NetworkTransport):
 class AsyncTransport(AsyncNetworkTransport):
     """The same for asyncio."""
 
-    open_link = staticmethod(_open_session)
+    open_session = staticmethod(_open_session)
     translate = staticmethod(translate)
 
-    async def send(self, link: aiohttp.ClientSession, call: Call, deadline: float) -> Tensors:
+    async def send(self, session: aiohttp.ClientSession, call: Call, deadline: float) -> Tensors:
         """Run one inference."""
         body, headers = make_body(call, deadline)
         async with (
             asyncio.timeout(deadline),
-            link.post(make_path(call), data=body, headers=headers, allow_redirects=False) as response,
+            session.post(make_path(call), data=body, headers=headers, allow_redirects=False) as response,
         ):
             content = await response.read()
         return read_reply(response.status, response.headers, content, call, self.address.text, deadline)

@@ -52,7 +52,7 @@ ERRORS_BY_STATUS: dict[str | int, type[KvcastError]] = {
     503: TryAgainError,
     504: DeadlineExceededError,
 }
-# What gRPC says itself of a server that it has not heard.
+# What gRPC says by itself, without an answer of the server.
 SILENT = {"UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED"}
 # Looking for the reason why a first connection fails takes no longer.
 LOOK_SECONDS = 1.0
@@ -121,30 +121,30 @@ class AsyncTransport(abc.ABC):
 
 
 @dataclass
-class Line:
-    """A link (channel, pool or session), how many calls are on it, and when the server was last heard on it."""
+class Connection:
+    """A session (gRPC channel, HTTP pool or session), how many calls are on it, and when one was last answered."""
 
-    link: Any
+    session: Any
     calls: int = 0
-    heard: float = 0.0
+    last_answer: float = 0.0
 
 
-class Lines:
-    """The line that all calls of a client share. Safe to use from several threads.
+class ConnectionHolder:
+    """The connection that all calls of a client share. Safe to use from several threads.
 
-    A network can drop a connection without telling either side. So when a deadline passes without a sign of life, the
-    next call gets a new line; the old one is closed by the last call on it.
+    A network can drop a connection without telling either side. So if no call was answered during one that misses its
+    deadline, the next call gets a new connection; the old one is closed by the last call on it.
     """
 
-    def __init__(self, open_link: Callable[[], Any]) -> None:
-        self._open_link = open_link
+    def __init__(self, open_session: Callable[[], Any]) -> None:
+        self._open = open_session
         self._lock = threading.Lock()
-        self._line: Line | None = None
+        self._current: Connection | None = None
         self._closed = False
-        self.was_heard = False
+        self.was_reached = False
 
-    def take(self) -> Line:
-        """Return the line for a call, which has to `leave` it.
+    def acquire(self) -> Connection:
+        """Return the connection for a call, which has to `release` it.
 
         Raises:
             RuntimeError: the client is closed.
@@ -152,38 +152,38 @@ class Lines:
         with self._lock:
             if self._closed:
                 raise RuntimeError("this client is closed: make a new one")
-            if self._line is None:
-                self._line = Line(self._open_link())
-            self._line.calls += 1
-            return self._line
+            if self._current is None:
+                self._current = Connection(self._open())
+            self._current.calls += 1
+            return self._current
 
-    def leave(self, line: Line, started: float, error: KvcastError | None, *, heard: bool) -> Any:
-        """End a call that has begun at `started`; return a link that has to be closed now, or None.
+    def release(self, connection: Connection, started: float, error: KvcastError | None, *, answered: bool) -> Any:
+        """End a call that has begun at `started`; return a session that has to be closed now, or None.
 
-        heard: the server has answered, if only with an error.
+        answered: the server has answered, if only with an error.
         """
         with self._lock:
-            line.calls -= 1
-            if heard:
-                self.was_heard, line.heard = True, time.monotonic()
-            elif isinstance(error, DeadlineExceededError) and line.heard < started and line is self._line:
-                self._line = None
-            return line.link if line is not self._line and not line.calls else None
+            connection.calls -= 1
+            if answered:
+                self.was_reached, connection.last_answer = True, time.monotonic()
+            elif isinstance(error, DeadlineExceededError) and connection.last_answer < started:
+                self._current = None if self._current is connection else self._current
+            return connection.session if connection is not self._current and not connection.calls else None
 
     def close(self) -> Any:
-        """Let no more calls on; return the link in use, which has to be closed, or None."""
+        """Let no more calls on; return the session in use, which has to be closed, or None."""
         with self._lock:
-            line, self._line, self._closed = self._line, None, True
-            if line is None:
+            connection, self._current, self._closed = self._current, None, True
+            if connection is None:
                 return None
-            line.calls += 1  # the last call must not close it again
-            return line.link
+            connection.calls += 1  # the last call must not close it again
+            return connection.session
 
 
 class _Network:
-    """What transports over a network share. A subclass says how to open a link, to send on it, to name an error."""
+    """What transports over a network share. A subclass says how to open a session, to send on it, to name an error."""
 
-    open_link: Callable[[Address], Any]
+    open_session: Callable[[Address], Any]
     # Runs one inference, awaited or not, and raises anything.
     send: Callable[[Any, Call, float], Any]
     # Returns the error of our own that says who has to act, and whether the server has answered.
@@ -191,11 +191,11 @@ class _Network:
 
     def __init__(self, address: Address) -> None:
         self.address = address
-        self.lines = Lines(lambda: self.open_link(address))
+        self.connections = ConnectionHolder(lambda: self.open_session(address))
 
-    def may_be_misled(self, error: KvcastError, *, heard: bool) -> bool:
+    def is_unreached(self, error: KvcastError, *, answered: bool) -> bool:
         """Whether the address may be wrong: there is no connection, and never was one."""
-        return type(error) is TryAgainError and not (heard or self.lines.was_heard)
+        return type(error) is TryAgainError and not (answered or self.connections.was_reached)
 
 
 class NetworkTransport(_Network, Transport):
@@ -203,26 +203,26 @@ class NetworkTransport(_Network, Transport):
 
     def infer(self, call: Call, deadline: float) -> Tensors:
         """Run one inference."""
-        line, started, deadline = self.lines.take(), time.monotonic(), min(deadline, LONGEST_SECONDS)
-        error, heard = None, False
+        connection, started, deadline = self.connections.acquire(), time.monotonic(), min(deadline, LONGEST_SECONDS)
+        error, answered = None, False
         try:
-            outputs: Tensors = self.send(line.link, call, deadline)
+            outputs: Tensors = self.send(connection.session, call, deadline)
         except Exception as raised:
-            error, heard = self.translate(raised, self.address.text, deadline)
-            if self.may_be_misled(error, heard=heard):
-                error = self.address.find_fault(min(deadline, LOOK_SECONDS)) or error
+            error, answered = self.translate(raised, self.address.text, deadline)
+            if self.is_unreached(error, answered=answered):
+                error = self.address.diagnose(min(deadline, LOOK_SECONDS)) or error
             raise error from raised
         else:
-            heard = True
+            answered = True
             return outputs
         finally:
-            if (link := self.lines.leave(line, started, error, heard=heard)) is not None:
-                link.close()
+            if (session := self.connections.release(connection, started, error, answered=answered)) is not None:
+                session.close()
 
     def close(self) -> None:
         """Close the connections."""
-        if (link := self.lines.close()) is not None:
-            link.close()
+        if (session := self.connections.close()) is not None:
+            session.close()
 
 
 class AsyncNetworkTransport(_Network, AsyncTransport):
@@ -233,28 +233,28 @@ class AsyncNetworkTransport(_Network, AsyncTransport):
     async def infer(self, call: Call, deadline: float) -> Tensors:
         """Run one inference."""
         self._check_loop()
-        line, started, deadline = self.lines.take(), time.monotonic(), min(deadline, LONGEST_SECONDS)
-        error, heard = None, False
+        connection, started, deadline = self.connections.acquire(), time.monotonic(), min(deadline, LONGEST_SECONDS)
+        error, answered = None, False
         try:
-            outputs: Tensors = await self.send(line.link, call, deadline)
+            outputs: Tensors = await self.send(connection.session, call, deadline)
         except Exception as raised:
-            error, heard = self.translate(raised, self.address.text, deadline)
-            if self.may_be_misled(error, heard=heard):
-                fault = await asyncio.to_thread(self.address.find_fault, min(deadline, LOOK_SECONDS))
+            error, answered = self.translate(raised, self.address.text, deadline)
+            if self.is_unreached(error, answered=answered):
+                fault = await asyncio.to_thread(self.address.diagnose, min(deadline, LOOK_SECONDS))
                 error = fault or error
             raise error from raised
         else:
-            heard = True
+            answered = True
             return outputs
         finally:
-            if (link := self.lines.leave(line, started, error, heard=heard)) is not None:
-                await link.close()
+            if (session := self.connections.release(connection, started, error, answered=answered)) is not None:
+                await session.close()
 
     async def close(self) -> None:
         """Close the connections."""
         self._check_loop()
-        if (link := self.lines.close()) is not None:
-            await link.close()
+        if (session := self.connections.close()) is not None:
+            await session.close()
 
     def _check_loop(self) -> None:
         loop = asyncio.get_running_loop()
