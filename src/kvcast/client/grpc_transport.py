@@ -62,11 +62,6 @@ def make_request(call: Call, deadline: float) -> Any:
     return request
 
 
-def make_metadata(call: Call) -> list[tuple[str, str]]:
-    """Return the metadata of a call."""
-    return list(call.all_headers.items())
-
-
 def translate(error: Exception, address: str, deadline: float) -> tuple[KvcastError, bool]:
     """Return the error of our own that says who has to act, and whether the server has answered."""
     if isinstance(error, KvcastError):
@@ -99,7 +94,7 @@ class SyncTransport(NetworkTransport):
 
     def send(self, session: Channel, call: Call, deadline: float) -> Tensors:
         """Run one inference."""
-        reply = session.stub.ModelInfer(make_request(call, deadline), timeout=deadline, metadata=make_metadata(call))
+        reply = session.stub.ModelInfer(make_request(call, deadline), timeout=deadline, metadata=call.metadata)
         return read_outputs(InferResult(reply), call.outputs)
 
 
@@ -112,5 +107,5 @@ class AsyncTransport(AsyncNetworkTransport):
     async def send(self, session: Channel, call: Call, deadline: float) -> Tensors:
         """Run one inference."""
         request = make_request(call, deadline)
-        reply = await session.stub.ModelInfer(request, timeout=deadline, metadata=make_metadata(call))
+        reply = await session.stub.ModelInfer(request, timeout=deadline, metadata=call.metadata)
         return read_outputs(InferResult(reply), call.outputs)

@@ -51,7 +51,7 @@ def make_body(call: Call, deadline: float) -> tuple[bytes, dict[str, str]]:
         parameters=dict(call.parameters) or None,
     )
     headers = {} if header_length is None else {HEADER_LENGTH: str(header_length)}
-    return bytes(body), headers | call.all_headers
+    return bytes(body), {**headers, **dict(call.metadata)}
 
 
 def read_reply(status: int, headers: Any, content: bytes, call: Call, address: str, deadline: float) -> Tensors:

@@ -83,9 +83,9 @@ class Call:
     headers: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def all_headers(self) -> dict[str, str]:
-        """The headers, with the routing key."""
-        return {**self.headers, **({} if self.routing_key is None else {ROUTING_HEADER: self.routing_key})}
+    def metadata(self) -> list[tuple[str, str]]:
+        """The headers and the routing key."""
+        return [*self.headers.items(), *([] if self.routing_key is None else [(ROUTING_HEADER, self.routing_key)])]
 
 
 class Transport(abc.ABC):
