@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from kvcast.client import NO_RETRIES, RankerClient
-from kvcast.client.transport import Call, Protocol, Transport, open_transport
+from kvcast.client.address import Address, Protocol
+from kvcast.client.transport import Call, Transport, open_transport
 from kvcast.protocol.errors import InvalidRequestError, KvcastError, TryAgainError
 from kvcast.protocol.tensors import CANDIDATES, HISTORY, RANKER, RANKER_RESIDENT, SCORE_TOLERANCE, SCORES, USER_ENCODER
 from kvcast.server import TritonServer
@@ -131,8 +132,8 @@ class Callers:
     def __init__(self, server: TritonServer, stack: contextlib.ExitStack) -> None:
         self._clients = connect(server, stack, 60, "grpc", "http")
         self._bare: list[Transport] = [
-            open_transport("grpc", server.grpc_address),
-            open_transport("http", server.http_address),
+            open_transport(Address.parse(server.grpc_address, "grpc")),
+            open_transport(Address.parse(server.http_address, "http")),
         ]
         for each in self._bare:
             stack.callback(each.close)

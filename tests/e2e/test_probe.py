@@ -46,7 +46,7 @@ def test_waiting_for_a_server_that_never_comes():
     started = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 3
-    assert done.stderr.startswith(f"not ready: ranker at {address} (grpc): no connection")
+    assert done.stderr.startswith(f"not ready: ranker at {address} (grpc): no server")
     assert done.stdout == ""
     assert 0.5 < time.monotonic() - started < 30
 

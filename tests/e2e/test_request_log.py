@@ -137,8 +137,9 @@ def test_who_asks_for_the_report_gets_it(gateway, protocol):
     with RankerClient(getattr(gateway, protocol), protocol=protocol) as client:
         client.get_manifest()
         gateway.lines.take()
-        assert client.rank(history[0], candidates[0], report=True).report.cache == "miss"
-        gateway.lines.take()
+        trace = {"traceparent": f"00-{TRACE}-b7ad6b7169203331-01"}
+        assert client.rank(history[0], candidates[0], report=True, headers=trace).report.cache == "miss"
+        assert gateway.lines.take()["trace_id"] == TRACE
     outputs = (SCORES.name, ENCODE_REPORT.name)
     reply = ask(gateway, protocol, "ranker", history, candidates, outputs, parameters={REPORT_PARAMETER: True})
     assert list_outputs(reply) == set(outputs)

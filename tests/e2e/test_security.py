@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvcast.client import NO_RETRIES, RankerClient, TlsOptions
+from kvcast.client import NO_RETRIES, AddressError, RankerClient, TlsOptions
 from kvcast.client.__main__ import main as rank
 from kvcast.protocol.config import load_config
 from kvcast.protocol.errors import KvcastError
@@ -143,6 +143,36 @@ def test_both_protocols_answer_over_tls(encrypted, certificates, right):
     np.testing.assert_allclose(ask_https(encrypted, trust(certificates, "ours")), right, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_the_client_ranks_over_tls_and_says_what_is_wrong(
+    server, encrypted, mutual, certificates, right, protocol, monkeypatch
+):
+    def ask(server: TritonServer, tls: TlsOptions | None, port_of: str = protocol) -> np.ndarray:
+        address = {"grpc": server.grpc_address, "http": server.http_address}[port_of]
+        with RankerClient(address, protocol=protocol, tls=tls, deadline=20) as client:
+            return client.rank(*EXAMPLE).scores
+
+    ours, other = certificates["ours.pem"], {"grpc": "http", "http": "grpc"}[protocol]
+    own = TlsOptions(ours, certificates["caller.pem"], certificates["caller.key"])
+    for each, tls in ((encrypted, TlsOptions(ours)), (mutual, own)):
+        np.testing.assert_allclose(ask(each, tls), right, rtol=0, atol=TOLERANCE)
+    for each, tls, words in (
+        (encrypted, None, "expects TLS: give tls="),
+        (encrypted, TlsOptions(certificates["theirs.pem"]), r"no TLS \(.*certificate"),
+        (encrypted, TlsOptions(), r"no TLS \(.*certificate"),
+        (mutual, TlsOptions(ours), r"(no TLS \(.*CERTIFICATE_REQUIRED\)|hangs up after the TLS handshake)"),
+        (server, TlsOptions(ours), r"no TLS \(WRONG_VERSION_NUMBER\)"),
+    ):
+        with pytest.raises(AddressError, match=words):
+            ask(each, tls)
+    with pytest.raises(AddressError, match="this port does not speak"):
+        ask(encrypted, TlsOptions(ours), other)
+    if protocol == "http":
+        monkeypatch.setenv("SSL_CERT_FILE", str(ours))
+        with RankerClient(f"https://{encrypted.http_address}", protocol="http") as client:
+            np.testing.assert_allclose(client.rank(*EXAMPLE).scores, right, rtol=0, atol=TOLERANCE)
+
+
 def test_the_command_line_ranks_over_tls(encrypted, certificates, tmp_path, capsys):
     config = load_config("tiny")
     names = [
@@ -156,7 +186,9 @@ def test_the_command_line_ranks_over_tls(encrypted, certificates, tmp_path, caps
     arguments = [str(tmp_path / "request.json"), "--json", "--address", encrypted.grpc_address, "--retry", "0"]
     assert rank([*arguments, "--tls-ca", str(certificates["ours.pem"])]) == 0
     assert len(json.loads(capsys.readouterr().out)["scores"]) == len(EXAMPLE[1])
-    assert rank([*arguments, "--tls-ca", str(certificates["theirs.pem"]), "--deadline", "3"]) != 0
+    assert rank([*arguments, "--tls-ca", str(certificates["theirs.pem"]), "--deadline", "3"]) == 2
+    arguments += ["--protocol", "http", "--address", encrypted.http_address]
+    assert rank([*arguments, "--tls-ca", str(certificates["ours.pem"])]) == 0
 
 
 def test_a_caller_who_trusts_somebody_else_gets_no_scores(encrypted, certificates):

@@ -29,6 +29,7 @@ from kvcast.client import (
     http_transport,
 )
 from kvcast.client.__main__ import main
+from kvcast.client.address import Address
 from kvcast.client.clients import Conversation
 from kvcast.client.retry import Answer
 from kvcast.client.transport import Call, make_error, open_transport
@@ -85,10 +86,10 @@ def test_who_missed_a_deadline_is_told():
 
 
 def test_other_failures_say_whose_move_it_is():
-    assert type(http_transport.translate(TimeoutError(), "here:1", 2.0)) is DeadlineExceededError
-    assert type(http_transport.translate(ConnectionRefusedError(111, "refused"), "here:1", 2.0)) is TryAgainError
+    assert type(http_transport.translate(TimeoutError(), "here:1", 2.0)[0]) is DeadlineExceededError
+    assert type(http_transport.translate(ConnectionRefusedError(111, "refused"), "here:1", 2.0)[0]) is TryAgainError
     for translate in (http_transport.translate, grpc_transport.translate):
-        assert type(translate(KeyError("x"), "here:1", 2.0)) is ServerFaultError
+        assert type(translate(KeyError("x"), "here:1", 2.0)[0]) is ServerFaultError
     unknown = "Request for unknown model: 'x' is not found"
     assert "MODELS" in str(make_error("NOT_FOUND", "NOT_FOUND", unknown, "here:1", 2.0))
 
@@ -160,6 +161,8 @@ def test_a_silent_server_misses_the_deadline(silent_address, protocol):
         ({"protocol": "smtp"}, "expected grpc or http"),
         ({"deadline": 0}, "positive"),
         ({"deadline": float("inf")}, "positive"),
+        ({"keepalive_seconds": 1}, "keepalive_seconds: expected 5 or more"),
+        ({"keepalive_seconds": float("nan")}, "keepalive_seconds: expected 5 or more"),
     ],
 )
 def test_wrong_settings_are_refused_at_once(arguments, words):
@@ -175,8 +178,10 @@ def test_tls_options_are_checked_at_once(tmp_path):
     for one in ({"certificate_file": file}, {"key_file": file}):
         with pytest.raises(ValueError, match="certificate_file and key_file together"):
             TlsOptions(**one)
-    with pytest.raises(ValueError, match="tls: expected protocol grpc, got http"):
-        RankerClient(protocol="http", tls=TlsOptions())
+    with pytest.raises(ValueError, match="tls: expected PEM files"):
+        TlsOptions(ca_file=file)
+    with pytest.raises(ValueError, match="tls: expected https://"):
+        RankerClient("http://here:1", protocol="http", tls=TlsOptions())
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -211,7 +216,7 @@ def http_address():
 
 def test_the_deadline_of_http_is_that_of_the_whole_answer(http_address):
     """A connection whose answer was late is not used again: the rest would be the next caller's."""
-    with contextlib.closing(open_transport("http", http_address)) as transport:
+    with contextlib.closing(open_transport(Address.parse(http_address, "http"))) as transport:
         for _ in range(2):
             with pytest.raises(TryAgainError, match="xxx"):
                 transport.infer(Conversation.ask_manifest("ranker"), 5)
@@ -259,17 +264,21 @@ def test_the_command_without_a_server(tmp_path, capsys):
     path = tmp_path / "request.json"
     path.write_text(json.dumps({"history": [], "candidates": []}))
     address = f"127.0.0.1:{find_free_ports(1)[0]}"
-    assert main([str(path), "--address", address, "--retry", "0"]) == 3
+    assert main([str(path), "--address", address, "--retry", "0"]) == 2
     assert "attempts" not in capsys.readouterr().err
-    assert main([str(path), "--address", address, "--retry", "0.3"]) == 3
-    assert re.search(r"try again later: .*no connection .* \(\d+ attempts\)$", capsys.readouterr().err.strip())
+    assert main([str(path), "--address", address, "--retry", "0.3"]) == 2
+    expected = rf"kvcast rank: {address}: no server \(Connection refused\): is it up, .* \(\d+ attempts\)"
+    assert re.fullmatch(expected, capsys.readouterr().err.strip())
     assert main([str(tmp_path / "missing.json"), "--address", address]) == 2
     assert "missing.json: cannot be read" in capsys.readouterr().err
     for arguments, words in (
         (["--deadline", "-1"], "deadline"),
         (["--retry", "-1"], "retry"),
         (["--tls-ca", str(tmp_path / "missing.pem")], "missing.pem"),
-        (["--tls-ca", str(path), "--protocol", "http"], "tls: expected protocol grpc"),
+        (["--tls-ca", str(path), "--protocol", "http"], "tls: expected PEM files"),
+        (["--header", "authorization"], "--header: expected NAME:VALUE, got 'authorization'"),
+        (["--header", "content-length: 5"], "content-length is the protocol's or the client's own"),
+        (["--address", "http://127.0.0.1:1"], "address: expected host:port without a scheme over gRPC"),
     ):
         assert main([str(path), *arguments]) == 2
         assert words in capsys.readouterr().err

@@ -150,7 +150,7 @@ WRONG_IDS = [
     (np.ones((1, 3, 2), bool), "expected dtype INT64, got bool"),
     (np.ones((1, 3, 2), np.uint64), "expected dtype INT64, got uint64"),
     (np.full((1, 3, 2), None), "expected dtype INT64, got object"),
-    (np.ones((1, 11, 2), int), "expected at most L = 10 events, got 11"),
+    (np.ones((1, 11, 2), int), "expected at most L = 10 events, got 11: send the newest (truncate=True of the client)"),
     (np.full((1, 3, 2), 64), "expected field 'action' within 0..63, got 64 at event 0"),
     (np.full((2, 3, 2), -1), "expected field 'item' within 0..99, got -1 at event 0 of user 0"),
 ]

@@ -185,8 +185,8 @@ def test_nobody_there(capsys, protocol):
     address = f"127.0.0.1:{find_free_ports(1)[0]}"
     assert main(["--address", address, "--protocol", protocol]) == 3
     error = capsys.readouterr().err
-    assert error.startswith(f"not ready: ranker at {address} ({protocol}): no connection (")
-    assert error.endswith(": is the server up, and is this its port?\n")
+    assert error.startswith(f"not ready: ranker at {address} ({protocol}): no server (")
+    assert error.endswith(": is it up, and is this its address and port?\n")
     assert main(["--address", address, "--protocol", protocol, "--live"]) == 3
 
 
@@ -195,7 +195,8 @@ def test_nobody_there(capsys, protocol):
     [
         (["--deadline", "0"], "deadline: expected a positive number"),
         (["--tls-ca", "missing.pem"], "tls: expected ca_file to be a file"),
-        (["--tls-ca", __file__, "--protocol", "http"], "tls: expected protocol grpc"),
+        (["--tls-ca", __file__, "--protocol", "http"], "tls: expected PEM files"),
+        (["--address", "here"], "address: expected host:port"),
     ],
 )
 def test_wrong_arguments(capsys, arguments, words):

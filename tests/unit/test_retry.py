@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -36,6 +37,10 @@ class Script:
         self.errors: list[Exception | None] = []
         self.sent: list[tuple[str, float]] = []
         """(output asked for, deadline in seconds) of every sending."""
+        self.scores: list[float] = []
+        """Of all candidates of a sending; 0 where the list ends."""
+        self.counts: list[int] = []
+        """Candidates of every sending that asked for scores."""
 
     def answer(self, call: Call, deadline: float) -> Tensors:
         self.sent.append((call.outputs[0], deadline))
@@ -45,11 +50,15 @@ class Script:
         text = self.manifest.to_json().encode()
         answers = {
             "manifest": lambda: np.array([[text]], object),
-            "scores": lambda: np.zeros((1, call.inputs["candidates"].shape[1]), np.float32),
+            "scores": lambda: self.score(call.inputs["candidates"].shape[1]),
             "kv_id": lambda: np.zeros((1, 32), np.uint8),
             "encode_report": lambda: np.array([[b'{"cache": "hit", "encode_seconds": 0.0}']], object),
         }
         return {name: answers[name]() for name in call.outputs}
+
+    def score(self, count: int) -> np.ndarray:
+        self.counts.append(count)
+        return np.full((1, count), self.scores.pop(0) if self.scores else 0, np.float32)
 
 
 class ScriptTransport(Transport):
@@ -166,6 +175,59 @@ def test_a_wrong_request_is_refused_without_waiting_for_a_server_that_is_away(sc
         with pytest.raises(InvalidRequestError, match="N = 1 to 64"):
             client.rank(HISTORY, [])
         assert len(script.sent) == 2
+
+
+MANY = [[1, 1, 1, 1]] * 150
+
+
+def test_candidates_above_the_limit_are_sent_in_parts_that_share_the_first(ask, script):
+    script.errors = [None, None, *away(1)]
+    ranking = ask("rank", HISTORY, MANY)
+    assert script.counts == [64, 64, 24], "64 + 63 + 23"
+    assert (ranking.scores.shape, ranking.candidates.shape, ranking.attempts) == ((150,), (150, 4), 2)
+
+
+def test_parts_from_different_releases_are_never_joined(ask, script):
+    script.scores = [0.5, 0.5, 0.7]
+    assert ask("rank", HISTORY, MANY).scores.tolist() == [0] * 150
+    assert len(script.counts) == 6
+    script.scores = [0.5, 0.7, 0.7] * 2
+    with pytest.raises(TryAgainError, match="the release changed while they were scored in 3 parts"):
+        ask("rank", HISTORY, MANY)
+
+
+def test_limits_that_the_server_has_lowered_are_learnt_from_its_refusal(script):
+    with RankerClient(retry=QUICK, transport=ScriptTransport(script)) as client:
+        client.get_manifest()
+        limits = msgspec.structs.replace(script.manifest.limits, candidates=32)
+        script.manifest = msgspec.structs.replace(script.manifest, limits=limits)
+        script.errors = [InvalidRequestError("candidates: expected N = 1 to 32 candidates, got 50")]
+        assert client.rank(HISTORY, MANY[:50]).scores.shape == (50,)
+        assert script.counts == [32, 19]
+
+
+def test_who_truncates_learns_of_longer_histories(script, monkeypatch):
+    long = [[1, 1]] * 200
+    with RankerClient(retry=QUICK, transport=ScriptTransport(script)) as client:
+        client.rank(long, CANDIDATES, truncate=True)
+        client.rank(long, CANDIDATES, truncate=True)
+        assert [name for name, _ in script.sent] == ["manifest", "scores", "scores"]
+        monkeypatch.setattr("kvcast.client.clients.TRUNCATION_SECONDS", 0)
+        script.errors = away(1)
+        client.rank(long, CANDIDATES, truncate=True)
+        client.rank(HISTORY, CANDIDATES)
+        assert [name for name, _ in script.sent][3:] == ["manifest", "scores", "scores"], (
+            "a server that is away is none"
+        )
+
+
+def test_one_users_error_leaves_the_others_their_scores(ask, script):
+    script.errors = [None, None, ServerFaultError("broken"), None]
+    many = ask("rank_many", [(HISTORY, CANDIDATES)] * 3)
+    assert sorted(type(each).__name__ for each in many) == ["Ranking", "Ranking", "ServerFaultError"]
+    script.errors = [ServerFaultError("broken")]
+    with pytest.raises(ServerFaultError, match="broken"):
+        ask("rank_many", [(HISTORY, CANDIDATES)])
 
 
 def test_a_cancelled_call_is_over(script):

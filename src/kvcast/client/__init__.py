@@ -3,21 +3,23 @@
     with RankerClient("127.0.0.1:8001") as client:
         print(client.rank(history, candidates).top(10))
 
-Errors say who has to act: `InvalidRequestError` (fix the request), `TryAgainError` (send it again, later),
-`ServerFaultError` (call the operator). What can be sent again is, within the call's deadline (`RetryPolicy`). No torch,
-no onnxruntime.
+Errors say who has to act: `InvalidRequestError` (fix the request, or the address: `AddressError`), `TryAgainError`
+(send it again, later), `ServerFaultError` (call the operator). What can be sent again is, within the call's deadline
+(`RetryPolicy`). No torch, no onnxruntime.
 """
 
+from kvcast.client.address import TlsOptions
 from kvcast.client.clients import AsyncRankerClient, RankerClient
 from kvcast.client.ranking import RankedCandidate, Ranking
 from kvcast.client.retry import NO_RETRIES, RetryPolicy
-from kvcast.client.transport import TlsOptions
 from kvcast.protocol.errors import (
+    AddressError,
     BusyError,
     DeadlineExceededError,
     ExpiredError,
     InvalidRequestError,
     KvcastError,
+    NoServerError,
     ServerFaultError,
     TryAgainError,
 )
@@ -26,6 +28,7 @@ from kvcast.protocol.request import RankRequest
 
 __all__ = [
     "NO_RETRIES",
+    "AddressError",
     "AsyncRankerClient",
     "BusyError",
     "CacheResult",
@@ -33,6 +36,7 @@ __all__ = [
     "ExpiredError",
     "InvalidRequestError",
     "KvcastError",
+    "NoServerError",
     "RankRequest",
     "RankedCandidate",
     "RankerClient",

@@ -5,11 +5,11 @@ import json
 import sys
 from pathlib import Path
 
+from kvcast.client.address import TlsOptions
 from kvcast.client.clients import DEFAULT_ADDRESSES, DEFAULT_DEADLINE, RankerClient
 from kvcast.client.ranking import Ranking
 from kvcast.client.retry import RetryPolicy
-from kvcast.client.transport import TlsOptions
-from kvcast.protocol.errors import InvalidRequestError, KvcastError, TryAgainError
+from kvcast.protocol.errors import AddressError, InvalidRequestError, KvcastError, TryAgainError
 from kvcast.protocol.manifest import Manifest
 from kvcast.protocol.report import CacheResult, Report
 from kvcast.protocol.request import RankRequest
@@ -25,7 +25,7 @@ example request:
   {"history": [{"item": 690, "category": 8, "price_bucket": 49, "action": 2}],
    "candidates": [{"item": 673, "category": 19, "brand": 85, "price_bucket": 31}]}
 
-exit status: 0 ranked, 2 the request is wrong, 3 try again later, 4 the server is broken
+exit status: 0 ranked, 2 the request or the address is wrong, 3 try again later, 4 the server is broken
 """
 
 
@@ -65,22 +65,35 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="how long to ask again a server that is away or busy (%(default)g; 0: ask once)",
     )
-    add_tls_option(parser)
+    add_connection_options(parser)
     return parser
 
 
-def add_tls_option(parser: argparse.ArgumentParser) -> None:
-    """Add `--tls-ca`, which `make_tls` reads."""
-    parser.add_argument("--tls-ca", metavar="FILE", help="encrypt gRPC; PEM file of the CA of the server's certificate")
+def add_connection_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--tls-ca` and `--header`, which `read_connection_options` reads."""
+    parser.add_argument("--tls-ca", metavar="FILE", help="use TLS; PEM file of the CA of the server's certificate")
+    parser.add_argument(
+        "--header",
+        action="append",
+        default=[],
+        metavar="NAME:VALUE",
+        help="HTTP header, or gRPC metadata, of every request; can be repeated",
+    )
 
 
-def make_tls(arguments: argparse.Namespace) -> TlsOptions | None:
-    """Return the TLS options of a command line, None for a connection in the clear.
+def read_connection_options(arguments: argparse.Namespace) -> tuple[TlsOptions | None, dict[str, str]]:
+    """Return the TLS options of a command line, None for a connection in the clear, and its headers.
 
     Raises:
-        ValueError: the file is missing.
+        ValueError: the file is missing, or a header has no colon.
     """
-    return TlsOptions(ca_file=arguments.tls_ca) if arguments.tls_ca else None
+    headers = {}
+    for header in arguments.header:
+        name, colon, value = header.partition(":")
+        if not colon:
+            raise ValueError(f"--header: expected NAME:VALUE, got {header!r}")
+        headers[name.strip()] = value.strip()
+    return TlsOptions(ca_file=arguments.tls_ca) if arguments.tls_ca else None, headers
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -88,6 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     try:
         text = _read_text(arguments.request)
+        tls, headers = read_connection_options(arguments)
         address = arguments.address or DEFAULT_ADDRESSES[arguments.protocol]
         with RankerClient(
             address,
@@ -95,7 +109,8 @@ def main(argv: list[str] | None = None) -> int:
             model=arguments.model,
             deadline=arguments.deadline,
             retry=RetryPolicy(seconds=arguments.retry),
-            tls=make_tls(arguments),
+            tls=tls,
+            headers=headers,
         ) as client:
             manifest = client.get_manifest()
             request = RankRequest.from_json(text, manifest.schema)
@@ -107,14 +122,14 @@ def main(argv: list[str] | None = None) -> int:
         where = f"{arguments.model} at {address} ({arguments.protocol})"
         show = to_json if arguments.json else to_table
         print(show(ranking, arguments.top, len(request.history), where, manifest))
+    except (AddressError, ValueError) as error:
+        return _fail(str(error), WRONG_REQUEST)
     except InvalidRequestError as error:
         return _fail(f"the request is wrong: {error}", WRONG_REQUEST)
     except TryAgainError as error:
         return _fail(f"try again later: {error}", TRY_AGAIN)
     except KvcastError as error:
         return _fail(f"the server is broken: {error}", SERVER_FAULT)
-    except ValueError as error:
-        return _fail(str(error), WRONG_REQUEST)
     return 0
 
 

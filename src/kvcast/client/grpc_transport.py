@@ -1,7 +1,8 @@
 """One inference over gRPC, by tritonclient's generated stub on a channel of our own, sync and asyncio."""
 
+import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 import grpc.aio
@@ -16,19 +17,18 @@ except TypeError as error:  # protobuf has these messages already, from another 
     ) from error
 from tritonclient.utils import np_to_triton_dtype
 
+from kvcast.client.address import LONGEST_KEEPALIVE, Address
 from kvcast.client.transport import (
-    LONGEST_SECONDS,
-    AsyncTransport,
+    SILENT,
+    AsyncNetworkTransport,
     Call,
+    NetworkTransport,
     Tensors,
-    TlsOptions,
-    Transport,
     limit_queueing,
     make_error,
     read_outputs,
 )
 from kvcast.protocol.errors import REASON_METADATA, KvcastError, ServerFaultError
-from kvcast.protocol.routing import ROUTING_HEADER
 
 CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", -1),
@@ -36,55 +36,23 @@ CHANNEL_OPTIONS = [
     # gRPC's own pause before connecting again grows to two minutes; a server that was restarted is back in seconds.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
-    # A connection that was silently dropped is noticed while a request waits on it.
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
+    # A new channel is a new connection, not the one that another channel to the same address has.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_http_proxy", 0),
 ]
+# How long a ping may stay unanswered: the first alone leaves it a minute (findings/grpc_keepalive_timeout.sh).
+PING_TIMEOUTS = [("grpc.keepalive_timeout_ms", 5_000), ("grpc.http2.ping_timeout_ms", 5_000)]
 
 
-class GrpcTransport(Transport):
-    """One channel, which multiplexes all threads."""
+class Channel(NamedTuple):
+    """A channel of either library, and the stub on it."""
 
-    def __init__(self, address: str, tls: TlsOptions | None = None) -> None:
-        self._address = address
-        self._channel = _open_channel(grpc, address, tls)
-        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+    channel: Any
+    stub: Any
 
-    def infer(self, call: Call, deadline: float) -> Tensors:
-        """Run one inference."""
-        try:
-            reply = self._stub.ModelInfer(
-                make_request(call, deadline), timeout=min(deadline, LONGEST_SECONDS), metadata=make_metadata(call)
-            )
-            return read_outputs(InferResult(reply), call.outputs)
-        except Exception as error:
-            raise translate(error, self._address, deadline) from error
-
-    def close(self) -> None:
-        """Close the channel."""
-        self._channel.close()
-
-
-class AsyncGrpcTransport(AsyncTransport):
-    """The same for asyncio."""
-
-    def __init__(self, address: str, tls: TlsOptions | None = None) -> None:
-        self._address = address
-        self._channel = _open_channel(grpc.aio, address, tls)
-        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
-
-    async def infer(self, call: Call, deadline: float) -> Tensors:
-        """Run one inference."""
-        request, metadata = make_request(call, deadline), make_metadata(call)
-        try:
-            reply = await self._stub.ModelInfer(request, timeout=min(deadline, LONGEST_SECONDS), metadata=metadata)
-            return read_outputs(InferResult(reply), call.outputs)
-        except Exception as error:
-            raise translate(error, self._address, deadline) from error
-
-    async def close(self) -> None:
-        """Close the channel."""
-        await self._channel.close()
+    def close(self) -> Any:
+        """Close the channel; to be awaited with asyncio."""
+        return self.channel.close()
 
 
 def make_request(call: Call, deadline: float) -> Any:
@@ -101,25 +69,50 @@ def make_request(call: Call, deadline: float) -> Any:
     return request
 
 
-def make_metadata(call: Call) -> list[tuple[str, str]]:
-    """Return the metadata of a call."""
-    return [(ROUTING_HEADER, call.routing_key)] if call.routing_key is not None else []
-
-
-def translate(error: Exception, address: str, deadline: float) -> KvcastError:
-    """Return the error of our own that says who has to act."""
+def translate(error: Exception, address: str, deadline: float) -> tuple[KvcastError, bool]:
+    """Return the error of our own that says who has to act, and whether the server has answered."""
     if isinstance(error, KvcastError):
-        return error
+        return error, True
     if not isinstance(error, grpc.RpcError):
-        return ServerFaultError(f"{address}: unusable answer ({type(error).__name__}: {error})")
+        return ServerFaultError(f"{address}: unusable answer ({type(error).__name__}: {error})"), False
     call: Any = error
-    reason = dict(call.trailing_metadata() or ()).get(REASON_METADATA, "")
-    return make_error(call.code().name, str(reason), call.details() or "", address, deadline)
+    status, reason = call.code().name, str(dict(call.trailing_metadata() or ()).get(REASON_METADATA, ""))
+    return make_error(status, reason, call.details() or "", address, deadline), bool(reason) or status not in SILENT
 
 
-def _open_channel(library: Any, address: str, tls: TlsOptions | None) -> Any:
-    if tls is None:
-        return library.insecure_channel(address, CHANNEL_OPTIONS)
-    files = (tls.ca_file, tls.key_file, tls.certificate_file)
-    credentials = grpc.ssl_channel_credentials(*(Path(file).read_bytes() if file else None for file in files))
-    return library.secure_channel(address, credentials, CHANNEL_OPTIONS)
+def _open_channel(library: Any, address: Address) -> Channel:
+    options = list(CHANNEL_OPTIONS)
+    if address.keepalive_seconds < LONGEST_KEEPALIVE:
+        options += [("grpc.keepalive_time_ms", int(1e3 * address.keepalive_seconds)), *PING_TIMEOUTS]
+    if address.tls is None:
+        channel = library.insecure_channel(address.netloc, options)
+    else:
+        files = (address.tls.ca_file, address.tls.key_file, address.tls.certificate_file)
+        contents = (Path(file).read_bytes() if file else None for file in files)
+        channel = library.secure_channel(address.netloc, grpc.ssl_channel_credentials(*contents), options)
+    return Channel(channel, service_pb2_grpc.GRPCInferenceServiceStub(channel))
+
+
+class SyncTransport(NetworkTransport):
+    """One channel, which multiplexes all threads."""
+
+    open_session = staticmethod(functools.partial(_open_channel, grpc))
+    translate = staticmethod(translate)
+
+    def send(self, session: Channel, call: Call, deadline: float) -> Tensors:
+        """Run one inference."""
+        reply = session.stub.ModelInfer(make_request(call, deadline), timeout=deadline, metadata=call.metadata)
+        return read_outputs(InferResult(reply), call.outputs)
+
+
+class AsyncTransport(AsyncNetworkTransport):
+    """The same for asyncio."""
+
+    open_session = staticmethod(functools.partial(_open_channel, grpc.aio))
+    translate = staticmethod(translate)
+
+    async def send(self, session: Channel, call: Call, deadline: float) -> Tensors:
+        """Run one inference."""
+        request = make_request(call, deadline)
+        reply = await session.stub.ModelInfer(request, timeout=deadline, metadata=call.metadata)
+        return read_outputs(InferResult(reply), call.outputs)

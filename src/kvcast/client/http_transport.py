@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import socket
 import time
 from typing import Any
 
@@ -12,12 +13,12 @@ import urllib3
 from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 from tritonclient.utils import np_to_triton_dtype
 
+from kvcast.client.address import Address
 from kvcast.client.transport import (
-    LONGEST_SECONDS,
-    AsyncTransport,
+    AsyncNetworkTransport,
     Call,
+    NetworkTransport,
     Tensors,
-    Transport,
     limit_queueing,
     make_error,
     miss_deadline,
@@ -25,74 +26,11 @@ from kvcast.client.transport import (
     read_outputs,
 )
 from kvcast.protocol.errors import REASON_FIELD, KvcastError, ServerFaultError
-from kvcast.protocol.routing import ROUTING_HEADER
 
 # Connections of one client: as many requests as may be in flight at once.
 CONNECTIONS = 64
 HEADER_LENGTH = "Inference-Header-Content-Length"
 CHUNK_BYTES = 1 << 16
-
-
-class HttpTransport(Transport):
-    """A pool of connections, which all threads share."""
-
-    def __init__(self, address: str) -> None:
-        self._address = address
-        self._pool = urllib3.connectionpool.connection_from_url(f"http://{address}", maxsize=CONNECTIONS)
-
-    def infer(self, call: Call, deadline: float) -> Tensors:
-        """Run one inference."""
-        body, headers = make_body(call, deadline)
-        deadline = min(deadline, LONGEST_SECONDS)
-        until = time.monotonic() + deadline
-        try:
-            response = self._pool.urlopen(
-                "POST",
-                make_path(call),
-                body,
-                headers,
-                retries=False,
-                timeout=urllib3.Timeout(total=deadline),
-                preload_content=False,
-            )
-            content = _read(response, until)
-            return read_reply(response.status, response.headers, content, call, self._address, deadline)
-        except Exception as error:
-            raise translate(error, self._address, deadline) from error
-
-    def close(self) -> None:
-        """Close the connections."""
-        self._pool.close()
-
-
-class AsyncHttpTransport(AsyncTransport):
-    """The same for asyncio."""
-
-    def __init__(self, address: str) -> None:
-        self._address = address
-        self._session: aiohttp.ClientSession | None = None
-
-    async def infer(self, call: Call, deadline: float) -> Tensors:
-        """Run one inference."""
-        body, headers = make_body(call, deadline)
-        if self._session is None:
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=CONNECTIONS), timeout=aiohttp.ClientTimeout(total=None)
-            )
-        try:
-            async with (
-                asyncio.timeout(deadline),
-                self._session.post(f"http://{self._address}{make_path(call)}", data=body, headers=headers) as response,
-            ):
-                content = await response.read()
-            return read_reply(response.status, response.headers, content, call, self._address, deadline)
-        except Exception as error:
-            raise translate(error, self._address, deadline) from error
-
-    async def close(self) -> None:
-        """Close the connections."""
-        if self._session is not None:
-            await self._session.close()
 
 
 def make_path(call: Call) -> str:
@@ -113,9 +51,7 @@ def make_body(call: Call, deadline: float) -> tuple[bytes, dict[str, str]]:
         parameters=dict(call.parameters) or None,
     )
     headers = {} if header_length is None else {HEADER_LENGTH: str(header_length)}
-    if call.routing_key is not None:
-        headers[ROUTING_HEADER] = call.routing_key
-    return bytes(body), headers
+    return bytes(body), {**headers, **dict(call.metadata)}
 
 
 def read_reply(status: int, headers: Any, content: bytes, call: Call, address: str, deadline: float) -> Tensors:
@@ -142,17 +78,17 @@ def read_error(content: bytes) -> tuple[str, str]:
     return text.strip(), ""
 
 
-def translate(error: Exception, address: str, deadline: float) -> KvcastError:
-    """Return the error of our own that says who has to act."""
+def translate(error: Exception, address: str, deadline: float) -> tuple[KvcastError, bool]:
+    """Return the error of our own that says who has to act, and whether the server has answered."""
     if isinstance(error, KvcastError):
-        return error
+        return error, True
     # urllib3 calls a refused connection a kind of timeout.
     is_refused = isinstance(error, urllib3.exceptions.NewConnectionError)
     if isinstance(error, TimeoutError | urllib3.exceptions.TimeoutError) and not is_refused:
-        return miss_deadline(address, deadline)
+        return miss_deadline(address, deadline), False
     if isinstance(error, OSError | aiohttp.ClientError | urllib3.exceptions.HTTPError):
-        return miss_server(address, str(error))
-    return ServerFaultError(f"{address}: unusable answer ({type(error).__name__}: {error})")
+        return miss_server(address, str(error)), False
+    return ServerFaultError(f"{address}: unusable answer ({type(error).__name__}: {error})"), False
 
 
 def _read(response: urllib3.BaseHTTPResponse, until: float) -> bytes:
@@ -171,3 +107,68 @@ def _read(response: urllib3.BaseHTTPResponse, until: float) -> bytes:
             response.release_conn()
             return bytes(content)
         content += chunk
+
+
+def _open_pool(address: Address) -> urllib3.HTTPConnectionPool:
+    options = [*urllib3.connection.HTTPConnection.default_socket_options, *address.socket_options]
+    if address.tls is None:
+        return urllib3.HTTPConnectionPool(address.host, address.port, maxsize=CONNECTIONS, socket_options=options)
+    context = address.tls.make_context()
+    return urllib3.HTTPSConnectionPool(
+        address.host, address.port, maxsize=CONNECTIONS, socket_options=options, ssl_context=context
+    )
+
+
+def _open_session(address: Address) -> aiohttp.ClientSession:
+    def make_socket(info: aiohttp.AddrInfoType) -> socket.socket:
+        made = socket.socket(*info[:3])
+        for option in address.socket_options:
+            made.setsockopt(*option)
+        return made
+
+    context = address.tls.make_context() if address.tls else True
+    return aiohttp.ClientSession(
+        f"{'https' if address.tls else 'http'}://{address.netloc}",
+        connector=aiohttp.TCPConnector(limit=CONNECTIONS, ssl=context, socket_factory=make_socket),
+        timeout=aiohttp.ClientTimeout(total=None),
+    )
+
+
+class SyncTransport(NetworkTransport):
+    """A pool of connections, which all threads share."""
+
+    open_session = staticmethod(_open_pool)
+    translate = staticmethod(translate)
+
+    def send(self, session: urllib3.HTTPConnectionPool, call: Call, deadline: float) -> Tensors:
+        """Run one inference."""
+        body, headers = make_body(call, deadline)
+        until = time.monotonic() + deadline
+        response = session.urlopen(
+            "POST",
+            make_path(call),
+            body,
+            headers,
+            retries=False,
+            timeout=urllib3.Timeout(total=deadline),
+            preload_content=False,
+        )
+        content = _read(response, until)
+        return read_reply(response.status, response.headers, content, call, self.address.text, deadline)
+
+
+class AsyncTransport(AsyncNetworkTransport):
+    """The same for asyncio."""
+
+    open_session = staticmethod(_open_session)
+    translate = staticmethod(translate)
+
+    async def send(self, session: aiohttp.ClientSession, call: Call, deadline: float) -> Tensors:
+        """Run one inference."""
+        body, headers = make_body(call, deadline)
+        async with (
+            asyncio.timeout(deadline),
+            session.post(make_path(call), data=body, headers=headers, allow_redirects=False) as response,
+        ):
+            content = await response.read()
+        return read_reply(response.status, response.headers, content, call, self.address.text, deadline)

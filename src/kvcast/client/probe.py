@@ -10,21 +10,30 @@ import enum
 import json
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from kvcast.client.__main__ import SERVER_FAULT, TRY_AGAIN, WRONG_REQUEST, add_tls_option, make_tls
+from kvcast.client.__main__ import (
+    SERVER_FAULT,
+    TRY_AGAIN,
+    WRONG_REQUEST,
+    add_connection_options,
+    read_connection_options,
+)
+from kvcast.client.address import Protocol, TlsOptions
 from kvcast.client.clients import DEFAULT_ADDRESSES, RankerClient
 from kvcast.client.ranking import Ranking
 from kvcast.client.retry import NO_RETRIES, Deadline
-from kvcast.client.transport import Protocol, TlsOptions
 from kvcast.protocol.errors import (
+    AddressError,
     BusyError,
     DeadlineExceededError,
     ExpiredError,
     KvcastError,
+    NoServerError,
     ServerFaultError,
     TryAgainError,
 )
@@ -103,6 +112,7 @@ class Probe:
 
     Raises:
         ValueError: by `run`, if it cannot be: an unknown protocol, a deadline that is not positive.
+        AddressError: by `run`, if the address is that of another protocol, or of other TLS.
     """
 
     address: str
@@ -110,6 +120,7 @@ class Probe:
     model: str = RANKER.name
     deadline: float = READY_DEADLINE
     tls: TlsOptions | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     def run(self) -> Finding:
         """Probe once."""
@@ -120,11 +131,14 @@ class Probe:
             deadline=self.deadline,
             retry=NO_RETRIES,
             tls=self.tls,
+            headers=self.headers,
         )
         with client:
             try:
                 manifest, ranking = rank_canary(client, Deadline(self.deadline))
             except KvcastError as error:
+                if isinstance(error, AddressError) and not isinstance(error, NoServerError):
+                    raise
                 return self._judge(error)
         return Finding(Health.READY, "", manifest.release, 1e3 * ranking.seconds)
 
@@ -234,7 +248,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--wait", type=float, default=0.0, metavar="SECONDS", help="probe again for so long until it succeeds (once)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    add_tls_option(parser)
+    add_connection_options(parser)
     return parser
 
 
@@ -245,15 +259,17 @@ def main(argv: list[str] | None = None) -> int:
     if deadline is None:
         deadline = LIVE_DEADLINE if arguments.live else READY_DEADLINE
     try:
+        tls, headers = read_connection_options(arguments)
         probe = Probe(
             address=arguments.address or DEFAULT_ADDRESSES[arguments.protocol],
             protocol=arguments.protocol,
             model=arguments.model,
             deadline=deadline,
-            tls=make_tls(arguments),
+            tls=tls,
+            headers=headers,
         )
         finding = probe.run_until_ready(arguments.wait, live=arguments.live)
-    except ValueError as error:
+    except (ValueError, AddressError) as error:
         print(f"kvcast probe: {error}", file=sys.stderr)
         return WRONG_REQUEST
     say = probe.to_json if arguments.json else probe.describe

@@ -23,7 +23,8 @@ class Ranking:
 
     scores: FP32 `[N]`, higher is better; candidates: INT64 `[N, T]` as sent; seconds: from sending to having them,
     from the first sending if there were several. report: how the server made them, if that was asked for.
-    attempts: how many times they were asked for.
+    attempts: how many times they were asked for. Of candidates that were sent in parts, `seconds` is that of all, the
+    report that of the first, `attempts` the most that one part took.
     """
 
     scores: npt.NDArray[np.float32]

@@ -18,7 +18,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from kvcast.client.transport import Call, Tensors
-from kvcast.protocol.errors import DeadlineExceededError, ExpiredError, TryAgainError
+from kvcast.protocol.errors import DeadlineExceededError, ExpiredError, NoServerError, TryAgainError
+
+# How long a call asks at an address where nobody was ever reached: a wrong one should be told soon.
+FIRST_SECONDS = 1.0
 
 Clock = Callable[[], float]
 Result = TypeVar("Result")
@@ -201,7 +204,8 @@ class Retries:
         if once or isinstance(error, DeadlineExceededError):
             return None
         pause = self._draw() * self.policy.limit_pause(attempts)
-        left = min(deadline.left, self.policy.seconds - deadline.passed)
+        patience = min(self.policy.seconds, FIRST_SECONDS) if isinstance(error, NoServerError) else self.policy.seconds
+        left = min(deadline.left, patience - deadline.passed)
         return pause if pause < left and self._budget.withdraw() else None
 
     def _conclude(self, error: TryAgainError, attempts: int, deadline: Deadline) -> TryAgainError:

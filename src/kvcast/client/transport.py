@@ -1,17 +1,22 @@
-"""What all transports share: one inference as a `Call`, and errors by status code and reason.
+"""What all transports share: one inference as a `Call`, the connections of a client, errors by status and reason.
 
 A transport knows tensors by name and raises `KvcastError`s, whatever its library's own habits. Those of gRPC and HTTP
-are imported when they are used: `open_transport`, `open_async_transport`.
+are imported when they are used: `open_transport`. None asks the environment for a proxy.
 """
 
 import abc
-from collections.abc import Mapping, Sequence
+import asyncio
+import importlib
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy.typing as npt
 
+from kvcast.client.address import Address
 from kvcast.protocol.errors import (
     ERRORS,
     BusyError,
@@ -21,8 +26,8 @@ from kvcast.protocol.errors import (
     ServerFaultError,
     TryAgainError,
 )
+from kvcast.protocol.routing import ROUTING_HEADER
 
-Protocol = Literal["grpc", "http"]
 Tensors = dict[str, npt.NDArray[Any]]
 
 # The part of the caller's deadline that a request may not spend in the server's queue: a refusal has to arrive before
@@ -47,31 +52,19 @@ ERRORS_BY_STATUS: dict[str | int, type[KvcastError]] = {
     503: TryAgainError,
     504: DeadlineExceededError,
 }
-
-
-@dataclass(frozen=True)
-class TlsOptions:
-    """Encrypt gRPC. Paths of PEM files.
-
-    ca_file: CA of the server's certificate; None is what gRPC trusts by itself.
-    certificate_file, key_file: the client's own certificate and its key, for a server that asks for one (mutual TLS).
-    """
-
-    ca_file: str | Path | None = None
-    certificate_file: str | Path | None = None
-    key_file: str | Path | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot work, before anything is sent.
-
-        Raises:
-            ValueError: a file is missing, or a certificate comes without its key.
-        """
-        if (self.certificate_file is None) != (self.key_file is None):
-            raise ValueError("tls: expected certificate_file and key_file together, got one of them")
-        for name, path in vars(self).items():
-            if path is not None and not Path(path).is_file():
-                raise ValueError(f"tls: expected {name} to be a file, got {str(path)!r}")
+# What gRPC says by itself, without an answer of the server.
+SILENT = {"UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED"}
+# Looking for the reason why a first connection fails takes no longer.
+LOOK_SECONDS = 1.0
+# What is a header of HTTP and a key of gRPC's metadata alike.
+HEADER_NAME = re.compile(r"[a-z0-9_.-]+")
+HEADER_VALUE = re.compile(r"(?! )[\x20-\x7e]*(?<! )")
+# Headers that say how a message travels; the routing key comes from `user_id`.
+OWN_HEADERS = {
+    *("accept-encoding", "connection", "content-encoding", "content-length", "content-type", "expect", "host"),
+    *("inference-header-content-length", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "user-agent"),
+    ROUTING_HEADER,
+}
 
 
 @dataclass(frozen=True)
@@ -79,6 +72,7 @@ class Call:
     """What one inference asks for: arrays by input name (batch axis first), the outputs wanted, request parameters.
 
     routing_key: by which a proxy before several servers chooses one; None leaves it the choice.
+    headers: of HTTP, metadata over gRPC, as `check_headers` returns them.
     """
 
     model: str
@@ -86,6 +80,12 @@ class Call:
     outputs: Sequence[str]
     parameters: Mapping[str, bool] = field(default_factory=dict)
     routing_key: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def metadata(self) -> list[tuple[str, str]]:
+        """The headers and the routing key."""
+        return [*self.headers.items(), *([] if self.routing_key is None else [(ROUTING_HEADER, self.routing_key)])]
 
 
 class Transport(abc.ABC):
@@ -120,26 +120,176 @@ class AsyncTransport(abc.ABC):
         """Close the connections."""
 
 
-def open_transport(protocol: Protocol, address: str, tls: TlsOptions | None = None) -> Transport:
-    """Return the sync transport of a protocol; nothing is sent yet."""
-    if protocol == "grpc":
-        from kvcast.client.grpc_transport import GrpcTransport  # noqa: PLC0415 a caller of HTTP needs no gRPC
+@dataclass
+class Connection:
+    """A session (gRPC channel, HTTP pool or session), how many calls are on it, and when one was last answered."""
 
-        return GrpcTransport(address, tls)
-    from kvcast.client.http_transport import HttpTransport  # noqa: PLC0415 nor the other way round
-
-    return HttpTransport(address)
+    session: Any
+    calls: int = 0
+    last_answer: float = 0.0
 
 
-def open_async_transport(protocol: Protocol, address: str, tls: TlsOptions | None = None) -> AsyncTransport:
-    """Return the asyncio transport of a protocol; nothing is sent yet."""
-    if protocol == "grpc":
-        from kvcast.client.grpc_transport import AsyncGrpcTransport  # noqa: PLC0415 a caller of HTTP needs no gRPC
+class ConnectionHolder:
+    """The connection that all calls of a client share. Safe to use from several threads.
 
-        return AsyncGrpcTransport(address, tls)
-    from kvcast.client.http_transport import AsyncHttpTransport  # noqa: PLC0415 nor the other way round
+    A network can drop a connection without telling either side. So if no call was answered during one that misses its
+    deadline, the next call gets a new connection; the old one is closed by the last call on it.
+    """
 
-    return AsyncHttpTransport(address)
+    def __init__(self, open_session: Callable[[], Any]) -> None:
+        self._open = open_session
+        self._lock = threading.Lock()
+        self._current: Connection | None = None
+        self._closed = False
+        self.was_reached = False
+
+    def acquire(self) -> Connection:
+        """Return the connection for a call, which has to `release` it.
+
+        Raises:
+            RuntimeError: the client is closed.
+        """
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("this client is closed: make a new one")
+            if self._current is None:
+                self._current = Connection(self._open())
+            self._current.calls += 1
+            return self._current
+
+    def release(self, connection: Connection, started: float, error: KvcastError | None, *, answered: bool) -> Any:
+        """End a call that has begun at `started`; return a session that has to be closed now, or None.
+
+        answered: the server has answered, if only with an error.
+        """
+        with self._lock:
+            connection.calls -= 1
+            if answered:
+                self.was_reached, connection.last_answer = True, time.monotonic()
+            elif isinstance(error, DeadlineExceededError) and connection.last_answer < started:
+                self._current = None if self._current is connection else self._current
+            return connection.session if connection is not self._current and not connection.calls else None
+
+    def close(self) -> Any:
+        """Let no more calls on; return the session in use, which has to be closed, or None."""
+        with self._lock:
+            connection, self._current, self._closed = self._current, None, True
+            if connection is None:
+                return None
+            connection.calls += 1  # the last call must not close it again
+            return connection.session
+
+
+class _Network:
+    """What transports over a network share. A subclass says how to open a session, to send on it, to name an error."""
+
+    open_session: Callable[[Address], Any]
+    # Runs one inference, awaited or not, and raises anything.
+    send: Callable[[Any, Call, float], Any]
+    # Returns the error of our own that says who has to act, and whether the server has answered.
+    translate: Callable[[Exception, str, float], tuple[KvcastError, bool]]
+
+    def __init__(self, address: Address) -> None:
+        self.address = address
+        self.connections = ConnectionHolder(lambda: self.open_session(address))
+
+    def is_unreached(self, error: KvcastError, *, answered: bool) -> bool:
+        """Whether the address may be wrong: there is no connection, and never was one."""
+        return type(error) is TryAgainError and not (answered or self.connections.was_reached)
+
+
+class NetworkTransport(_Network, Transport):
+    """A transport over a network."""
+
+    def infer(self, call: Call, deadline: float) -> Tensors:
+        """Run one inference."""
+        connection, started, deadline = self.connections.acquire(), time.monotonic(), min(deadline, LONGEST_SECONDS)
+        error, answered = None, False
+        try:
+            outputs: Tensors = self.send(connection.session, call, deadline)
+        except Exception as raised:
+            error, answered = self.translate(raised, self.address.text, deadline)
+            if self.is_unreached(error, answered=answered):
+                error = self.address.diagnose(min(deadline, LOOK_SECONDS)) or error
+            raise error from raised
+        else:
+            answered = True
+            return outputs
+        finally:
+            if (session := self.connections.release(connection, started, error, answered=answered)) is not None:
+                session.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        if (session := self.connections.close()) is not None:
+            session.close()
+
+
+class AsyncNetworkTransport(_Network, AsyncTransport):
+    """A transport over a network for asyncio, in the event loop of its first call."""
+
+    _loop: asyncio.AbstractEventLoop | None = None
+
+    async def infer(self, call: Call, deadline: float) -> Tensors:
+        """Run one inference."""
+        self._check_loop()
+        connection, started, deadline = self.connections.acquire(), time.monotonic(), min(deadline, LONGEST_SECONDS)
+        error, answered = None, False
+        try:
+            outputs: Tensors = await self.send(connection.session, call, deadline)
+        except Exception as raised:
+            error, answered = self.translate(raised, self.address.text, deadline)
+            if self.is_unreached(error, answered=answered):
+                fault = await asyncio.to_thread(self.address.diagnose, min(deadline, LOOK_SECONDS))
+                error = fault or error
+            raise error from raised
+        else:
+            answered = True
+            return outputs
+        finally:
+            if (session := self.connections.release(connection, started, error, answered=answered)) is not None:
+                await session.close()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        self._check_loop()
+        if (session := self.connections.close()) is not None:
+            await session.close()
+
+    def _check_loop(self) -> None:
+        loop = asyncio.get_running_loop()
+        if self._loop not in (None, loop):
+            raise RuntimeError("this client was used in another event loop before: make one in each loop")
+        self._loop = loop
+
+
+def open_transport(address: Address, kind: str = "SyncTransport") -> Any:
+    """Return the `SyncTransport` or `AsyncTransport` to an address; nothing is sent yet."""
+    # A caller of HTTP needs no gRPC, nor the other way round.
+    module = importlib.import_module(f"kvcast.client.{address.protocol}_transport")
+    return getattr(module, kind)(address)
+
+
+def check_headers(headers: Mapping[str, str] | None) -> dict[str, str]:
+    """Return headers with their names in lower case.
+
+    Raises:
+        ValueError: a name or a value is not one of HTTP and of gRPC's metadata, or is the client's own.
+    """
+    checked = {}
+    for name, value in (headers or {}).items():
+        key = str(name).lower()
+        if not HEADER_NAME.fullmatch(key):
+            raise ValueError(f"headers: expected names of letters, digits, '-', '_' and '.', got {name!r}")
+        if key in OWN_HEADERS or key.startswith("grpc-") or key.endswith("-bin"):
+            raise ValueError(f"headers: {key} is the protocol's or the client's own, and cannot be set")
+        if not (isinstance(value, str) and HEADER_VALUE.fullmatch(value)):
+            raise ValueError(
+                f"headers: expected {key} to be printable ASCII without spaces around it, got "
+                f"{'other characters' if isinstance(value, str) else type(value).__name__}"
+            )
+        checked[key] = value
+    return checked
 
 
 def make_error(status: str | int, reason: str, message: str, address: str, deadline: float) -> KvcastError:

@@ -67,6 +67,14 @@ class ExpiredError(DeadlineExceededError):
     kind = ErrorKind.EXPIRED
 
 
+class AddressError(InvalidRequestError):
+    """The client was given the wrong address or TLS options: another protocol, no TLS, another authority."""
+
+
+class NoServerError(AddressError, TryAgainError):
+    """Nobody was ever reached at the client's address: it is wrong, or the server is not up yet."""
+
+
 class ServerFaultError(KvcastError):
     """The server is broken or wrongly set up: its operator has to act."""
 

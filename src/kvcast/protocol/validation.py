@@ -23,7 +23,10 @@ def check_history(array: npt.NDArray[np.generic], fields: tuple[Field, ...], lim
     """
     ids = _check_shape(HISTORY.name, array, fields, "event")
     if ids.shape[1] > limits.history:
-        raise InvalidRequestError(f"{HISTORY.name}: expected at most L = {limits.history} events, got {ids.shape[1]}")
+        raise InvalidRequestError(
+            f"{HISTORY.name}: expected at most L = {limits.history} events, got {ids.shape[1]}: send the newest "
+            "(truncate=True of the client)"
+        )
     _check_vocabularies(HISTORY.name, ids, fields, "event")
     return ids
 

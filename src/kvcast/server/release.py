@@ -1,17 +1,16 @@
 """`kvcast release`: publish exports as immutable releases, and choose the one that is served, without a restart."""
 
 import argparse
-import http.client
 import json
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import urllib3
 
 from kvcast.protocol.config import list_configs
 from kvcast.protocol.errors import KvcastError
@@ -191,11 +190,11 @@ def wait_for(server: str, number: int, deadline: float) -> None:
 def read_state(server: str) -> dict[str, Any] | None:
     """Return the state that a server reports, None if there is no server."""
     try:
-        with urllib.request.urlopen(f"http://{server}/kvcast/state", timeout=5) as reply:
-            state: dict[str, Any] = json.load(reply)
-            return state
-    except (OSError, ValueError, http.client.HTTPException):  # the last: it speaks something else
+        reply = urllib3.request("GET", f"http://{server}/kvcast/state", timeout=5, retries=False)
+        state: dict[str, Any] = reply.json()
+    except (ValueError, urllib3.exceptions.HTTPError):
         return None
+    return state if reply.status == 200 else None
 
 
 def to_table(record: Record) -> str:
