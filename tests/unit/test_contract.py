@@ -76,7 +76,7 @@ def read_tiny_table() -> dict[str, Any]:
             "transformer.py",
             "network.family: expected a family's short name, 'package.module:Class' or 'file.py:Class', got",
         ),
-        (["vocabularies", "item"], 63, "vocabularies.item: expected `int` >= 64, got 63"),
+        (["vocabularies", "item"], 1, "vocabularies.item: expected `int` >= 2, got 1"),
         (["vocabularies"], 63, "vocabularies: expected `object`, got 63"),
         (["name"], 5, "name: expected `str`, got 5"),
         (["weights"], "trained.pt", "weights: expected a file *.safetensors, got 'trained.pt'"),

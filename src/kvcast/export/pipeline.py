@@ -99,7 +99,7 @@ def export_release(
     progress = Progress(say)
     with progress.step(f"build {config.name} ({config.network.family})"):
         network = build_network(config)
-        mask = _set_weights(network, weights)
+        mask = _set_weights(network, weights, say)
     with progress.step("fingerprint the release"):
         release = fingerprint_release(network)
     with progress.step("prove the network (torch): properties 1 to 6, negative control"):
@@ -152,10 +152,12 @@ def _choose_weights(config: ModelConfig, weights: WeightsSource) -> WeightsSourc
     return dataclasses.replace(weights, file=own)
 
 
-def _set_weights(network: RankingNetwork, weights: WeightsSource) -> MaskKind | None:
+def _set_weights(
+    network: RankingNetwork, weights: WeightsSource, say: Callable[[str], None] = print
+) -> MaskKind | None:
     """Set every parameter; return the mask of training, where a file says it."""
     if weights.file is not None:
-        return load_weights(network, weights.file, accept_undirected=weights.accept_undirected)
+        return load_weights(network, weights.file, accept_undirected=weights.accept_undirected, say=say)
     draw_weights(network, weights.seed or 0)
     return None
 

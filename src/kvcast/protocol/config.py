@@ -20,7 +20,7 @@ from kvcast.protocol.schema import FeatureSchema, Field, Limits, Workload
 # The default of `kvcast export` and `kvcast demo`.
 DEFAULT_CONFIG = "demo"
 CONFIGS = "export/configs"
-MIN_VOCABULARY = 64
+MIN_VOCABULARY = 2  # unknown, and one more
 # The proofs of an export need room for a history with padding around it.
 MIN_HISTORY_LIMIT = 8
 _VOCABULARY_SIZE: Any = Annotated[int, msgspec.Meta(ge=MIN_VOCABULARY)]
@@ -63,6 +63,11 @@ class ModelConfig:
     limits: Limits
     workload: Workload
     weights: Path | None = field(default=None, compare=False)
+
+    @property
+    def time_field(self) -> str:
+        """The history field with an event's time, which the option `time_field` of a family names; empty if none."""
+        return str(self.network.options.get("time_field", ""))
 
     def list_settings(self) -> dict[str, Any]:
         """Return all that defines a model, without the paths of its files, as nested tables."""

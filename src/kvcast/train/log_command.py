@@ -68,7 +68,7 @@ def _describe(path: Path, config: ModelConfig, arguments: argparse.Namespace) ->
         print(f"{path}: {log.bad.rows} bad rows skipped:\n{log.bad.describe()}")
     if not len(log):
         raise LogError(f"{path}: expected at least one row, got none")
-    requests = Requests(log, config.schema, config.limits)
+    requests = Requests(log, config.schema, config.limits, config.time_field)
     lengths, counts = requests.history_lengths, requests.candidate_counts
     print(
         f"{path}: {len(log)} rows of {len(log.users)} users, {log.label.mean():.1%} with {LABEL} 1; "
