@@ -89,10 +89,10 @@ def test_bad_ratings_are_named_or_skipped(tmp_path):
         read_movielens(folder, "stop")
     for line in (
         "4 of 11 rows are bad",
-        "1 × rating is not a number of half stars: row 8",
-        "1 × rating is not within 0.5..5: row 9",
-        "1 × movieId is not an integer: row 10",
-        "1 × timestamp is negative: row 11",
+        "1 × rating is not a number of half stars: line 9 (got '3.3')",
+        "1 × rating is not within 0.5..5: line 10 (got '6')",
+        "1 × movieId is not an integer: line 11 (got 'x')",
+        "1 × timestamp is negative: line 12 (got '-5')",
     ):
         assert line in str(error.value)
     raw = read_movielens(folder, "skip")
@@ -164,7 +164,7 @@ def test_kuairand_is_read(tmp_path, monkeypatch):
 def test_a_bad_impression_is_named_with_its_file(tmp_path):
     path = write_kuairand(tmp_path) / "log_standard_4_22_to_5_08_pure.csv"
     path.write_text(path.read_text() + "7,102,20220422,900,,2,0,0,0,0,0,0,10,0,0,0,0,0,0\n")
-    with pytest.raises(LogError, match=rf"{path.name}: 1 of 2 rows are bad(.|\n)*time_ms is missing: row 2"):
+    with pytest.raises(LogError, match=rf"{path.name}: 1 of 2 rows are bad(.|\n)*time_ms is missing: line 3"):
         read_kuairand(tmp_path, "stop")
     raw = read_kuairand(tmp_path, "skip")
     assert len(raw.time) == 4
@@ -254,7 +254,7 @@ def test_the_command_reports_skipped_rows(tmp_path, capsys):
     with pytest.raises(LogError, match="1 of 2 rows are bad"):
         run(path, "--config", config)
     assert run(path, "--config", config, "--bad-rows", "skip") == 0
-    assert "1 × label is not 0 or 1: row 2" in capsys.readouterr().out
+    assert "1 × label is not 0 or 1: line 3 (got '5')" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

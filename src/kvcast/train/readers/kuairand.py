@@ -71,10 +71,10 @@ def _find_files(folder: Path, pattern: str) -> list[Path]:
 def _read_impressions(path: Path, bad_rows: OnBadRows) -> tuple[dict[str, Ids], list[str]]:
     columns = read_csv(path, IMPRESSION)
     user, video, milliseconds = (columns.read_integers(name) for name in ("user_id", "video_id", "time_ms"))
-    columns.reject("time_ms is negative", milliseconds < 0)
+    columns.reject("time_ms", "is negative", milliseconds < 0)
     duration, tab = columns.read_integers("duration_ms"), columns.read_integers("tab")
-    columns.reject("duration_ms is negative", duration < 0)
-    columns.reject("tab is negative", tab < 0)
+    columns.reject("duration_ms", "is negative", duration < 0)
+    columns.reject("tab", "is negative", tab < 0)
     did = {name: columns.read_flags(name) for name in ACTIONS}
     columns.settle(bad_rows)
     halves = (2 * np.log2(1 + np.maximum(duration, 0) / 1000)).astype(np.int64)

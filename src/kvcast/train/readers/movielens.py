@@ -37,9 +37,9 @@ def read_movielens(folder: Path, bad_rows: OnBadRows) -> RawLog:
     ratings, movies = _read_file(folder, "ratings", RATINGS), _read_file(folder, "movies", MOVIES)
     user, movie = ratings.read_integers("userId"), ratings.read_integers("movieId")
     twice_stars = 2 * ratings.read_numbers("rating", 0.5, 5)
-    ratings.reject("rating is not a number of half stars", (twice_stars != np.floor(twice_stars)) & (twice_stars > 0))
+    ratings.reject("rating", "is not a number of half stars", (twice_stars != np.floor(twice_stars)) & (twice_stars > 0))
     time = ratings.read_integers("timestamp")
-    ratings.reject("timestamp is negative", time < 0)
+    ratings.reject("timestamp", "is negative", time < 0)
     ratings.settle(bad_rows)
     good = ratings.good
     action = twice_stars[good].astype(np.int64)
