@@ -1,5 +1,6 @@
 """Columns of Parquet and CSV files as numbers; invalid cells are counted and reported by row."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,9 +130,10 @@ class Columns:
         return values
 
     def read_numbers(self, name: str, low: float, high: float) -> Floats:
-        """Return a column of numbers within low..high."""
+        """Return a column of numbers within low..high, which may be infinite."""
         values = _to_numbers(self.table[name])
-        self.reject(name, f"is not within {low:g}..{high:g}", ~((values >= low) & (values <= high)))
+        fault = f"is not within {low:g}..{high:g}" if math.isfinite(high) else "is not a number"
+        self.reject(name, fault, ~((values >= low) & (values <= high)))
         return values
 
     def read_names(self, name: str) -> pa.ChunkedArray:
@@ -256,7 +258,9 @@ def _parse(
     except (pa.ArrowException, OSError) as error:
         wrong = _find_undecodable(path) if "UTF8" in str(error) else None
         raise LogError(f"{path}: {wrong or f'cannot be read: {error}'}") from error
-    lines = np.delete(np.arange(1 + header, 1 + header + len(table) + len(crooked)), np.array(crooked, int) - header - 1)
+    lines = np.delete(
+        np.arange(1 + header, 1 + header + len(table) + len(crooked)), np.array(crooked, int) - header - 1
+    )
     if len(table.columns) and (blank := np.all([_as_mask(column.is_null()) for column in table.columns], axis=0)).any():
         with path.open("rb") as file:
             empty = [number for number, line in enumerate(file, 1) if not line.strip()]

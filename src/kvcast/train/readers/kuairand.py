@@ -1,4 +1,4 @@
-"""KuaiRand, as its authors pack it: `log_standard_*.csv` and `video_features_basic_*.csv` of one folder (`data/`).
+"""KuaiRand, as its authors pack it: `log_standard_*.csv` and `video_features_basic_*.csv` of one folder or its `data/`.
 
 A row is an impression; its label is `is_click`, which in the feed of one column means that the video was played for a
 while. Its time is `time_ms` in seconds. `action` is the strongest of what the user did, 0 if nothing. The logs of
@@ -62,9 +62,9 @@ def read_kuairand(folder: Path, bad_rows: OnBadRows) -> RawLog:
 
 
 def _find_files(folder: Path, pattern: str) -> list[Path]:
-    files = sorted(folder.glob(pattern))
+    files = sorted(folder.glob(pattern)) or sorted(folder.glob(f"data/{pattern}"))
     if not files:
-        raise LogError(f"{folder}: expected files {pattern}, found none")
+        raise LogError(f"{folder}: expected files {pattern} here or in data/, found none")
     return files
 
 
