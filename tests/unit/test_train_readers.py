@@ -344,6 +344,9 @@ def test_vocabularies_too_small_for_times_or_events_are_reported(tmp_path):
     small = FeatureSchema((Field("item", 64), Field("action", 4), Field("hour", 64)), (Field("item", 64),))
     with pytest.raises(LogError, match="action: expected a vocabulary of at least 5 for this data, got 4"):
         make_log(raw, small, time_field="hour")
+    other = FeatureSchema((Field("item", 64), Field("deed", 64)), (Field("item", 64),))
+    with pytest.raises(LogError, match=r"expected a field that makes rows events \(deed\) in the data, which has act"):
+        make_log(raw, other)
     small = FeatureSchema((Field("item", 64), Field("hour", 64)), (Field("item", 64),))
     with pytest.raises(LogError, match="hour: expected a vocabulary of at least 388893 for this data, got 64"):
         make_log(raw, small, time_field="hour")

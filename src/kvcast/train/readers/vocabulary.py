@@ -78,6 +78,10 @@ def make_log(raw: RawLog, schema: FeatureSchema, pause: int = 0, time_field: str
     if raw.users:
         columns[USER] = np.array(raw.users, dtype=object)[columns[USER]]
     marks = marking_fields(schema, time_field)
+    has = ", ".join(sorted({*raw.values, *raw.ids}))
+    if marks and not {one.name for one in marks} & {*raw.values, *raw.ids}:
+        names = ", ".join(one.name for one in marks)
+        raise LogError(f"expected a field that makes rows events ({names}) in the data, which has {has}")
     vocabularies, notes, absent = {}, list(raw.notes), []
     for one in log_fields(schema):
         if one.name == time_field:
@@ -96,7 +100,6 @@ def make_log(raw: RawLog, schema: FeatureSchema, pause: int = 0, time_field: str
             absent.append(one.name)
         columns[one.name] = column
     if absent:
-        has = ", ".join(sorted({*raw.values, *raw.ids}))
         notes.append(f"not in the data set, 0 in every row: {', '.join(absent)} (it has {has})")
     titles = {
         str(number): raw.titles[name] for name, number in vocabularies.get("item", {}).items() if name in raw.titles
