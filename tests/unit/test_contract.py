@@ -77,6 +77,7 @@ def read_tiny_table() -> dict[str, Any]:
             "network.family: expected a family's short name, 'package.module:Class' or 'file.py:Class', got",
         ),
         (["vocabularies", "item"], 1, "vocabularies.item: expected `int` >= 2, got 1"),
+        (["vocabularies", "class"], 9, "vocabularies: expected names that are no keywords of Python"),
         (["vocabularies"], 63, "vocabularies: expected `object`, got 63"),
         (["name"], 5, "name: expected `str`, got 5"),
         (["weights"], "trained.pt", "weights: expected a file *.safetensors, got 'trained.pt'"),

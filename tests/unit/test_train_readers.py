@@ -213,7 +213,7 @@ u1	B00B	3	1400003600	1
 u2	B00A	4	1400007200	1 2
 u2	B00C	1	1400010800	2
 """
-ITEMS = """item_id:token	brand:token	categories:token_seq
+ITEMS = """item_id:token	brand:token	class:token_seq
 B00A	"Quo	Books Poetry
 B00B		Games
 """
@@ -230,7 +230,7 @@ HOURS = FeatureSchema((Field("item", 64), Field("action", 64), Field("hour", 10*
 
 def test_recbole_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr("kvcast.train.readers.vocabulary.VOCABULARY_SHARE", 1)
-    fields = FeatureSchema(HOURS.history_fields, make_schema("item brand categories").candidate_fields)
+    fields = FeatureSchema(HOURS.history_fields, make_schema("item brand class_").candidate_fields)
     made = make_log(read_recbole(write_recbole(tmp_path), "stop", Table()), fields, time_field="hour")
     assert made.columns["user"].tolist() == ["u1", "u1", "u2", "u2"]
     assert made.columns["time"].tolist() == [1400000000, 1400003600, 1400007200, 1400010800]
@@ -238,7 +238,7 @@ def test_recbole_is_read(tmp_path, monkeypatch):
     assert name_rows(made, "item") == ["B00A", "B00B", "B00A", "B00C"]
     assert name_rows(made, "action") == ["5", "3", "4", "1"]
     assert name_rows(made, "brand") == ['"Quo', None, '"Quo', None]
-    assert name_rows(made, "categories") == ["Books", "Games", "Books", None]
+    assert name_rows(made, "class_") == ["Books", "Games", "Books", None]
     assert np.diff(made.columns["hour"]).tolist() == [1, 1, 1]
     assert "1 rows are of items that shop.item does not list" in made.notes
 

@@ -4,6 +4,7 @@ Shipped are `demo` (the default, with trained weights), `tiny` (tests), `bench` 
 documents' size), and `tiny-hstu` and `hstu`, the second network family at the sizes of `tiny` and `bench`.
 """
 
+import keyword
 import math
 import os
 from dataclasses import dataclass, field
@@ -156,6 +157,8 @@ def _check(read: _Config) -> None:
     for name, option in network.options.items():
         usable = isinstance(option, str | int) or (isinstance(option, float) and math.isfinite(option))
         _expect(usable, f"network.options.{name}", "a string, a finite number or a boolean", option)
+    keywords = [name for name in read.vocabularies if keyword.iskeyword(name)]
+    _expect(not keywords, "vocabularies", "names that are no keywords of Python, in whose code a trace is", keywords)
     for side, names in msgspec.structs.asdict(read.fields).items():
         different = 0 < len(names) == len(set(names))
         _expect(different, f"fields.{side}", "a list of different names, at least one", names)

@@ -5,6 +5,7 @@ are text that gets ids. A file is read block by block, and its cells are numbere
 column and each different text is in memory once.
 """
 
+import keyword
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -75,8 +76,9 @@ def read_table(path: Path, bad_rows: OnBadRows, table: Table) -> RawLog:
 def read_recbole(folder: Path, bad_rows: OnBadRows, table: Table) -> RawLog:
     """Read RecBole's atomic files of one data set: `*.inter`, and `*.item` if there is one.
 
-    Offers `item`, and under its own name each other column of the two; of a sequence, the first token. Positive is, if
-    no rule is given, a `label` of 1 or a `rating` of 4 or more.
+    Offers `item`, and under its own name each other column of the two (`class_` for `class`: a field's name is no
+    keyword of Python); of a sequence, the first token. Positive is, if no rule is given, a `label` of 1 or a `rating`
+    of 4 or more.
 
     Raises:
         LogError: the files are not there, or not as documented; a row is bad and `bad_rows` is "stop".
@@ -114,7 +116,7 @@ def _read_atomic(path: Path, renamed: Mapping[str, str]) -> Columns:
             known = ", ".join(RECBOLE_TYPES)
             raise LogError(f"{path}: line 1: expected name:type, of the types {known}, got {name or kind!r}:{kind}")
     names = {source: name for name, source in renamed.items()}
-    labels = [names.get(name, name) for name, _ in pairs]
+    labels = [names.get(name, f"{name}_" if keyword.iskeyword(name) else name) for name, _ in pairs]
     missing = [source for name, source in renamed.items() if name not in labels]
     if missing:
         raise LogError(f"{path}: line 1: expected the columns {', '.join(renamed.values())}: missing {missing[0]}")

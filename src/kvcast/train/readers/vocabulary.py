@@ -78,10 +78,7 @@ def make_log(raw: RawLog, schema: FeatureSchema, pause: int = 0, time_field: str
     if raw.users:
         columns[USER] = np.array(raw.users, dtype=object)[columns[USER]]
     marks = marking_fields(schema, time_field)
-    has = ", ".join(sorted({*raw.values, *raw.ids}))
-    if marks and not {one.name for one in marks} & {*raw.values, *raw.ids}:
-        names = ", ".join(one.name for one in marks)
-        raise LogError(f"expected a field that makes rows events ({names}) in the data, which has {has}")
+    has = _list_fields(raw, marks)
     vocabularies, notes, absent = {}, list(raw.notes), []
     for one in log_fields(schema):
         if one.name == time_field:
@@ -105,6 +102,16 @@ def make_log(raw: RawLog, schema: FeatureSchema, pause: int = 0, time_field: str
         str(number): raw.titles[name] for name, number in vocabularies.get("item", {}).items() if name in raw.titles
     }
     return MadeLog({**columns, LABEL: raw.label[order]}, vocabularies, titles, tuple(notes))
+
+
+def _list_fields(raw: RawLog, marks: tuple[Field, ...]) -> str:
+    """Return the names of the fields that the data has, among which is one that makes rows events."""
+    names, has = [one.name for one in marks], sorted({*raw.values, *raw.ids})
+    if names and not set(names) & set(has):
+        raise LogError(
+            f"expected a field that makes rows events ({', '.join(names)}) in the data, which has {', '.join(has)}"
+        )
+    return ", ".join(has)
 
 
 def _tell_time(one: Field, time: Ids) -> tuple[Ids, str]:
