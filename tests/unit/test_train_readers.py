@@ -339,6 +339,11 @@ def test_bad_atomic_files_are_reported(tmp_path, interactions, words):
         read_recbole(write_recbole(tmp_path, interactions), "stop", Table())
 
 
+def test_atomic_files_name_their_own_columns(tmp_path):
+    with pytest.raises(LogError, match="expected none with --from recbole"):
+        read_recbole(write_recbole(tmp_path), "stop", Table(columns=("user", "item", "time")))
+
+
 def test_vocabularies_too_small_for_times_or_events_are_reported(tmp_path):
     raw = read_recbole(write_recbole(tmp_path), "stop", Table())
     small = FeatureSchema((Field("item", 64), Field("action", 4), Field("hour", 64)), (Field("item", 64),))

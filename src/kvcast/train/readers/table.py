@@ -83,6 +83,8 @@ def read_recbole(folder: Path, bad_rows: OnBadRows, table: Table) -> RawLog:
     Raises:
         LogError: the files are not there, or not as documented; a row is bad and `bad_rows` is "stop".
     """
+    if table.columns or table.separator != Table.separator:
+        raise LogError("--columns, --separator: expected none with --from recbole, whose files name their columns")
     found = sorted(folder.glob("*.inter"))
     if len(found) != 1:
         raise LogError(f"{folder}: expected one file *.inter, found {len(found) or 'none'}")
