@@ -107,6 +107,51 @@ class AsksForOlderEvents(Plain):
         return torch.where(has_older[:, None, None], 2 * tokens, tokens)
 
 
+class Recurs(Plain):
+    """A recurrent encoder, which is right: events are moved together first, so that padding is behind them."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.reader = nn.GRU(config.network.width, config.network.width, batch_first=True)
+
+    def change_events(self, tokens: Tensor, history: Tensor) -> Tensor:
+        is_event = find_events(history).long()  # [B, L]
+        behind = is_event.sum(dim=1, keepdim=True) + (1 - is_event).cumsum(dim=1)
+        place = torch.where(is_event == 1, is_event.cumsum(dim=1), behind)[..., None].expand_as(tokens) - 1
+        return self.read(torch.zeros_like(tokens).scatter(1, place, tokens)).gather(1, place)
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """`[B, L, d]` → the same shape."""
+        return self.reader(tokens)[0]
+
+
+class RecursInPython(Recurs):
+    """The same in a loop, which a trace takes for as many events as it sees."""
+
+    def read(self, tokens: Tensor) -> Tensor:
+        state, states = torch.zeros_like(tokens[:, 0]), []
+        for event in range(tokens.shape[1]):
+            state = torch.tanh(state + tokens[:, event])
+            states.append(state)
+        return torch.stack(states, dim=1)
+
+
+class SearchesASortedList(Plain):
+    """User side: no operator of ONNX."""
+
+    def change_events(self, tokens: Tensor, history: Tensor) -> Tensor:
+        return tokens + torch.searchsorted(torch.linspace(-1, 1, 8), tokens)
+
+
+class AttendsWithoutHeads(Plain):
+    """User side: the second attention has three dimensions."""
+
+    def change_events(self, tokens: Tensor, history: Tensor) -> Tensor:
+        heads = tokens[:, None]
+        attended = nn.functional.scaled_dot_product_attention(heads, heads, heads)[:, 0]
+        return attended + nn.functional.scaled_dot_product_attention(tokens, tokens, tokens)
+
+
 class MasksWithInfinity(Plain):
     """User side, padding alone: a row of a softmax without keys."""
 

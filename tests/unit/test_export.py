@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kvcast.export.__main__ import main
@@ -18,16 +18,29 @@ from kvcast.export.release import fingerprint_release
 from kvcast.networks.interface import MaskKind, UserKV, build_network
 from kvcast.networks.transformer import Transformer
 from kvcast.networks.weights import draw_weights, load_weights
-from kvcast.protocol.config import list_configs, load_config
+from kvcast.protocol.config import ModelConfig, list_configs, load_config
 from kvcast.protocol.errors import ConfigError
 from kvcast.protocol.golden import read_golden
 from kvcast.protocol.manifest import hash_file, read_manifest
+from kvcast.protocol.schema import FeatureSchema, Field
 from kvcast.protocol.tensors import EXPORTED_MODELS, MODELS
 from kvcast.synthetic.__main__ import main as clicklog
 from kvcast.train.__main__ import main as train
+from kvcast.train.trainer import (
+    EMBEDDING_SCALE,
+    Controls,
+    Interrupted,
+    RunFiles,
+    Settings,
+    Trainer,
+    make_trainable,
+)
 from tests.support import EXPORTED_TOML, make_config, make_network
+from tests.train_data import draw_parts
+from tests.unit.differing import Plain
 
 CONFIG = make_config()
+FIRST_TWO = CONFIG.schema.candidate_fields[:2]
 
 
 class KeepsState(Transformer):
@@ -225,6 +238,85 @@ def test_weights_survive_safetensors(tmp_path):
     assert fingerprint_release(loaded) == fingerprint_release(network)
 
 
+class TiesTables(Plain):
+    """Two embeddings, one parameter."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.tables["attribute_2"].weight = self.tables["attribute_1"].weight
+
+
+TIED_CONFIG = dataclasses.replace(
+    make_config(layers=1, heads=1),
+    network=dataclasses.replace(CONFIG.network, family=f"{__name__}:TiesTables", layers=1, heads=1),
+    schema=FeatureSchema(
+        CONFIG.schema.history_fields,
+        (CONFIG.schema.candidate_fields[0], *(Field(f"attribute_{number}", 71) for number in (1, 2))),
+    ),
+)
+
+
+def test_tied_weights_need_one_of_their_names_and_may_have_both(tmp_path):
+    network, path = make_network(TIED_CONFIG), tmp_path / "weights.safetensors"
+    weights = {name: weight.clone() for name, weight in network.state_dict().items()}
+    one, other = (f"tables.attribute_{number}.weight" for number in (1, 2))
+    for left_out in ([], [one], [other]):
+        save_file({name: weight for name, weight in weights.items() if name not in left_out}, path)
+        loaded = build_network(TIED_CONFIG)
+        load_weights(loaded, path)
+        assert fingerprint_release(loaded) == fingerprint_release(network)
+    save_file(weights | {other: weights[other] + 1}, path)
+    with pytest.raises(ConfigError, match=rf"{other}: expected the numbers of {one}, as both are one parameter"):
+        load_weights(build_network(TIED_CONFIG), path)
+    save_file({name: weight for name, weight in weights.items() if name not in (one, other)}, path)
+    with pytest.raises(ConfigError, match=rf"{one}: missing(.|\n)*{other}: missing"):
+        load_weights(build_network(TIED_CONFIG), path)
+
+
+def test_a_network_with_tied_weights_trains_resumes_and_exports(tmp_path):
+    parts, out = draw_parts(TIED_CONFIG, 60), RunFiles(tmp_path / "w.safetensors")
+    settings = Settings(steps=6, batch_size=8, evaluate_every=3)
+    stops = iter([False, False, False, True])
+    cpu, quiet = torch.device("cpu"), lambda _: None
+    with pytest.raises(Interrupted):
+        Trainer(TIED_CONFIG, settings, parts, out, cpu, Controls(say=quiet, should_stop=lambda: next(stops))).run()
+    trainer = Trainer(TIED_CONFIG, settings, parts, out, cpu, Controls(say=quiet))
+    assert trainer.resume()
+    trainer.run()
+    tables = trainer.network.tables
+    assert tables["attribute_1"].weight is tables["attribute_2"].weight
+    names = load_file(out.weights).keys()
+    assert "tables.attribute_1.weight" in names
+    assert "tables.attribute_2.weight" not in names
+    manifest = export_release(TIED_CONFIG, WeightsSource(out.weights), tmp_path / "repository", say=quiet)
+    loaded = build_network(TIED_CONFIG)
+    load_weights(loaded, out.weights)
+    assert manifest.release == fingerprint_release(loaded)
+    scale = make_trainable(TIED_CONFIG, 0).tables["attribute_1"].weight.std().item()
+    assert scale == pytest.approx(EMBEDDING_SCALE * 0.3, rel=0.2), "scaled once"
+
+
+def test_vocabularies_of_two_ids_are_exported(tmp_path):
+    """Known or not."""
+    fields = FeatureSchema(*(tuple(Field(field.name, 2) for field in side) for side in (FIRST_TWO, FIRST_TWO)))
+    network = dataclasses.replace(CONFIG.network, family="tests.unit.differing:Plain", layers=1, heads=1)
+    config = dataclasses.replace(CONFIG, network=network, schema=fields)
+    sample = draw_sample(fields, 12, 5, seed=1)
+    assert sample.candidates[0].tolist() == [[1, 1], [0, 1], [1, 0], [0, 0]]
+    assert export_release(config, WeightsSource(), tmp_path / "repository", say=lambda _: None).config == config.name
+
+
+def test_one_field_of_two_ids_and_one_candidate_are_enough():
+    fields = FeatureSchema((Field("item", 2),), (Field("item", 2),))
+    network = make_network(dataclasses.replace(CONFIG, schema=fields))
+    for count in (1, 5):
+        sample = draw_sample(fields, 12, count, seed=1)
+        assert sample.candidates[0, :, 0].tolist() == [1, 0][:count]
+        with torch.inference_mode():
+            prove(TorchCalls(network), sample, network.kv_layout)
+            prove_history_is_blind(TorchCalls(network).probe_user_keys, fields, sample)
+
+
 def test_weights_that_do_not_fit_are_listed_all_at_once(tmp_path):
     weights = make_network(CONFIG).state_dict()
     weights["extra"] = torch.zeros(1)
@@ -243,6 +335,36 @@ def test_weights_that_do_not_fit_are_listed_all_at_once(tmp_path):
         "positions.weight: missing",
     ):
         assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_widened_exactly_and_said(tmp_path, dtype):
+    path, said = tmp_path / "weights.safetensors", []
+    half = {name: weight.to(dtype) for name, weight in make_network(CONFIG, seed=4).state_dict().items()}
+    save_file(half, path)
+    loaded = build_network(CONFIG)
+    load_weights(loaded, path, say=said.append)
+    assert said == [f"weights {path}: {dtype}, widened to torch.float32, which changes no number"]
+    for name, weight in loaded.state_dict().items():
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight.to(dtype), half[name])
+
+
+@pytest.mark.parametrize("wrapper", ["module.{}", "_orig_mod.{}", "module._orig_mod.{}"])
+def test_names_of_a_wrapped_network_are_told_with_the_remedy(tmp_path, wrapper):
+    weights = {wrapper.format(name): weight for name, weight in make_network(CONFIG).state_dict().items()}
+    weights[wrapper.format("score.bias")] = torch.zeros(3)
+    save_file(weights, tmp_path / "weights.safetensors")
+    with pytest.raises(ConfigError) as caught:
+        load_weights(build_network(CONFIG), tmp_path / "weights.safetensors")
+    said = str(caught.value)
+    for part in wrapper.split(".")[:-1]:
+        assert f"{part}. (" in said
+    assert "score.bias: expected torch.float32 [1], got torch.float32 [3]" in said
+    assert "missing" not in said
+    remedy = said[said.index("{'.'") : said.index("weights.items()}") + len("weights.items()}")]
+    renamed = eval(remedy, {"weights": weights})  # noqa: S307 the line that users are told to run
+    assert renamed.keys() == make_network(CONFIG).state_dict().keys()
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", None])

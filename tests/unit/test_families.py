@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kvcast.export.calls import TorchCalls
 from kvcast.export.graphs import TraceError
-from kvcast.export.pipeline import Proofs
+from kvcast.export.pipeline import Proofs, export_release
 from kvcast.export.proofs import ProofError, Sample, draw_sample, prove
 from kvcast.export.release import fingerprint_release
 from kvcast.export.trace import trace_model
@@ -28,11 +28,12 @@ from kvcast.protocol.config import ModelConfig, list_configs, load_config, parse
 from kvcast.protocol.errors import ConfigError
 from kvcast.protocol.manifest import Dims, Manifest, Parity, parse_manifest
 from kvcast.protocol.schema import KVLayout
-from kvcast.protocol.tensors import DOC_FUSION
+from kvcast.protocol.tensors import DOC_FUSION, USER_ENCODER
 from perf.baselines.softmax import choose_peers
 from perf.cost_model import CostModel
 from tests.e2e.test_bring_your_own import copy_files
 from tests.support import make_config, make_network
+from tests.unit import differing
 
 ROOT = Path(__file__).parents[2]
 CONFIG = make_config()
@@ -267,6 +268,46 @@ def test_code_that_cannot_be_traced_is_named_by_its_line(tmp_path, capfd):
     assert re.search(r"test_families\.py:\d+: return scores if candidates\[0, 0, 0\] > 3 else", said)
     assert len(said.splitlines()) <= 4
     assert capfd.readouterr() == ("", ""), "torch prints hundreds of lines"
+
+
+ADVICE = "Sizes come from the tensors that are given"
+
+
+@pytest.mark.parametrize(
+    ("family", "words", "line", "is_advised"),
+    [
+        (
+            differing.SearchesASortedList,
+            "the operator aten.searchsorted.Tensor cannot be translated to ONNX: DispatchError: No ONNX function found",
+            "return tokens + torch.searchsorted(",
+            False,
+        ),
+        (
+            differing.AttendsWithoutHeads,
+            "aten.scaled_dot_product_attention.default cannot be translated to ONNX: AssertionError: only 4D query",
+            "return attended + nn.functional.scaled_dot",
+            False,
+        ),
+        (differing.RecursInPython, "static shape of 5 for dimension inputs['history'].shape[1]", "", True),
+    ],
+)
+@torch.inference_mode()
+def test_what_the_exporter_cannot_do_is_named_with_its_reason(family, words, line, is_advised):
+    network = family(make_config(layers=1, heads=1)).eval().requires_grad_(False)
+    draw_weights(network, 0)
+    with pytest.raises(TraceError) as caught:
+        trace_model(network, USER_ENCODER.name)
+    said = str(caught.value)
+    assert words in said
+    assert re.search(rf"differing\.py:\d+: {re.escape(line)}" if line else "shape", said)
+    assert (ADVICE in said) == is_advised
+
+
+def test_a_recurrent_encoder_is_exported(tmp_path):
+    """For histories of any length: the exporter keeps a GRU as one operator."""
+    config = with_network(make_config(layers=1, heads=1), family="tests.unit.differing:Recurs")
+    manifest = export_release(config, WeightsSource(), tmp_path / "repository", say=lambda _: None)
+    assert manifest.parity.graphs <= 1e-5
 
 
 @torch.inference_mode()

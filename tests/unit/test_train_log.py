@@ -46,7 +46,7 @@ def test_a_log_round_trips(tmp_path, name):
     assert log.truth is None
 
 
-# kind of bad row → a row of that kind
+# kind of bad row → a row of that kind; what is said to be there instead
 BAD_ROWS = {
     "item is missing": "ann,1,,3,4,5,0,1",
     "user is missing": ",1,2,3,4,5,0,1",
@@ -59,12 +59,36 @@ BAD_ROWS = {
     "time is negative": "ann,-1,2,3,4,5,0,1",
     "wrong number of columns": "ann,1,2,3,4,5,0,1,1",
 }
+GOT = dict(
+    zip(
+        BAD_ROWS,
+        ["nothing", "nothing", "'shoe'", "'1.5'", f"'{'9' * 20}'", "'500'", "'-1'", "'2'", "'-1'", "9 instead of 8"],
+        strict=True,
+    )
+)
 
 
 @pytest.mark.parametrize("kind", BAD_ROWS)
 def test_a_bad_row_is_named_with_its_number(tmp_path, kind):
     path = write_rows(tmp_path, "ann,1,2,3,4,5,0,1", BAD_ROWS[kind], "bob,2,2,3,4,5,1,1")
-    with pytest.raises(LogError, match=rf"1 of 3 rows are bad(.|\n)*1 × {kind}: row 2$"):
+    with pytest.raises(LogError) as caught:
+        read_log(path, SCHEMA)
+    assert f"{path}: 1 of 3 rows are bad" in str(caught.value)
+    assert str(caught.value).endswith(f"1 × {kind}: line 3 (got {GOT[kind]})")
+
+
+def test_lines_are_those_of_the_file_where_some_are_blank(tmp_path):
+    path = write_rows(tmp_path, "", "ann,1,2,3,4,5,0,1", "", "  ", "ann,1,shoe,3,4,5,0,1", "ann,1", "")
+    with pytest.raises(LogError) as caught:
+        read_log(path, SCHEMA)
+    assert "item is not an integer: line 6 (got 'shoe')" in str(caught.value)
+    assert "wrong number of columns: line 5, 7 (got 1 instead of 8)" in str(caught.value), "spaces are a cell"
+
+
+def test_text_that_is_not_utf_8_is_named_by_its_line(tmp_path):
+    path = write_rows(tmp_path, "ann,1,2,3,4,5,0,1")
+    path.write_bytes(path.read_bytes() + "André,1,2,3,4,5,0,1\n".encode("latin-1"))
+    with pytest.raises(LogError, match=rf"{path}: line 3: expected UTF-8, got the byte 0xe9 after 'Andr'; convert"):
         read_log(path, SCHEMA)
 
 
@@ -75,7 +99,7 @@ def test_bad_rows_are_skipped_and_counted_when_asked(tmp_path):
     assert log.ids["item"].tolist() == [2, 7]
     assert log.bad.rows == len(BAD_ROWS)
     assert log.bad.kinds == dict.fromkeys(BAD_ROWS, 1)
-    numbers = {kind: [2 + row] for row, kind in enumerate(BAD_ROWS)}
+    numbers = {kind: [3 + row] for row, kind in enumerate(BAD_ROWS)}
     assert log.bad.examples == numbers
 
 
@@ -88,7 +112,7 @@ def test_a_row_with_two_faults_is_one_bad_row(tmp_path):
 
 def test_only_the_first_few_row_numbers_are_reported(tmp_path):
     path = write_rows(tmp_path, *["ann,1,2,3,4,5,0,2"] * 50)
-    with pytest.raises(LogError, match=r"50 × label is not 0 or 1: row 1, 2, 3, 4, 5, …"):
+    with pytest.raises(LogError, match=r"50 × label is not 0 or 1: line 2, 3, 4, 5, 6, … \(got '2'\)"):
         read_log(path, SCHEMA)
 
 
@@ -142,14 +166,14 @@ def test_a_probability_outside_0_to_1_is_a_bad_row(tmp_path):
     path = write_rows(
         tmp_path, "a,1,2,3,4,5,0,1,1.5", "a,1,2,3,4,5,0,1,x", "a,1,2,3,4,5,0,1,", header=HEADER + ",truth"
     )
-    with pytest.raises(LogError, match=r"3 × truth is not within 0..1: row 1, 2, 3$"):
+    with pytest.raises(LogError, match=r"3 × truth is not within 0..1: (line 2, 3, 4|row 1, 2, 3) \(got"):
         read_log(path, SCHEMA, truth=True)
 
 
 def test_a_non_numeric_truth_is_a_bad_row(tmp_path):
     for truth in (pa.array([[1.0], [1.0], [1.0]]), pa.array([2**60, -1, None])):
         pa.parquet.write_table(pa.table(make_columns(3) | {"truth": truth}), tmp_path / "log.parquet")
-        with pytest.raises(LogError, match=r"3 × truth is not within 0..1: row 1, 2, 3$"):
+        with pytest.raises(LogError, match=r"3 × truth is not within 0..1: (line 2, 3, 4|row 1, 2, 3) \(got"):
             read_log(tmp_path / "log.parquet", SCHEMA, truth=True)
 
 

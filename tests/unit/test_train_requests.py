@@ -100,6 +100,19 @@ def test_rows_without_an_action_are_candidates_only():
     assert Requests(make_log(rows), SCHEMA, LIMITS)[3].history.tolist() == [[2, 2]]
 
 
+def test_a_time_makes_no_impression_an_event():
+    """Rows 0 and 2 are mere impressions with a time; in the third schema a time is all that only events have."""
+    rows = [(0, 1, 0, 1, 0), (0, 2, 5, 0, 0), (0, 3, 0, 0, 0), (0, 4, 0, 0, 0)]
+    hour = Field("hour", 1000)
+    log = make_log(rows)
+    log.ids["hour"] = 100 + log.time
+    timed = FeatureSchema((ITEM, ACTION, hour), SCHEMA.candidate_fields)
+    assert Requests(log, timed, LIMITS, "hour")[3].history.tolist() == [[2, 5, 102]]
+    assert len(Requests(log, timed, LIMITS)[3].history) == 3
+    without_action = FeatureSchema((ITEM, hour), SCHEMA.candidate_fields)
+    assert Requests(log, without_action, LIMITS, "hour")[3].history.tolist() == [[1, 101]]
+
+
 def test_without_event_fields_positive_rows_are_history():
     schema = FeatureSchema(history_fields=(ITEM,), candidate_fields=(ITEM, CATEGORY))
     rows = [(0, 1, 0, 0, 0), (0, 2, 2, 1, 0), (0, 3, 2, 0, 0), (0, 4, 0, 0, 0)]

@@ -118,7 +118,7 @@ def _name_layers(name: Callable[[TensorSpec, int], str], user_kv: list[Floats]) 
 
 
 def _to_torch(ids: Ids) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(ids))
+    return torch.from_numpy(ids.copy())  # an array may be a view in reverse order
 
 
 def _to_user_kv(layers: list[Floats]) -> UserKV:

@@ -22,7 +22,8 @@ import onnx_ir
 import onnxruntime as ort
 import onnxscript
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
 from kvcast.export.release import hash_steps, list_tensors_read
 from kvcast.export.template import GraphTemplate, detach_weights, list_weights, open_session, split_folding
@@ -232,7 +233,7 @@ def trace_graph(graph: Graph, network: RankingNetwork) -> TracedGraph:
         TraceError: the network's code cannot be traced for any number of users, events and candidates.
     """
     weights = list_weights(network)
-    with _quiet_exporter(), _explaining(graph.model):
+    with _quiet_exporter(), _explaining(graph):
         program = torch.onnx.export(
             graph.module,
             graph.sample,
@@ -274,21 +275,66 @@ def translate_attend_unmasked(query: Any, key: Any, value: Any, heads: int) -> A
 
 
 @contextlib.contextmanager
-def _explaining(model: str) -> Iterator[None]:
+def _explaining(graph: Graph) -> Iterator[None]:
     """Say of a failed trace what went wrong, and in which line of the network's, in a few lines."""
     try:
         yield
     except Exception as error:  # a family's own mistakes have any type
         chain = _list_causes(error)
         words = " ".join(line.strip() for line in str(chain[-1]).strip().splitlines()[:2])
+        if step := _find_untranslated(chain):
+            raise TraceError(
+                f"{graph.model}: the operator {step.target} cannot be translated to ONNX: {type(chain[-1]).__name__}: "
+                f"{words}{_say_where(_find_call(graph, step))}\n"
+                "  It has to be written with operators that can (docs/bring-your-own.md)"
+            ) from error
         frames = [frame for each in chain for frame in traceback.extract_tb(each.__traceback__) if _is_own(frame)]
-        where = f"\n  {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
         raise TraceError(
-            f"{model} cannot be traced for any number of users, events and candidates: "
-            f"{type(chain[-1]).__name__}: {words}{where}\n"
-            "  Sizes come from the tensors that are given, and no Python loop runs over them; a choice by content is "
-            "torch.where or branch.choose; a constant tensor is a registered buffer (docs/bring-your-own.md)"
+            f"{graph.model} cannot be traced for any number of users, events and candidates: "
+            f"{type(chain[-1]).__name__}: {words}{_say_where(frames)}\n"
+            "  Sizes come from the tensors that are given, and no Python loop runs over them (over events: nn.GRU or "
+            "nn.LSTM, no cell); a choice by content is torch.where or branch.choose; a constant tensor is a registered "
+            "buffer (docs/bring-your-own.md)"
         ) from error
+
+
+def _find_untranslated(chain: Sequence[BaseException]) -> fx.Node | None:
+    """Return the step that the exporter was translating when it failed, if it was so far."""
+    translating = [error for error in chain if isinstance(error, torch.onnx.OnnxExporterError)]
+    frames = [frame for error in translating for frame, _ in traceback.walk_tb(error.__traceback__)]
+    found = [frame.f_locals.get("node") for frame in frames]
+    return next((node for node in found if isinstance(node, fx.Node)), None)
+
+
+class _Watch(TorchFunctionMode):
+    """Keeps the lines from which a function of torch is called, by its name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+        self.calls: list[list[traceback.FrameSummary]] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call the function."""
+        if getattr(func, "__name__", "") == self._name:
+            self.calls.append([frame for frame in traceback.extract_stack() if _is_own(frame)])
+        return func(*args, **(kwargs or {}))
+
+
+def _find_call(graph: Graph, step: fx.Node) -> list[traceback.FrameSummary]:
+    """Return the network's lines that call for a step of a trace: PyTorch keeps none outside `forward`."""
+    counted, name = step.meta.get("torch_fn", ("", ""))  # such as sort_2, the second call, and method_descriptor.sort
+    watch = _Watch(name.rpartition(".")[2])
+    with contextlib.suppress(Exception), watch:  # the operator is said in any case
+        graph.module(*graph.sample)
+    place = int(counted.rpartition("_")[2] or 1) - 1
+    return watch.calls[place] if place < len(watch.calls) else []
+
+
+def _say_where(frames: Sequence[traceback.FrameSummary]) -> str:
+    return f"\n  {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
 
 
 def _list_causes(error: BaseException) -> list[BaseException]:

@@ -104,7 +104,7 @@ def export_release(
     progress = Progress(say)
     with progress.step(f"build {config.name} ({config.network.family})"):
         network = build_network(config)
-        mask = set_weights(network, weights)
+        mask = set_weights(network, weights, say)
     with progress.step("fingerprint the release"):
         release = fingerprint_release(network)
     proofs = Proofs(network)

@@ -7,6 +7,7 @@ looked at. Independent of families and files.
 
 import abc
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -81,13 +82,28 @@ UserKeysProbe = Callable[[Ids, Ids, MaskKind], list[Floats]]
 
 
 def draw_sample(schema: FeatureSchema, history_length: int, count: int, seed: int) -> Sample:
-    """Draw a request without padding, whose candidates differ in their target field."""
+    """Draw a request without padding, whose candidates differ in their target field, or if it has too few ids in any.
+
+    Where the fields have too few ids for `count` different candidates, there are as many as they allow, at least two.
+    """
     generator = np.random.default_rng(seed)
     history = draw_ids(schema.history_fields, history_length, generator)
     candidates = draw_ids(schema.candidate_fields, count, generator)
     target = schema.candidate_fields[0]
-    candidates[:, 0] = generator.choice(np.arange(1, target.vocab_size), count, replace=False)
+    if count < target.vocab_size:
+        candidates[:, 0] = generator.choice(np.arange(1, target.vocab_size), count, replace=False)
+    else:
+        candidates = _list_different(schema.candidate_fields, count)
     return Sample(history[None], candidates[None])
+
+
+def _list_different(fields: tuple[Field, ...], most: int) -> Ids:
+    """Return different rows `[at most this many, fields]`, of known ids first."""
+    known = [range(1, min(field.vocab_size, most + 1)) for field in reversed(fields)]  # the target field changes first
+    any_ids = [(*ids, 0) for ids in known]
+    parts = itertools.product(*known), itertools.product(*any_ids)
+    rows = [row for part in parts for row in itertools.islice(part, 2 * most)]
+    return np.array([row[::-1] for row in dict.fromkeys(rows)], np.int64)[:most]
 
 
 def draw_ids(fields: tuple[Field, ...], rows: int, generator: np.random.Generator) -> Ids:
@@ -221,7 +237,10 @@ def prove_history_is_blind(probe: UserKeysProbe, schema: FeatureSchema, sample: 
         ProofError: one of the two does not hold.
     """
     count = sample.candidates.shape[1]
-    others = draw_sample(schema, 1, count, seed=count + 1).candidates
+    drawn = draw_sample(schema, 1, count + 1, seed=count + 1).candidates
+    others = drawn[:, -count:]
+    if np.array_equal(others, sample.candidates):  # there are no others
+        others = others[:, ::-1]
     with _proving(BLIND):
         blind, blind_others = (probe(sample.history, c, "target_blind") for c in (sample.candidates, others))
     for layer, (keys, other_keys) in enumerate(zip(blind, blind_others, strict=True), start=1):
@@ -254,6 +273,8 @@ def _prove_together_equals_alone(calls: Calls, sample: Sample, user_kv: list[Flo
 
 def _prove_permutation(calls: Calls, sample: Sample, user_kv: list[Floats], scores: Floats) -> None:
     order = np.random.default_rng(0).permutation(scores.shape[1])
+    if len(order) == 2:  # which this lottery leaves as they are
+        order = order[::-1]
     permuted = calls.fuse(user_kv, sample.candidates[:, order])
     _expect_equal(PERMUTED, scores[:, order], permuted)
 

@@ -4,6 +4,7 @@ Shipped are `demo` (the default, with trained weights), `tiny` (tests), `bench` 
 documents' size), and `tiny-hstu` and `hstu`, the second network family at the sizes of `tiny` and `bench`.
 """
 
+import keyword
 import math
 import os
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from kvcast.protocol.schema import FeatureSchema, Field, Limits, Workload
 # The default of `kvcast export` and `kvcast demo`.
 DEFAULT_CONFIG = "demo"
 CONFIGS = "export/configs"
-MIN_VOCABULARY = 64
+MIN_VOCABULARY = 2  # unknown, and one more
 # The proofs of an export need room for a history with padding around it.
 MIN_HISTORY_LIMIT = 8
 _VOCABULARY_SIZE: Any = Annotated[int, msgspec.Meta(ge=MIN_VOCABULARY)]
@@ -63,6 +64,11 @@ class ModelConfig:
     limits: Limits
     workload: Workload
     weights: Path | None = field(default=None, compare=False)
+
+    @property
+    def time_field(self) -> str:
+        """The history field with an event's time, which the option `time_field` of a family names; empty if none."""
+        return str(self.network.options.get("time_field", ""))
 
     def list_settings(self) -> dict[str, Any]:
         """Return all that defines a model, without the paths of its files, as nested tables."""
@@ -151,6 +157,8 @@ def _check(read: _Config) -> None:
     for name, option in network.options.items():
         usable = isinstance(option, str | int) or (isinstance(option, float) and math.isfinite(option))
         _expect(usable, f"network.options.{name}", "a string, a finite number or a boolean", option)
+    keywords = [name for name in read.vocabularies if keyword.iskeyword(name)]
+    _expect(not keywords, "vocabularies", "names that are no keywords of Python, in whose code a trace is", keywords)
     for side, names in msgspec.structs.asdict(read.fields).items():
         different = 0 < len(names) == len(set(names))
         _expect(different, f"fields.{side}", "a list of different names, at least one", names)

@@ -17,12 +17,18 @@ OPTIONAL = (REQUEST,)
 
 
 def event_fields(schema: FeatureSchema) -> tuple[Field, ...]:
-    """Return the fields that only an event has (`action`): a row in which one of them is not 0 becomes history.
-
-    Where a schema has none, the rows with label 1 become history.
-    """
+    """Return the fields that only an event has, such as `action`."""
     shown = {field.name for field in schema.candidate_fields}
     return tuple(field for field in schema.history_fields if field.name not in shown)
+
+
+def marking_fields(schema: FeatureSchema, time_field: str) -> tuple[Field, ...]:
+    """Return the fields that tell events from mere impressions: a row in which one of them is not 0 becomes history.
+
+    Every row has a time, so the field that holds it says nothing. Where no field is left, rows with label 1 become
+    history.
+    """
+    return tuple(field for field in event_fields(schema) if field.name != time_field)
 
 
 def log_fields(schema: FeatureSchema) -> tuple[Field, ...]:

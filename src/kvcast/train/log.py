@@ -61,12 +61,12 @@ def read_log(path: Path | str, schema: FeatureSchema, *, bad_rows: OnBadRows = "
     has = columns.table.column_names
     _check_columns(columns.path, has, _list_columns(schema, truth))
     time, label = columns.read_integers(TIME), columns.read_flags(LABEL)
-    columns.reject(f"{TIME} is negative", time < 0)
+    columns.reject(TIME, "is negative", time < 0)
     ids = {}
     for one in fields:
         ids[one.name] = columns.read_integers(one.name)
         outside = (ids[one.name] < 0) | (ids[one.name] >= one.vocab_size)
-        columns.reject(f"{one.name} is not within 0..{one.vocab_size - 1}", outside)
+        columns.reject(one.name, f"is not within 0..{one.vocab_size - 1}", outside)
     probabilities = columns.read_numbers(TRUTH, 0, 1) if truth else None
     names = {name: columns.read_names(name) for name in (USER, REQUEST) if name in has}
     columns.settle(bad_rows)
@@ -110,7 +110,7 @@ def _read_columns(path: Path) -> Columns:
     if path.suffix != ".parquet":
         raise LogError(f"{path}: expected a file *.parquet or *.csv")
     try:
-        return Columns(path, pa.parquet.read_table(path), np.zeros(0, np.int64))
+        return Columns(path, pa.parquet.read_table(path))
     except (pa.ArrowException, OSError) as error:
         raise LogError(f"{path}: cannot be read: {error}") from error
 

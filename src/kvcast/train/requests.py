@@ -11,7 +11,7 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
-from kvcast.protocol.log import event_fields
+from kvcast.protocol.log import marking_fields
 from kvcast.protocol.schema import FeatureSchema, Limits
 from kvcast.train.log import Log
 
@@ -64,15 +64,16 @@ class Requests(Sequence[TrainingRequest]):
     several with the same time and history, as a caller would have to send it.
     """
 
-    def __init__(self, log: Log, schema: FeatureSchema, limits: Limits) -> None:
+    def __init__(self, log: Log, schema: FeatureSchema, limits: Limits, time_field: str = "") -> None:
         """Group the rows of a log.
 
         Args:
             log: the rows.
             schema: the fields of a history event and of a candidate, in column order.
             limits: the most events of a history, of which the last are kept, and the most candidates.
+            time_field: the field that holds an event's time, if there is one (`ModelConfig.time_field`).
         """
-        self._table = _group(log, schema, limits)
+        self._table = _group(log, schema, limits, time_field)
         self._chosen: Ids = np.argsort(self._table.time, kind="stable")
 
     def __len__(self) -> int:
@@ -141,7 +142,7 @@ class Requests(Sequence[TrainingRequest]):
         return (self._table.ends - self._table.starts)[self._chosen]
 
 
-def _group(log: Log, schema: FeatureSchema, limits: Limits) -> _Table:
+def _group(log: Log, schema: FeatureSchema, limits: Limits, time_field: str) -> _Table:
     shown = log.time if log.request is None else log.request
     order = np.lexsort((shown, log.user))  # stable: within a request as in the file
     user, shown, time = log.user[order], shown[order], log.time[order]
@@ -152,7 +153,7 @@ def _group(log: Log, schema: FeatureSchema, limits: Limits) -> _Table:
     part_of = np.searchsorted(whole, starts, side="right") - 1
     times = np.minimum.reduceat(time, whole)[part_of] if len(order) else time
     last_times = np.maximum.reduceat(time, whole)[part_of] if len(order) else time
-    events, event_user, event_time = _collect_events(log, schema)
+    events, event_user, event_time = _collect_events(log, schema, time_field)
     first, end = _find_histories(event_user, event_time, user[starts], times)
     return _Table(
         users=log.users,
@@ -182,10 +183,10 @@ def _split_starts(starts: Ids, rows: int, most: int) -> Ids:
     return np.flatnonzero(place % most == 0)
 
 
-def _collect_events(log: Log, schema: FeatureSchema) -> tuple[Ids, Ids, Ids]:
+def _collect_events(log: Log, schema: FeatureSchema, time_field: str) -> tuple[Ids, Ids, Ids]:
     """Return the events `[E, history_fields]` by user and time, whose they are, and when."""
-    own = event_fields(schema)
-    acted = np.any([log.ids[field.name] != 0 for field in own], axis=0) if own else log.label == 1
+    marks = marking_fields(schema, time_field)
+    acted = np.any([log.ids[field.name] != 0 for field in marks], axis=0) if marks else log.label == 1
     events = np.flatnonzero(acted)
     events = events[np.lexsort((log.time[events], log.user[events]))]
     columns = [log.ids[field.name][events] for field in schema.history_fields]

@@ -107,7 +107,8 @@ def read_parts(arguments: argparse.Namespace, config: ModelConfig) -> Parts:
     log = read_log(arguments.log, config.schema, bad_rows=arguments.bad_rows)
     if log.bad.rows:
         say(f"{log.bad.rows} bad rows skipped:\n{log.bad.describe()}")
-    split = split_by_shares(Requests(log, config.schema, config.limits), arguments.validation, arguments.test)
+    requests = Requests(log, config.schema, config.limits, config.time_field)
+    split = split_by_shares(requests, arguments.validation, arguments.test)
     say(split.describe())
     return Parts(split.training, split.validation, split.test)
 

@@ -182,8 +182,10 @@ def judge_untrained(plan: Plan, log: Path) -> list[dict[str, Any]]:
 
 def read_split(plan: Plan, path: Path) -> tuple[Split, Floats | None]:
     """Return the parts of a log, and the true log-odds of its rows, if it has them."""
-    log = read_log(path, plan.config.schema, truth=plan.truth)
-    split = split_by_shares(Requests(log, plan.config.schema, plan.config.limits), plan.validation, plan.test)
+    config = plan.config
+    log = read_log(path, config.schema, truth=plan.truth)
+    requests = Requests(log, config.schema, config.limits, config.time_field)
+    split = split_by_shares(requests, plan.validation, plan.test)
     return split, None if log.truth is None else np.log(log.truth / (1 - log.truth))
 
 

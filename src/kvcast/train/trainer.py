@@ -20,7 +20,15 @@ import torch
 from torch import Tensor
 
 from kvcast.networks.interface import RankingNetwork, build_network
-from kvcast.networks.weights import ENCODED, HISTORY_METADATA_KEY, MASK_METADATA_KEY, NONE, draw_weights
+from kvcast.networks.weights import (
+    ENCODED,
+    HISTORY_METADATA_KEY,
+    MASK_METADATA_KEY,
+    NONE,
+    draw_weights,
+    name_fully,
+    name_once,
+)
 from kvcast.protocol.config import ModelConfig
 from kvcast.protocol.errors import InvalidRequestError
 from kvcast.protocol.validation import check_candidates, check_history
@@ -227,7 +235,7 @@ class Trainer:
             return False
         checkpoint = read_checkpoint(self.files.checkpoint)
         check_same_run(checkpoint.state["run"], self.identity, self.files.checkpoint)
-        self.network.load_state_dict(checkpoint.tensors["network"])
+        self.network.load_state_dict(name_fully(self.network, checkpoint.tensors["network"]))
         unpack_optimiser(self._optimiser, checkpoint.tensors["optimiser"], checkpoint.state["optimiser"])
         self._schedule.load_state_dict(checkpoint.state["schedule"])
         unpack_random_state(checkpoint.tensors["random"])
@@ -342,7 +350,8 @@ class Trainer:
         progress.begin_interval()
         if is_best:
             progress.best_auc, progress.best_step, progress.stale = metrics.auc, progress.step, 0
-            self._best = {name: weight.cpu().clone() for name, weight in self.network.state_dict().items()}
+            own = name_once(self.network, self.network.state_dict())
+            self._best = {name: weight.cpu().clone() for name, weight in own.items()}
             self._write_weights()
         else:
             progress.stale += 1
@@ -354,7 +363,7 @@ class Trainer:
     def _finish(self) -> None:
         """Measure the best weights on the validation and test parts."""
         progress = self.progress
-        self.network.load_state_dict(self._best)
+        self.network.load_state_dict(name_fully(self.network, self._best))
         row: dict[str, Any] = {"step": progress.best_step, "steps_taken": progress.step}
         judges = {"validation": self._parts.validation} | ({"test": self._parts.test} if self._parts.test else {})
         for name, requests in judges.items():
@@ -391,7 +400,7 @@ class Trainer:
         self.progress.seconds = self._count_seconds()
         optimiser, groups = pack_optimiser(self._optimiser)
         tensors = {
-            "network": self.network.state_dict(),
+            "network": name_once(self.network, self.network.state_dict()),
             "best": self._best,
             "optimiser": optimiser,
             "random": pack_random_state(),
@@ -437,9 +446,11 @@ def make_trainable(config: ModelConfig, seed: int) -> RankingNetwork:
     """Build the network that is served, with random weights from a seed, in training mode."""
     network = build_network(config)
     draw_weights(network, seed)
-    for module in network.modules():
-        if isinstance(module, torch.nn.Embedding):
-            module.weight.mul_(EMBEDDING_SCALE)
+    tables = {
+        id(module.weight): module.weight for module in network.modules() if isinstance(module, torch.nn.Embedding)
+    }
+    for table in tables.values():  # a tied one once
+        table.mul_(EMBEDDING_SCALE)
     return network.requires_grad_(True).train()
 
 

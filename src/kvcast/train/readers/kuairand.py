@@ -1,4 +1,4 @@
-"""KuaiRand, as its authors pack it: `log_standard_*.csv` and `video_features_basic_*.csv` of one folder (`data/`).
+"""KuaiRand, as its authors pack it: `log_standard_*.csv` and `video_features_basic_*.csv` of one folder or its `data/`.
 
 A row is an impression; its label is `is_click`, which in the feed of one column means that the video was played for a
 while. Its time is `time_ms` in seconds. `action` is the strongest of what the user did, 0 if nothing. The logs of
@@ -62,19 +62,19 @@ def read_kuairand(folder: Path, bad_rows: OnBadRows) -> RawLog:
 
 
 def _find_files(folder: Path, pattern: str) -> list[Path]:
-    files = sorted(folder.glob(pattern))
+    files = sorted(folder.glob(pattern)) or sorted(folder.glob(f"data/{pattern}"))
     if not files:
-        raise LogError(f"{folder}: expected files {pattern}, found none")
+        raise LogError(f"{folder}: expected files {pattern} here or in data/, found none")
     return files
 
 
 def _read_impressions(path: Path, bad_rows: OnBadRows) -> tuple[dict[str, Ids], list[str]]:
     columns = read_csv(path, IMPRESSION)
     user, video, milliseconds = (columns.read_integers(name) for name in ("user_id", "video_id", "time_ms"))
-    columns.reject("time_ms is negative", milliseconds < 0)
+    columns.reject("time_ms", "is negative", milliseconds < 0)
     duration, tab = columns.read_integers("duration_ms"), columns.read_integers("tab")
-    columns.reject("duration_ms is negative", duration < 0)
-    columns.reject("tab is negative", tab < 0)
+    columns.reject("duration_ms", "is negative", duration < 0)
+    columns.reject("tab", "is negative", tab < 0)
     did = {name: columns.read_flags(name) for name in ACTIONS}
     columns.settle(bad_rows)
     halves = (2 * np.log2(1 + np.maximum(duration, 0) / 1000)).astype(np.int64)

@@ -1,7 +1,7 @@
 """MovieLens as GroupLens packs it.
 
 `ratings.csv` and `movies.csv` (ml-latest, ml-25m, …), or `ratings.dat` and `movies.dat` (ml-1m, ml-10m), whose cells
-are `::` apart.
+are `::` apart, or `u.data` and `u.item` (ml-100k), with tabs and `|`, and a column of 0 and 1 a genre.
 
 A row is a rating; its label is 1 if it is 4 stars or more. There are no impressions in the data: the other examples are
 what the same users rated lower, which they chose to watch all the same, so an AUC here says how well liked is told from
@@ -22,6 +22,12 @@ RATINGS = ("userId", "movieId", "rating", "timestamp")
 MOVIES = ("movieId", "title", "genres")
 LIKED_STARS = 4
 NO_GENRES = "(no genres listed)"
+# The columns of u.item; one of no genre is 1 in the first.
+GENRES = (
+    *("unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama"),
+    *("Fantasy", "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western"),
+)
+FILM = ("movieId", "title", "release", "video", "url", *GENRES)
 YEAR = r"\((?P<year>[0-9]{4})[^()]*\)\s*$"
 
 
@@ -34,12 +40,17 @@ def read_movielens(folder: Path, bad_rows: OnBadRows) -> RawLog:
     Raises:
         LogError: the files are not there, or not as documented; a row is bad and `bad_rows` is "stop".
     """
-    ratings, movies = _read_file(folder, "ratings", RATINGS), _read_file(folder, "movies", MOVIES)
+    if (folder / "u.data").is_file():
+        ratings, movies = read_separated(folder / "u.data", "\t", RATINGS), _read_films(folder / "u.item")
+    else:
+        ratings, movies = _read_file(folder, "ratings", RATINGS), _read_file(folder, "movies", MOVIES)
     user, movie = ratings.read_integers("userId"), ratings.read_integers("movieId")
     twice_stars = 2 * ratings.read_numbers("rating", 0.5, 5)
-    ratings.reject("rating is not a number of half stars", (twice_stars != np.floor(twice_stars)) & (twice_stars > 0))
+    ratings.reject(
+        "rating", "is not a number of half stars", (twice_stars != np.floor(twice_stars)) & (twice_stars > 0)
+    )
     time = ratings.read_integers("timestamp")
-    ratings.reject("timestamp is negative", time < 0)
+    ratings.reject("timestamp", "is negative", time < 0)
     ratings.settle(bad_rows)
     good = ratings.good
     action = twice_stars[good].astype(np.int64)
@@ -62,7 +73,16 @@ def _read_file(folder: Path, name: str, names: tuple[str, ...]) -> Columns:
         return read_csv(comma, names)
     if colons.is_file():
         return read_separated(colons, "::", names)
-    raise LogError(f"{folder}: expected {comma.name} or {colons.name}, found neither")
+    raise LogError(f"{folder}: expected {comma.name}, {colons.name} or u.data, found none")
+
+
+def _read_films(path: Path) -> Columns:
+    """Read `u.item`; its genres become one column, as in the other formats."""
+    films = read_separated(path, "|", FILM)
+    flags = np.stack([films.read_flags(name) for name in GENRES[1:]], axis=1)
+    genres = ["|".join(name for name, flag in zip(GENRES[1:], row, strict=True) if flag) for row in flags]
+    films.table = films.table.append_column("genres", pa.array(genres, pa.string()))
+    return films
 
 
 def _describe_movies(movies: Columns, rated: Ids, bad_rows: OnBadRows) -> tuple[dict[str, Values], dict[str, str], int]:
