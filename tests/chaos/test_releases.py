@@ -36,7 +36,7 @@ from tests.processes import read_state, wait_until
 from tests.support import EXPORTED_TOML, Ids, make_network
 
 SWITCHES = 20
-PUSHES = 20 if "KVCAST_THOROUGH" in os.environ else 4
+PUSHES = 20 if "KVCAST_THOROUGH" in os.environ else 3
 
 
 @pytest.fixture(scope="module")

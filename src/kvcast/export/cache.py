@@ -13,7 +13,6 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Collection, Iterator
-from importlib import metadata
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
@@ -112,7 +111,7 @@ def make_key(network: RankingNetwork) -> str:
         "config": network.config.list_settings(),
         "network": _NetworkState(network).describe(),
         "sources": sorted(_hash_sources({type(module).__module__ for module in network.modules()})),
-        "installed": sorted(f"{each.name} {each.version}" for each in metadata.distributions()),
+        "installed": sorted({each.name for folder in sys.path for each in Path(folder).glob("*.dist-info")}),
         "python": [platform.python_version(), platform.machine()],
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()

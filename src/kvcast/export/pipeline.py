@@ -178,10 +178,10 @@ class Proofs:
                 undirected = calls.run_monolith(sample.history, sample.candidates, "undirected")
                 self._record("undirected_difference", abs(blind - undirected).max())
 
-    def prove_equality(self, graphs: Graphs) -> None:
-        """Prove property 0 of the exported files."""
+    def prove_equality(self, graphs: Graphs, *, are_known: bool) -> None:
+        """Prove property 0 of the exported files; are_known: the graphs were proved before, with other weights."""
         with self._timing():
-            self._record("graphs", prove_graphs_equal_network(self.network, graphs))
+            self._record("graphs", prove_graphs_equal_network(self.network, graphs, are_known=are_known))
 
     def prove_graphs(self, graphs: Graphs) -> None:
         """Prove properties 1 to 6 of the exported files."""
@@ -232,13 +232,14 @@ def _make_graphs(
     key = _make_key(proofs.network, cache, progress)
     entry = cache.load(key) if cache and key else None
     try:
-        graphs = _write_and_prove(proofs, entry.templates if entry else trace(), release, staging / "graphs", progress)
+        templates = entry.templates if entry else trace()
+        graphs = _write_and_prove(proofs, templates, release, staging / "graphs", progress, are_known=bool(entry))
     except ProofError as error:
         if entry is None:
             raise
         progress.say(f"{error}\nthat was a graph that had been traced before: all are traced again")
         entry = None
-        graphs = _write_and_prove(proofs, trace(), release, staging / "again", progress)
+        graphs = _write_and_prove(proofs, trace(), release, staging / "again", progress, are_known=False)
     limits = entry.limits if entry else None
     if limits is not None and limits.seconds > limits.other_seconds:
         progress.say(f"requests at the limits were proved of these graphs with release {limits.release[:12]}")
@@ -252,14 +253,20 @@ def _make_graphs(
 
 
 def _write_and_prove(
-    proofs: Proofs, templates: tuple[GraphTemplate, ...], release: str, folder: Path, progress: Progress
+    proofs: Proofs,
+    templates: tuple[GraphTemplate, ...],
+    release: str,
+    folder: Path,
+    progress: Progress,
+    *,
+    are_known: bool,
 ) -> Graphs:
     with progress.step("put the weights into the graphs"):
         folder.mkdir()
         write_graphs(templates, proofs.network, release, folder)
     graphs = Graphs({each.model: each for each in templates}, folder, partial(trace_model, proofs.network))
     with progress.step("prove that the graphs equal the network (property 0)"):
-        proofs.prove_equality(graphs)
+        proofs.prove_equality(graphs, are_known=are_known)
     with progress.step("prove the ONNX graphs: properties 1 to 6"):
         proofs.prove_graphs(graphs)
     return graphs
