@@ -193,6 +193,21 @@ def test_a_real_tritonserver_on_path_serves_too(tiny_repository, tmp_path, monke
         assert ask(server, "GET", "/v2/models/ranker/ready", {}) == 200
 
 
+def test_a_tritonserver_on_path_serves_with_the_backends_beside_it(tiny_repository, tmp_path, monkeypatch):
+    """As an installation under a prefix of its own: one of links to what the wheel has."""
+    real = find_installation(tmp_path / "wheel")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "tritonserver").symlink_to(real.binary)
+    (tmp_path / "backends").symlink_to(real.flags[0].partition("=")[2])
+    monkeypatch.setenv("LD_LIBRARY_PATH", real.environment["LD_LIBRARY_PATH"])
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{real.environment['PATH']}")
+    with TritonServer(make_settings(tiny_repository)) as server:
+        command = Path(f"/proc/{server.pid}/cmdline").read_text().split("\0")
+        assert command[:2] == [str(tmp_path / "bin" / "tritonserver"), f"--backend-directory={tmp_path / 'backends'}"]
+        with RankerClient(server.grpc_address) as client:
+            assert len(client.rank([[1, 2]], [[1, 1, 1, 1]]).scores) == 1
+
+
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT], ids=lambda each: each.name)
 def test_a_crash_is_followed_by_a_new_start_and_nobody_sees_it(tiny_repository, number):
     """The gateway keeps the ports and the requests, for clients that try again and for those that do not."""

@@ -86,7 +86,7 @@ def test_no_libpython_is_one_sentence(tmp_path, monkeypatch):
         find_installation(tmp_path)
 
 
-def test_a_server_on_path_is_preferred_and_left_as_it_is(tmp_path, monkeypatch):
+def test_a_script_on_path_is_preferred_and_left_as_it_is(tmp_path, monkeypatch):
     binary = tmp_path / "tritonserver"
     binary.write_text("#!/bin/sh\n")
     binary.chmod(0o755)
@@ -95,6 +95,44 @@ def test_a_server_on_path_is_preferred_and_left_as_it_is(tmp_path, monkeypatch):
     assert found.binary == binary
     assert not found.flags
     assert not found.environment
+
+
+@pytest.fixture
+def prefix(tmp_path, monkeypatch):
+    """A folder with a program at `bin/tritonserver`, which is on PATH; Triton's own default has nothing."""
+    monkeypatch.setattr("kvcast.server.installation.DEFAULT_BACKENDS", tmp_path / "default")
+    (tmp_path / "elsewhere" / "bin").mkdir(parents=True)
+    shutil.copy(sys.executable, tmp_path / "elsewhere" / "bin" / "tritonserver")
+    (tmp_path / "prefix" / "bin").mkdir(parents=True)
+    (tmp_path / "prefix" / "bin" / "tritonserver").symlink_to(tmp_path / "elsewhere" / "bin" / "tritonserver")
+    monkeypatch.setenv("PATH", str(tmp_path / "prefix" / "bin"))
+    return tmp_path / "prefix"
+
+
+def make_backend(folder: Path) -> None:
+    (folder / "python").mkdir(parents=True)
+    for name in ("libtriton_python.so", "triton_python_backend_stub"):
+        (folder / "python" / name).touch()
+
+
+def test_the_backends_beside_a_server_on_path_are_found_before_those_elsewhere(prefix, tmp_path):
+    """Beside it, then beside what it is a link to, then where Triton itself looks."""
+    for folder in (tmp_path / "default", tmp_path / "elsewhere" / "backends", prefix / "backends"):
+        make_backend(folder)
+        found = find_installation(tmp_path / "workspace")
+        assert (found.binary, found.flags) == (prefix / "bin" / "tritonserver", [f"--backend-directory={folder}"])
+    assert not find_installation(tmp_path / "workspace", ["--backend-directory=/own"]).flags
+
+
+@pytest.mark.parametrize("name", ["libtriton_python.so", "triton_python_backend_stub"])
+def test_a_server_on_path_without_python_backend_is_one_sentence(prefix, tmp_path, name):
+    make_backend(prefix / "backends")
+    (prefix / "backends" / "python" / name).unlink()
+    with pytest.raises(
+        ServerError, match=r"tritonserver has no Python backend: .*/prefix/backends, .*/default: .*=DIR`$"
+    ):
+        find_installation(tmp_path / "workspace")
+    assert not find_installation(tmp_path / "workspace", ["--backend-directory", "/own"]).flags
 
 
 @pytest.mark.parametrize(

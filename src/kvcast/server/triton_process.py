@@ -61,7 +61,7 @@ class TritonProcess:
         Raises:
             ServerError: it cannot be run, stopped, or is not ready in time.
         """
-        installation = find_installation(workspace)
+        installation = find_installation(workspace, self._flags)
         self._command = [str(installation.binary), *installation.flags, *self._flags]
         # The stubs must not leave compiled files in a repository that is only read.
         own = {"PYTHONDONTWRITEBYTECODE": "1", KV_SECRET_VARIABLE: secrets.token_hex(int(KV_ORIGIN.axes[0]))}
