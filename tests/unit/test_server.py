@@ -1,5 +1,6 @@
 """The launcher without a server: what it finds, what it misses, and how it reads a log."""
 
+import contextlib
 import dataclasses
 import datetime
 import importlib.util
@@ -33,7 +34,7 @@ from kvcast.server.log import log_triton, open_log
 from kvcast.server.release import read_state
 from kvcast.server.releases import ReleaseStore
 from kvcast.server.repository import check_port, count_shared_memory, ensure_exported, expand_models, read_config_name
-from kvcast.server.stubs import Stub, list_stubs
+from kvcast.server.stubs import Stub, check_numpy, list_stubs
 from kvcast.server.triton_process import explain, has_members
 from kvcast.server.view import View, find_models
 from tests.processes import wait_until
@@ -263,6 +264,25 @@ def test_stubs_are_known_by_their_command_and_zombies_are_none(tmp_path):
         for child in children:
             child.kill()
             child.communicate()
+
+
+@pytest.mark.parametrize(
+    ("version", "core", "is_refused"),
+    [((2, 51, 0), "_core", True), ((2, 51, 0), "core", False), ((2, 52, 0), "_core", False)],
+)
+def test_numpy_2_is_refused_where_the_python_backend_cannot_use_it(tmp_path, version, core, is_refused):
+    """The place of numpy is all that is looked at; `make test-numpy2` starts a real server with a real numpy 2."""
+    library = tmp_path / "site-packages" / "numpy" / core / "umath.so"
+    library.parent.mkdir(parents=True)
+    library.write_bytes(bytes(4096))
+    code = "import mmap, sys; file = open(sys.argv[1], 'r+'); held = mmap.mmap(file.fileno(), 0); print(); input()"
+    with subprocess.Popen([sys.executable, "-u", "-c", code, library], stdin=-1, stdout=-1) as stub:
+        assert stub.stdout is not None
+        assert stub.stdout.readline() == b"\n"
+        words = rf"2\.51\.0 needs numpy 1 .* from {tmp_path}/site-packages: .*'numpy<2'"
+        with pytest.raises(ServerError, match=words) if is_refused else contextlib.nullcontext():
+            check_numpy(version, [stub.pid])
+        stub.kill()
 
 
 @pytest.fixture
