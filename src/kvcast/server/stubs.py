@@ -1,7 +1,7 @@
 """The processes that Triton starts for the models: one stub a model instance.
 
-Triton does not restart a stub that has died, and 2.51 does not even report it: readiness stays true. So the supervisor
-looks itself.
+Triton does not restart a stub that has died (github.com/triton-inference-server/server/issues/8604), and reports it
+only since 26.03: before that, readiness stays true. So the supervisor looks itself.
 """
 
 import contextlib

@@ -154,6 +154,8 @@ class Service:
     def _check_room(self, size: int) -> None:
         """Check that a reply fits into shared memory: one that does not can never be answered, not even with an error.
 
+        Triton grows the region and never shrinks it (github.com/triton-inference-server/server/issues/7481).
+
         Raises:
             BusyError: it is larger than any before, and there is no room to grow.
         """
