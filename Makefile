@@ -17,13 +17,15 @@ DEMO_READY := $(VENV)/.demo-ready
 LIBB64 := build/perf-libraries/.ready
 DEPLOY_TOOLS := build/deploy-tools/.ready
 DEPLOY_PACKAGES := haproxy liblua5.3-0 libopentracing-c-wrapper0 libopentracing1 prometheus kubernetes-client
+NUMPY2_TESTS = $(addprefix tests/unit/test_,$(addsuffix .py,client contract http_inference kv_memory probe runtime)) \
+	tests/parity/test_resident.py tests/e2e/test_server.py::test_numpy_2_is_refused_by_a_server_that_cannot_use_it
 PORTS = --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
 
 .DEFAULT_GOAL := help
 # Known vulnerabilities that are accepted, a line each: its id, and in a comment the date and the reason.
 ACCEPTED_VULNERABILITIES :=
 
-.PHONY: help setup setup-perf setup-deploy export serve demo test test-fast test-chaos test-deploy perf check format clean
+.PHONY: help setup setup-perf setup-deploy export serve demo test test-fast test-chaos test-deploy test-numpy2 perf check format clean
 .PHONY: check-manifests check-pins check-vulnerabilities
 
 help: ## this list
@@ -86,6 +88,15 @@ test: $(READY) ## every test, those against a real tritonserver included
 
 test-fast: $(READY) ## unit and parity tests, which need no server: 3 minutes on 2 cores
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/unit tests/parity
+
+# Of constraints-numpy2.txt, what differs from constraints.txt; the rest is seen in $(VENV). Its server refuses numpy 2.
+test-numpy2: $(READY) ## what meets numpy, tested with numpy 2 and the newest client of Triton
+	@$(BIN)/python -m venv --clear build/numpy2
+	@comm -13 <(LC_ALL=C sort constraints.txt) <(LC_ALL=C sort constraints-numpy2.txt) > build/numpy2.txt
+	@build/numpy2/bin/pip install --quiet --no-deps --requirement build/numpy2.txt
+	@echo "import site; site.addsitedir('$(CURDIR)/$(VENV)/lib/python3.11/site-packages')" \
+		> build/numpy2/lib/python3.11/site-packages/all-else.pth
+	build/numpy2/bin/python -m pytest -q -n 2 --dist worksteal $(NUMPY2_TESTS)
 
 test-chaos: $(READY) ## tens of thousands of hostile requests, and faults for longer than `test` takes
 	KVCAST_THOROUGH=1 KVCAST_FUZZ_REQUESTS=20000 KVCAST_OVERLOAD_SECONDS=120 $(BIN)/python -m pytest tests/chaos

@@ -305,6 +305,8 @@ def test_a_server_that_is_starting_or_away_is_503():
     with run_gateway(state=None) as gateway:
         assert ask_error(gateway.http, INFER, write_json()) == (503, "the server is starting: try again")
         assert ask_error(gateway.http, "/v2/health/ready") == (503, "the server is starting")
+        for model in ("ranker", "another"):
+            assert ask_error(gateway.http, f"/v2/models/{model}/ready") == (503, f"{model}: the server is starting")
         gateway.tell(READY)
         for path in ("/v2/health/ready", "/v2"):
             assert ask_error(gateway.http, path) == away

@@ -9,14 +9,18 @@ import os
 import signal
 import socket
 import stat
+import threading
 import time
+import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tritonclient.grpc
 from tritonclient.utils import InferenceServerException
 
 from kvcast.client import NO_RETRIES, RankerClient, RetryPolicy
+from kvcast.protocol.errors import KvcastError
 from kvcast.protocol.tensors import MODELS
 from kvcast.server import ServeConfig, ServerError, TritonServer, shared_memory
 from kvcast.server.installation import find_installation
@@ -140,6 +144,11 @@ def test_an_unknown_model_is_one_sentence(tiny_repository):
     expect_refusal(settings, "rankr", "ranker_full")
 
 
+@pytest.mark.skipif(np.lib.NumpyVersion(np.__version__) < "2.0.0", reason="make test-numpy2 runs it with numpy 2")
+def test_numpy_2_is_refused_by_a_server_that_cannot_use_it(tiny_repository):
+    expect_refusal(make_settings(tiny_repository), "2.51.0 needs numpy 1", np.__path__[0].rpartition("/")[0], "numpy<2")
+
+
 @pytest.mark.parametrize("variable", ["HTTP_PORT", "GRPC_PORT", "METRICS_PORT"])
 def test_a_port_in_use_is_one_sentence(tiny_repository, variable):
     with socket.socket() as other:
@@ -171,6 +180,55 @@ def test_a_failing_start_leaves_nothing_behind(own_repository):
     assert list_shared_memory() <= regions
 
 
+def is_ready(protocol: str, address: str) -> bool:
+    try:
+        if protocol == "http":
+            with urllib.request.urlopen(f"http://{address}/v2/models/ranker/ready", timeout=5) as reply:
+                return bool(json.load(reply)["ready"])
+        with tritonclient.grpc.InferenceServerClient(address) as client:
+            return bool(client.is_model_ready("ranker"))
+    except (OSError, InferenceServerException):
+        return False
+
+
+def explain_refusal(protocol: str, address: str) -> str:
+    """Return why a ranking is not answered, empty if it is."""
+    try:
+        with RankerClient(address, protocol=protocol, deadline=5.0, retry=NO_RETRIES) as client:
+            client.rank([[1, 2]], [[1, 1, 1, 1]])
+    except KvcastError as error:
+        return str(error)
+    return ""
+
+
+def test_a_model_is_ready_only_when_its_inferences_are_accepted(tiny_repository):
+    """Both protocols are asked side by side, from before anything listens until the server has started."""
+    server, has_started = TritonServer(make_settings(tiny_repository)), threading.Event()
+    seen: dict[str, list[tuple[bool, str]]] = {"grpc": [], "http": []}
+
+    def ask_on() -> None:
+        is_last = False
+        while not is_last:
+            is_last = has_started.is_set()
+            for protocol, pairs in seen.items():
+                address = getattr(server, f"{protocol}_address")
+                pairs.append((is_ready(protocol, address), explain_refusal(protocol, address)))
+
+    asking = threading.Thread(target=ask_on)
+    asking.start()
+    try:
+        with server:
+            has_started.set()
+            asking.join()
+    finally:
+        has_started.set()
+        asking.join()
+    for pairs in seen.values():
+        assert [reason for ready, reason in pairs if ready and reason] == []
+        assert any("the server is starting" in reason for _, reason in pairs)
+        assert pairs[-1] == (True, "")
+
+
 def test_a_tritonserver_on_path_is_used_as_it_is(tiny_repository, tmp_path, monkeypatch):
     """As in the NGC image: here a script that says so and ends."""
     binary = tmp_path / "tritonserver"
@@ -191,6 +249,21 @@ def test_a_real_tritonserver_on_path_serves_too(tiny_repository, tmp_path, monke
     with TritonServer(make_settings(tiny_repository)) as server:
         assert Path(f"/proc/{server.pid}/cmdline").read_bytes().split(b"\0")[0] == str(real.binary).encode()
         assert ask(server, "GET", "/v2/models/ranker/ready", {}) == 200
+
+
+def test_a_tritonserver_on_path_serves_with_the_backends_beside_it(tiny_repository, tmp_path, monkeypatch):
+    """As an installation under a prefix of its own: one of links to what the wheel has."""
+    real = find_installation(tmp_path / "wheel")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "tritonserver").symlink_to(real.binary)
+    (tmp_path / "backends").symlink_to(real.flags[0].partition("=")[2])
+    monkeypatch.setenv("LD_LIBRARY_PATH", real.environment["LD_LIBRARY_PATH"])
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{real.environment['PATH']}")
+    with TritonServer(make_settings(tiny_repository)) as server:
+        command = Path(f"/proc/{server.pid}/cmdline").read_text().split("\0")
+        assert command[:2] == [str(tmp_path / "bin" / "tritonserver"), f"--backend-directory={tmp_path / 'backends'}"]
+        with RankerClient(server.grpc_address) as client:
+            assert len(client.rank([[1, 2]], [[1, 1, 1, 1]]).scores) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT], ids=lambda each: each.name)

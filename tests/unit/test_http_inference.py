@@ -2,6 +2,7 @@
 
 import json
 import struct
+import sys
 from typing import Any
 
 import numpy as np
@@ -155,8 +156,6 @@ WRONG = {
     "numbers for texts": (write(datatype="BYTES", data=[1, 0]), "got int"),
     "half a character": (write(datatype="BYTES", data=["\ud800", "b"]), "texts that UTF-8 can write"),
     "a type that JSON has not": (write(datatype="FP16"), "expected one of BOOL"),
-    "depth": (b"[" * 1100, "nested too deep"),
-    "depth in data": (write().replace(b"[1, 2]}", b"[" * 1100 + b"]" * 1100 + b"}"), "nested too deep"),
     "uneven lists": (write(data=[[1], 2]), "got list at element 0"),
     "a long text for a number": (write(data=[1, "x" * 9000]), f"got str '{'x' * 98} at element 1"),
     "lists of different lengths": (write(shape=[3], data=[[1, 2], [3]]), "as long as each other, got lengths [1, 2]"),
@@ -193,6 +192,11 @@ WRONG = {
     ),
     "more JSON than is read": (b" " * (9 << 20), "send large tensors as binary data"),
 }
+if sys.version_info < (3, 12):  # whose limit is the lowest; newer ones refuse deeper texts in the same way
+    WRONG |= {
+        "depth": (b"[" * 1100, "nested too deep"),
+        "depth in data": (write().replace(b"[1, 2]}", b"[" * 1100 + b"]" * 1100 + b"}"), "nested too deep"),
+    }
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -1,9 +1,12 @@
 """The runtime without a server: packing, answering with errors kept apart, artefacts refused."""
 
 import json
+import runpy
+import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -19,7 +22,7 @@ from kvcast.protocol.errors import (
 )
 from kvcast.protocol.manifest import parse_manifest
 from kvcast.protocol.schema import KVLayout
-from kvcast.protocol.tensors import KV_SECRET_VARIABLE
+from kvcast.protocol.tensors import EXPORTED_MODELS, KV_SECRET_VARIABLE
 from kvcast.serving import DocFusion, UserEncoder
 from kvcast.serving.artefact import SessionOptions, open_artefact
 from kvcast.serving.backlog import PASSED_OVER_AT_MOST, Backlog
@@ -279,6 +282,26 @@ def test_metrics_are_written_in_bulk_and_lose_nothing(tiny_repository):
         wait_until(lambda index=index: len(sent) == 41 + index, 10)
         assert sum(errors for errors, _ in published) == index + 1
     service.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("model", [model.name for model in EXPORTED_MODELS])
+def test_an_adapter_is_ready_exactly_while_it_would_answer(tiny_repository, monkeypatch, model):
+    """Triton 2.72 asks `is_ready`; the server of the tests does not."""
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", make_triton())
+    monkeypatch.setattr(FakeTriton, "MetricFamily", MagicMock(), raising=False)
+    folder = tiny_repository / model
+    adapter = runpy.run_path(str(folder / "1" / "model.py"))["TritonPythonModel"]()
+    arguments = {"model_repository": str(folder), "model_version": "1", "model_instance_name": "0"}
+    adapter.initialize({"model_config": "{}", **arguments})
+    assert adapter.is_ready() is True
+    adapter.finalize()
+    assert adapter.is_ready() is False
+
+    adapter.initialize({"model_config": "{}", **arguments})
+    monkeypatch.setattr(adapter.service, "_reply", lambda *reply: sys.exit())  # the thread ends, not the process
+    adapter.execute([TritonRequest(-1, [])])
+    wait_until(lambda: not adapter.is_ready(), 10)
 
 
 def test_a_model_that_cannot_load_says_why_in_one_sentence(own_repository):

@@ -1,5 +1,6 @@
 """The launcher without a server: what it finds, what it misses, and how it reads a log."""
 
+import contextlib
 import dataclasses
 import datetime
 import importlib.util
@@ -33,7 +34,7 @@ from kvcast.server.log import log_triton, open_log
 from kvcast.server.release import read_state
 from kvcast.server.releases import ReleaseStore
 from kvcast.server.repository import check_port, count_shared_memory, ensure_exported, expand_models, read_config_name
-from kvcast.server.stubs import Stub, list_stubs
+from kvcast.server.stubs import Stub, check_numpy, list_stubs
 from kvcast.server.triton_process import explain, has_members
 from kvcast.server.view import View, find_models
 from tests.processes import wait_until
@@ -82,11 +83,11 @@ def test_no_libpython_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(sysconfig, "get_config_var", lambda name: None)
     monkeypatch.setattr(sys, "base_prefix", str(tmp_path))
     monkeypatch.setattr("ctypes.util.find_library", lambda name: None)
-    with pytest.raises(ServerError, match=r"libpython3.11.so.1.0 is missing.*apt-get install libpython3.11"):
+    with pytest.raises(ServerError, match=r"(libpython3\.\d+)\.so\.1\.0 is missing.*apt-get install \1\)"):
         find_installation(tmp_path)
 
 
-def test_a_server_on_path_is_preferred_and_left_as_it_is(tmp_path, monkeypatch):
+def test_a_script_on_path_is_preferred_and_left_as_it_is(tmp_path, monkeypatch):
     binary = tmp_path / "tritonserver"
     binary.write_text("#!/bin/sh\n")
     binary.chmod(0o755)
@@ -95,6 +96,44 @@ def test_a_server_on_path_is_preferred_and_left_as_it_is(tmp_path, monkeypatch):
     assert found.binary == binary
     assert not found.flags
     assert not found.environment
+
+
+@pytest.fixture
+def prefix(tmp_path, monkeypatch):
+    """A folder with a program at `bin/tritonserver`, which is on PATH; Triton's own default has nothing."""
+    monkeypatch.setattr("kvcast.server.installation.DEFAULT_BACKENDS", tmp_path / "default")
+    (tmp_path / "elsewhere" / "bin").mkdir(parents=True)
+    shutil.copy(sys.executable, tmp_path / "elsewhere" / "bin" / "tritonserver")
+    (tmp_path / "prefix" / "bin").mkdir(parents=True)
+    (tmp_path / "prefix" / "bin" / "tritonserver").symlink_to(tmp_path / "elsewhere" / "bin" / "tritonserver")
+    monkeypatch.setenv("PATH", str(tmp_path / "prefix" / "bin"))
+    return tmp_path / "prefix"
+
+
+def make_backend(folder: Path) -> None:
+    (folder / "python").mkdir(parents=True)
+    for name in ("libtriton_python.so", "triton_python_backend_stub"):
+        (folder / "python" / name).touch()
+
+
+def test_the_backends_beside_a_server_on_path_are_found_before_those_elsewhere(prefix, tmp_path):
+    """Beside it, then beside what it is a link to, then where Triton itself looks."""
+    for folder in (tmp_path / "default", tmp_path / "elsewhere" / "backends", prefix / "backends"):
+        make_backend(folder)
+        found = find_installation(tmp_path / "workspace")
+        assert (found.binary, found.flags) == (prefix / "bin" / "tritonserver", [f"--backend-directory={folder}"])
+    assert not find_installation(tmp_path / "workspace", ["--backend-directory=/own"]).flags
+
+
+@pytest.mark.parametrize("name", ["libtriton_python.so", "triton_python_backend_stub"])
+def test_a_server_on_path_without_python_backend_is_one_sentence(prefix, tmp_path, name):
+    make_backend(prefix / "backends")
+    (prefix / "backends" / "python" / name).unlink()
+    with pytest.raises(
+        ServerError, match=r"tritonserver has no Python backend: .*/prefix/backends, .*/default: .*=DIR`$"
+    ):
+        find_installation(tmp_path / "workspace")
+    assert not find_installation(tmp_path / "workspace", ["--backend-directory", "/own"]).flags
 
 
 @pytest.mark.parametrize(
@@ -225,6 +264,25 @@ def test_stubs_are_known_by_their_command_and_zombies_are_none(tmp_path):
         for child in children:
             child.kill()
             child.communicate()
+
+
+@pytest.mark.parametrize(
+    ("version", "core", "is_refused"),
+    [((2, 51, 0), "_core", True), ((2, 51, 0), "core", False), ((2, 52, 0), "_core", False)],
+)
+def test_numpy_2_is_refused_where_the_python_backend_cannot_use_it(tmp_path, version, core, is_refused):
+    """The place of numpy is all that is looked at; `make test-numpy2` starts a real server with a real numpy 2."""
+    library = tmp_path / "site-packages" / "numpy" / core / "umath.so"
+    library.parent.mkdir(parents=True)
+    library.write_bytes(bytes(4096))
+    code = "import mmap, sys; file = open(sys.argv[1], 'r+'); held = mmap.mmap(file.fileno(), 0); print(); input()"
+    with subprocess.Popen([sys.executable, "-u", "-c", code, library], stdin=-1, stdout=-1) as stub:
+        assert stub.stdout is not None
+        assert stub.stdout.readline() == b"\n"
+        words = rf"2\.51\.0 needs numpy 1 .* from {tmp_path}/site-packages: .*'numpy<2'"
+        with pytest.raises(ServerError, match=words) if is_refused else contextlib.nullcontext():
+            check_numpy(version, [stub.pid])
+        stub.kill()
 
 
 @pytest.fixture

@@ -18,6 +18,10 @@ class TritonPythonModel:
         """Take requests in; each is answered as soon as its reply is there."""
         self.service.submit(requests)
 
+    def is_ready(self) -> bool:
+        """Whether an inference would be answered: Triton 2.72 asks, 2.51 does not."""
+        return self.service.is_ready()
+
     def finalize(self) -> None:
         """Answer what has come in, and stop."""
         self.service.close()

@@ -42,10 +42,10 @@ class Admission:
         return {name for name, steps in self._steps.items() if set(steps) & set(self.state.broken)}
 
     def accepts(self, model: str) -> bool:
-        """Whether an inference by a model would be let in now, and answered at once."""
+        """Whether an inference by a model would be let in now; whether there is such a model, Triton says."""
         gate = self.gates.get(model)
-        is_open = gate is not None and not gate.is_draining
-        return is_open and bool(self.state.release_number) and model not in self.broken
+        is_closed = gate is not None and gate.is_draining
+        return bool(self.state.release_number) and not is_closed and model not in self.broken
 
     @property
     def is_idle(self) -> bool:

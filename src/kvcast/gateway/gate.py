@@ -2,8 +2,9 @@
 
 The only bounded queue is here, before the first model: first come first served, with refusals as soon as a deadline
 cannot be met. Behind it Triton holds few requests, so that user KV between the steps of an ensemble cannot pile up.
-While a model's process is dead, requests wait, and those that were with it are sent again: a ranking changes nothing,
-so sending one twice is safe. A request is something to be awaited here, of no particular protocol.
+While a model's process is dead, requests wait, and those that were with it, which Triton 2.51 never answers
+(github.com/triton-inference-server/server/issues/8604), are sent again: a ranking changes nothing, so sending one twice
+is safe. A request is something to be awaited here, of no particular protocol.
 """
 
 import asyncio

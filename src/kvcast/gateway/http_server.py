@@ -275,7 +275,7 @@ class HttpServer:
     async def _pass_read(self, request: web.BaseRequest, found: re.Match[str]) -> web.Response:
         """Ask Triton; that a model is ready, only if its process lives."""
         path, model = found[0], found[1]
-        if path.endswith("/ready") and model in self._admission.gates and not self._admission.accepts(model):
+        if path.endswith("/ready") and not self._admission.accepts(model):
             raise TryAgainError(f"{model}: {self._admission.explain_unready() or 'its process is being replaced'}")
         response = await self._forward(request, path, {}, None)
         if path == "/v2":

@@ -78,8 +78,8 @@ class Triton:
     async def infer(self, body: bytes, metadata: Metadata | None = None) -> bytes:
         """Return the reply to an inference. When cancelled, it still waits until Triton has answered.
 
-        Triton 2.51 can crash on cancelled gRPC inferences (github.com/triton-inference-server/server/issues/7368; 8034
-        is of 25.01), so neither a cancellation nor a deadline of gRPC's is passed on.
+        Triton 2.51 can crash on cancelled gRPC inferences (github.com/triton-inference-server/server/issues/7368, until
+        24.12; 8034 is of 25.01), so neither a cancellation nor a deadline of gRPC's is passed on.
 
         Raises:
             KvcastError: Triton's error.

@@ -1,5 +1,6 @@
 """Triton's administration, over its own HTTP port on this machine: health, index, load and unload, a golden request."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,14 @@ class Admin:
         """Whether Triton reports ready; it does so even if a model process has died."""
         reply = self._ask("GET", "/v2/health/ready")
         return reply is not None and reply.status == 200
+
+    def read_version(self) -> tuple[int, ...]:
+        """Return Triton's version.
+
+        Raises:
+            ServerError: it does not say.
+        """
+        return tuple(map(int, re.findall(r"\d+", self._order("version", "/v2", method="GET")["version"])))
 
     def find_missing(self, models: list[str]) -> list[str]:
         """Return those of the models that have no version that is ready."""
@@ -61,9 +70,9 @@ class Admin:
         (scores,) = (output["data"] for output in reply["outputs"] if output["name"] == SCORES.name)
         golden.check(np.array(scores, np.float32))
 
-    def _order(self, what: str, path: str, body: Any = None) -> Any:
+    def _order(self, what: str, path: str, body: Any = None, method: str = "POST") -> Any:
         """Return the body of a reply; raises ServerError if there is none, or an error."""
-        reply = self._ask("POST", path, body, LOAD_SECONDS)
+        reply = self._ask(method, path, body, LOAD_SECONDS)
         if reply is None:
             raise ServerError(f"{what}: no answer")
         if reply.status != 200:

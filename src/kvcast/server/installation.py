@@ -1,4 +1,4 @@
-"""Where tritonserver is and what it needs: the one on PATH as it is, or the one in the nvidia-pytriton wheel.
+"""Where tritonserver is and what it needs: the one on PATH with its backends, or the one in the nvidia-pytriton wheel.
 
 The wheel has the server and the Python backend, but the backend's stub (one per Python version) in another folder. A
 folder of symlinks combines them; a copied stub would not find its libraries.
@@ -10,12 +10,17 @@ import os
 import shutil
 import sys
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvcast.protocol.errors import KvcastError
 
 STUB = "triton_python_backend_stub"
+PYTHON_BACKEND = ("libtriton_python.so", STUB)
+BACKENDS_FLAG = "--backend-directory"
+# Where Triton itself looks.
+DEFAULT_BACKENDS = Path("/opt/tritonserver/backends")
 
 
 class ServerError(KvcastError):
@@ -31,17 +36,19 @@ class Installation:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def find_installation(workspace: Path) -> Installation:
+def find_installation(workspace: Path, flags: Sequence[str] = ()) -> Installation:
     """Find a tritonserver: the one on PATH (as in the NGC image) if there is one, else the wheel's.
 
-    workspace: a private folder, for the links to the wheel's backend.
+    Args:
+        workspace: a private folder, for the links to the wheel's backend.
+        flags: those of the command line, which may name the folder of backends.
 
     Raises:
         ServerError: there is none, or something that it needs is missing.
     """
     on_path = shutil.which("tritonserver")
     if on_path is not None:
-        return Installation(Path(on_path))
+        return Installation(Path(on_path), _find_backends(Path(on_path), flags))
     wheel = importlib.util.find_spec("pytriton")
     if wheel is None or not wheel.submodule_search_locations:
         raise ServerError(
@@ -53,12 +60,29 @@ def find_installation(workspace: Path) -> Installation:
     interpreter = Path(sys.executable).parent
     return Installation(
         binary=root / "bin" / "tritonserver",
-        flags=[f"--backend-directory={backends}"],
+        flags=[f"{BACKENDS_FLAG}={backends}"],
         environment={
             "LD_LIBRARY_PATH": _prepend(_find_libpython_folder(), "LD_LIBRARY_PATH"),
             # The stub runs the first python on PATH, and with it the virtual environment's packages.
             "PATH": _prepend(interpreter, "PATH"),
         },
+    )
+
+
+def _find_backends(binary: Path, flags: Sequence[str]) -> list[str]:
+    """Return the flag with the backends beside a server on PATH; none if the caller, or a script, names them."""
+    with binary.open("rb") as file:
+        is_script = file.read(2) == b"#!"
+    if is_script or any(flag.startswith(BACKENDS_FLAG) for flag in flags):
+        return []
+    places = [binary.parent.parent / "backends", binary.resolve().parent.parent / "backends", DEFAULT_BACKENDS]
+    for folder in places:
+        if all((folder / "python" / name).exists() for name in PYTHON_BACKEND):
+            return [f"{BACKENDS_FLAG}={folder}"]
+    raise ServerError(
+        f"{binary} has no Python backend: expected {' and '.join(PYTHON_BACKEND)} in the folder python of one of "
+        f"{', '.join(map(str, dict.fromkeys(places)))}: install it there, or name its folder: "
+        f"`kvcast serve … -- {BACKENDS_FLAG}=DIR`"
     )
 
 

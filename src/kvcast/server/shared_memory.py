@@ -1,7 +1,8 @@
 """The shared-memory regions that Triton makes in `/dev/shm`: ownership, removal, free space.
 
 Each server's regions have a prefix of their own, and a file beside them that the server keeps locked as long as one of
-its processes lives. Regions whose lock is free are left over and are removed; regions without such a file are not ours.
+its processes lives. Regions whose lock is free are left over
+(github.com/triton-inference-server/server/issues/7481) and are removed; regions without such a file are not ours.
 """
 
 import contextlib

@@ -1,7 +1,8 @@
 """Supervises a running tritonserver: replaces model processes that die or hang, switches to the active release.
 
-Triton does neither: it keeps passing requests to a dead process, and has no safe order for changing the parts of an
-ensemble. Both happen without a restart, while traffic goes on. The result is published as a `State`.
+Triton does neither: it keeps passing requests to a dead process (github.com/triton-inference-server/server/issues/8604;
+2.72 does too), and has no safe order for changing the parts of an ensemble. Both happen without a restart, while
+traffic goes on. The result is published as a `State`.
 """
 
 import contextlib

@@ -20,6 +20,7 @@ from kvcast.server import shared_memory
 from kvcast.server.admin import Admin
 from kvcast.server.installation import ServerError, find_installation
 from kvcast.server.log import log_triton
+from kvcast.server.stubs import check_numpy, list_stubs
 
 GONE_WITHIN_SECONDS = 2
 SET_PARENT_DEATH_SIGNAL = 1  # of prctl(2)
@@ -61,7 +62,7 @@ class TritonProcess:
         Raises:
             ServerError: it cannot be run, stopped, or is not ready in time.
         """
-        installation = find_installation(workspace)
+        installation = find_installation(workspace, self._flags)
         self._command = [str(installation.binary), *installation.flags, *self._flags]
         # The stubs must not leave compiled files in a repository that is only read.
         own = {"PYTHONDONTWRITEBYTECODE": "1", KV_SECRET_VARIABLE: secrets.token_hex(int(KV_ORIGIN.axes[0]))}
@@ -132,6 +133,7 @@ class TritonProcess:
                 shared_memory.hide_regions(self.instance)
                 if missing:  # ready servers can lack a model
                     raise ServerError(f"tritonserver is up without {', '.join(missing)}: {explain(list(self._tail))}")
+                check_numpy(self._admin.read_version(), list_stubs(process.pid))
                 return
             time.sleep(0.1)
         raise ServerError(f"tritonserver was not ready after {seconds:.0f} s")

@@ -65,7 +65,7 @@ class Service:
         # What fits into a region as it is at the start; it grows with larger ones, and never shrinks.
         manifest = model.artefact.manifest
         self._largest_reply = manifest.user_kv.bytes_of(manifest.workload.history)
-        self._is_open = True
+        self._is_open, self._is_closing = True, False  # the first is the thread's own
         self._published, self._errors = 0.0, list[KvcastError]()
         self._thread = threading.Thread(target=self._work, name=model.spec.name, daemon=True)
         self._thread.start()
@@ -75,8 +75,13 @@ class Service:
         for request in requests:
             self._arrivals.put(request)
 
+    def is_ready(self) -> bool:
+        """Whether a request that came now would be answered: the thread lives, and was not told to end."""
+        return not self._is_closing and self._thread.is_alive()
+
     def close(self) -> None:
         """Answer what has come in, and end the thread."""
+        self._is_closing = True
         self._arrivals.put(None)
         self._thread.join()
 
@@ -148,6 +153,8 @@ class Service:
 
     def _check_room(self, size: int) -> None:
         """Check that a reply fits into shared memory: one that does not can never be answered, not even with an error.
+
+        Triton grows the region and never shrinks it (github.com/triton-inference-server/server/issues/7481).
 
         Raises:
             BusyError: it is larger than any before, and there is no room to grow.
