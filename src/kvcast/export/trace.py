@@ -1,12 +1,10 @@
 """`python -m kvcast.export.trace`: graphs traced in a process of their own, so that several are traced at a time.
 
-The parent writes the pickled configuration, source of weights and models to standard input, and reads each template
-from standard output as soon as it is made; what fails is told on standard error.
+The parent writes configuration, source of weights and models to standard input, and reads each template from standard
+output as soon as it is made, its length before it; what fails is told on standard error.
 """
 
-import contextlib
 import os
-import pickle
 import subprocess
 import sys
 import tempfile
@@ -14,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import BinaryIO, cast
 
+import msgspec
 import torch
 
 from kvcast.export.graphs import TracedGraph, TraceError, describe_graphs, trace_graph
@@ -26,7 +25,16 @@ from kvcast.protocol.tensors import EXPORTED_MODELS, RANKER_RESIDENT
 # A trace of Python code: more threads would only wait for each other.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 REFUSED = 3  # the exit status that goes with a TraceError
+LENGTH_BYTES = 8
 MOST_WORDS = 2000  # of a process that failed otherwise
+
+
+class Request(msgspec.Struct):
+    """What a process is to trace."""
+
+    config: ModelConfig
+    weights: WeightsSource
+    models: list[str]
 
 
 def trace_network(
@@ -71,14 +79,15 @@ def _run_process(
     templates: dict[str, GraphTemplate] = {}
     command = [sys.executable, "-m", "kvcast.export.trace"]
     with tempfile.TemporaryFile() as request, tempfile.TemporaryFile() as errors:
-        pickle.dump((config, weights, models), request)
+        request.write(msgspec.msgpack.encode(Request(config, weights, models), enc_hook=str))
         request.seek(0)
         process = subprocess.Popen(
             command, stdin=request, stdout=subprocess.PIPE, stderr=errors, env=os.environ | paths | ONE_THREAD
         )
-        with process, contextlib.suppress(EOFError):
-            while True:
-                template: GraphTemplate = pickle.load(cast("BinaryIO", process.stdout))  # noqa: S301 our own process
+        with process:
+            output = cast("BinaryIO", process.stdout)
+            while length := output.read(LENGTH_BYTES):
+                template = msgspec.msgpack.decode(output.read(int.from_bytes(length)), type=GraphTemplate)
                 templates[template.model] = template
                 say(template.model)
         if process.returncode:
@@ -92,15 +101,16 @@ def _run_process(
 
 def main() -> int:
     """Trace what standard input asks for; return the exit status."""
-    config, weights, models = pickle.load(sys.stdin.buffer)  # noqa: S301 from the parent alone
+    request = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=Request, dec_hook=lambda kind, text: kind(text))
     output = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a family prints is no template
     with torch.inference_mode():
-        network = build_network(config)
-        set_weights(network, weights)
+        network = build_network(request.config)
+        set_weights(network, request.weights)
     try:
-        for model in models:
-            pickle.dump(trace_model(network, model).template, output)
+        for model in request.models:
+            template = msgspec.msgpack.encode(trace_model(network, model).template)
+            output.write(len(template).to_bytes(LENGTH_BYTES) + template)
             output.flush()
     except TraceError as error:
         print(error, file=sys.stderr)
