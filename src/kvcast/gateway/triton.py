@@ -87,7 +87,7 @@ class Triton:
         call = self._calls[INFER](body, metadata=metadata)
         # To await the call itself would cancel it together with this coroutine.
         ended = asyncio.get_running_loop().create_future()
-        call.add_done_callback(lambda _: ended.done() or ended.set_result(None))
+        call.add_done_callback(lambda _: None if ended.done() else ended.set_result(None))
         try:
             await ended
             reply: bytes = await call
