@@ -15,9 +15,11 @@ from typing import Any, NoReturn
 
 from kvcast.protocol.config import load_config
 from kvcast.protocol.errors import KvcastError
+from kvcast.protocol.manifest import read_manifest
 from kvcast.protocol.tensors import RANKER_RESIDENT
 from kvcast.server import ServeConfig, ServerError
 from kvcast.server.repository import ensure_exported, read_config_name
+from kvcast.serving.artefact import SessionOptions
 from perf import affinity, cost_model, guard_cost, reuse, soak
 from perf.analyzer import PerfError, find_analyzer
 from perf.baselines.race import Field
@@ -114,22 +116,6 @@ def run(arguments: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, _leave)  # the servers that it started end with it
     config = load_config(arguments.config)
     started, cores = time.monotonic(), len(os.sched_getaffinity(0))
-    result: dict[str, Any] = {
-        "name": arguments.name or config.name + ("-quick" if arguments.quick else ""),
-        "quick": arguments.quick,
-        "command": describe_command(arguments),
-        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": describe_machine(cores),
-        "config": {
-            "name": config.name,
-            "history": config.workload.history,
-            "width": config.network.width,
-            "layers": config.network.layers,
-            "heads": config.network.heads,
-            "candidate_tokens": len(config.schema.candidate_fields),
-        },
-    }
-    print(f"{regime(result)}\n\n{REGIME}\n", flush=True)
     chosen = choose_experiments(arguments)
     settings = ServeConfig(
         repository=arguments.repository,
@@ -141,6 +127,23 @@ def run(arguments: argparse.Namespace) -> None:
         is_guarded=False,  # the gateway's overhead is a measurement of its own
     )
     ensure_exported(arguments.repository, [*settings.models, RANKER_RESIDENT.name], arguments.config)
+    manifest = read_manifest(arguments.repository / RANKER_RESIDENT.name / "1")
+    result: dict[str, Any] = {
+        "name": arguments.name or config.name + ("-quick" if arguments.quick else ""),
+        "quick": arguments.quick,
+        "command": describe_command(arguments),
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": describe_machine(SessionOptions().count_threads(manifest)),
+        "config": {
+            "name": config.name,
+            "history": config.workload.history,
+            "width": config.network.width,
+            "layers": config.network.layers,
+            "heads": config.network.heads,
+            "candidate_tokens": len(config.schema.candidate_fields),
+        },
+    }
+    print(f"{regime(result)}\n\n{REGIME}\n", flush=True)
     field = Field(arguments.config, arguments.repository, cores, seed=0)
     notes = Notes(result, arguments.results, len(chosen))
     measure(Harness(settings, config, make_plan(arguments), field, notes.say), chosen, notes)

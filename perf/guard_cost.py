@@ -1,15 +1,23 @@
-"""Overhead of the gateway: the same requests to Triton's own gRPC port and through the gateway, in turn."""
+"""Overhead of the gateway, and what each process spends on a ranking.
+
+The same requests go to Triton's own gRPC port and through the gateway, in turn.
+"""
 
 import statistics
 import tempfile
 from pathlib import Path
 
 from kvcast.protocol.tensors import RANKER_RESIDENT
+from kvcast.server import TritonServer
 from kvcast.synthetic import ClickLog, write_perf_input
 from perf.analyzer import Load, run_analyzer
 from perf.harness import Harness, Record
+from perf.processes import Counters, read_cpu_seconds
 
 COUNTS = (1, 10, 50)
+IN_FLIGHT = 8
+# The system counts CPU time in hundredths of a second.
+MORE_REQUESTS = 25
 
 
 def run_guard(harness: Harness) -> Record:
@@ -26,10 +34,12 @@ def run_guard(harness: Harness) -> Record:
             rounds = [measure_round(addresses, data, 4 * plan.requests) for _ in range(plan.rounds)]
             row = {name: statistics.median(each[name] for each in rounds) for name in addresses}
             row["added"] = statistics.median(each["guarded"] - each["direct"] for each in rounds)
-            rows.append({"candidates": count, "rounds": rounds, **row})
+            spent = [measure_cpu(server, data, MORE_REQUESTS * plan.requests) for _ in range(plan.rounds)]
+            cpu = {name: statistics.median(each[name] for each in spent) for name in spent[0]}
+            rows.append({"candidates": count, "rounds": rounds, "cpu_rounds": spent, "cpu": cpu, **row})
             said = f"{1e3 * row['direct']:.2f} ms direct, {1e3 * row['added']:+.2f} ms through the gateway"
             harness.say(f"    N={count}: {said}")
-    return {"rows": rows, "history": history, "requests": 4 * plan.requests}
+    return {"rows": rows, "history": history, "requests": 4 * plan.requests, "in_flight": IN_FLIGHT}
 
 
 def measure_round(addresses: dict[str, str], data: Path, requests: int) -> dict[str, float]:
@@ -38,3 +48,16 @@ def measure_round(addresses: dict[str, str], data: Path, requests: int) -> dict[
         name: run_analyzer(RANKER_RESIDENT.name, address, data, Load(requests)).p50
         for name, address in addresses.items()
     }
+
+
+def measure_cpu(server: TritonServer, data: Path, requests: int) -> dict[str, float]:
+    """Return the CPU seconds that each process spends on a ranking, several in flight through the gateway."""
+    before, answered = read_cpu_seconds(server), count_answers(server)
+    run_analyzer(RANKER_RESIDENT.name, server.grpc_address, data, Load(requests, IN_FLIGHT))
+    answered = count_answers(server) - answered
+    return {name: (seconds - before[name]) / answered for name, seconds in read_cpu_seconds(server).items()}
+
+
+def count_answers(server: TritonServer) -> float:
+    """Return how many requests the gateway has answered."""
+    return Counters(server.metrics_address).get(RANKER_RESIDENT.name, "kvcast_gateway_answered_total")

@@ -45,14 +45,24 @@ def read_model_memory(server: TritonServer) -> dict[str, int]:
 
 def read_uses(server: TritonServer) -> dict[str, dict[str, int]]:
     """Return memory, open files and threads of tritonserver, the gateway and each model (of several instances, one)."""
-    pids = {"tritonserver": server.pid, "guard": server.gateway_pid}
-    pids |= {stub.model: stub.pid for stub in list_stubs(server.pid).values()}
     uses = {}
-    for name, pid in pids.items():
-        process = psutil.Process(pid)
+    for name, process in find_processes(server).items():
         memory = read_own_memory(process)
         uses[name] = {"memory_bytes": memory, "files": process.num_fds(), "threads": process.num_threads()}
     return uses
+
+
+def read_cpu_seconds(server: TritonServer) -> dict[str, float]:
+    """Return the CPU seconds, user and system, that the same processes have taken so far."""
+    times = {name: process.cpu_times() for name, process in find_processes(server).items()}
+    return {name: time.user + time.system for name, time in times.items()}
+
+
+def find_processes(server: TritonServer) -> dict[str, psutil.Process]:
+    """Return tritonserver, the gateway and the processes of the models (of several instances, one)."""
+    pids = {"tritonserver": server.pid, "guard": server.gateway_pid}
+    pids |= {stub.model: stub.pid for stub in list_stubs(server.pid).values()}
+    return {name: psutil.Process(pid) for name, pid in pids.items()}
 
 
 def read_shared_memory(server: TritonServer) -> int:

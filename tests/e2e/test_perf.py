@@ -41,12 +41,12 @@ def test_a_small_run_measures_reports_and_draws(tiny_repository, tmp_path):
     http, grpc, metrics = (str(port) for port in find_free_ports(3))
     command = [sys.executable, "-m", "perf", "run", "--config", "tiny", "--repository", str(tiny_repository)]
     command += ["--quick", "--results", str(tmp_path), "--name", "small", "--counts", "1,10", "--requests", "4"]
-    command += ["--experiments", "table,stages,load,packing,reuse,trace,endurance"]
+    command += ["--experiments", "table,stages,load,packing,reuse,trace,endurance,guard"]
     command += ["--endurance", "3", "--http-port", http, "--grpc-port", grpc, "--metrics-port", metrics]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "regime:" in done.stdout
-    assert "[7/7] endurance" in done.stdout
+    assert "[8/8] guard" in done.stdout
     assert json.loads(done.stdout.splitlines()[-1])["candidates"] == 10
     result = json.loads((tmp_path / "small.json").read_text())
     assert [row["candidates"] for row in result["table"]] == [1, 10]
@@ -66,6 +66,9 @@ def test_a_small_run_measures_reports_and_draws(tiny_repository, tmp_path):
         assert row["hit_rate"] == pytest.approx(row["expected_hit_rate"], abs=0.1)
     for sample in result["endurance"]["samples"]:
         assert all(held <= result["endurance"]["budget_bytes"] for held in sample["cache_bytes"].values())
+    for row in result["guard"]["rows"]:
+        assert set(row["cpu"]) == {"guard", "tritonserver", "ranker_resident"}
+        assert all(0 < seconds < 1 for seconds in row["cpu"].values())
     report = (tmp_path / "small.md").read_text()
     for words in (
         "claimed",
@@ -74,7 +77,8 @@ def test_a_small_run_measures_reports_and_draws(tiny_repository, tmp_path):
         "Returning users",
         "Memory through",
         "C_fusion",
-        "2 threads a session" if "2 cores" in report else "threads",
+        "1 threads a session",  # more would not pay for so small a network
+        "CPU time of each process",
     ):
         assert words in report
     drawn = {path.name for path in tmp_path.glob("*.png")}

@@ -400,3 +400,15 @@ def test_one_call_after_the_other_is_proved_too():
     for length, count, seed in ((20, 5, 1), (3, 2, 2)):
         sample = draw_sample(config.schema, length, count, seed)
         assert 0 <= prove(TorchCalls(network), sample, network.kv_layout) <= TOLERANCE
+
+
+def test_the_number_of_threads_changes_no_bit_of_a_score(tiny_repository):
+    folder = tiny_repository / RANKER_RESIDENT.name / "1"
+    rankers = [ResidentRanker.open(folder, SessionOptions(threads=n), CacheOptions(10**8)) for n in (1, 2, 3)]
+    users = [draw_user(length, count, seed) for seed, (length, count) in enumerate([(0, 3), (7, 1), (33, 40), (60, 9)])]
+    for cache in (MISS, HIT):
+        alone, *others = [ranker.rank(users) for ranker in rankers]
+        assert {report.cache for _, report in alone} == {cache}
+        for scored in others:
+            for (scores, _), (expected, _) in zip(scored, alone, strict=True):
+                np.testing.assert_array_equal(scores, expected)

@@ -21,6 +21,7 @@ BUDGETS = {
     "docs/bring-your-own.md": 200,
     "docs/mask.md": 100,
     "docs/operations.md": 350,
+    "docs/performance.md": 60,
     "docs/training.md": 150,
 }
 

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 from unittest.mock import MagicMock
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -20,8 +21,8 @@ from kvcast.protocol.errors import (
     KvcastError,
     ServerFaultError,
 )
-from kvcast.protocol.manifest import parse_manifest
-from kvcast.protocol.schema import KVLayout
+from kvcast.protocol.manifest import Dims, parse_manifest, read_manifest
+from kvcast.protocol.schema import KVLayout, Workload
 from kvcast.protocol.tensors import EXPORTED_MODELS, KV_SECRET_VARIABLE
 from kvcast.serving import DocFusion, UserEncoder
 from kvcast.serving.artefact import SessionOptions, open_artefact
@@ -322,8 +323,31 @@ def test_options_from_the_configuration():
     }
     assert read_options(config).session == SessionOptions(provider="cpu", threads=3, instances=3)
     assert read_options({}).session == SessionOptions()
-    assert SessionOptions(threads=3).count_threads() == 3
-    assert SessionOptions(instances=1000).count_threads() == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "width", "candidates", "threads"),
+    [
+        (SessionOptions(), 48, 40, 1),  # 24 MFLOP
+        (SessionOptions(), 48, 128, 2),  # 67
+        (SessionOptions(), 256, 100, 16),
+        (SessionOptions(instances=3), 256, 100, 5),
+        (SessionOptions(instances=1000), 256, 100, 1),
+        (SessionOptions(threads=3), 48, 40, 3),
+    ],
+)
+def test_threads_are_as_many_as_pay_and_no_more_than_there_are_cores(
+    tiny_repository, monkeypatch, options, width, candidates, threads
+):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(16))
+    manifest = msgspec.structs.replace(
+        read_manifest(tiny_repository / "ranker_resident" / "1"),
+        dims=Dims(layers=2, heads=4, width=width, candidate_tokens=4),
+        workload=Workload(history=30, candidates=candidates),
+    )
+    assert options.count_threads(manifest) == threads
+    full = msgspec.structs.replace(manifest, model="ranker_full")
+    assert options.count_threads(full) >= threads
 
 
 def test_cache_options_from_the_configuration():

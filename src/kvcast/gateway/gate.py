@@ -98,7 +98,7 @@ class Gate:
         self._busy_since = 0.0
         self._broken: frozenset[str] = frozenset()
         self._incidents = 0
-        self._changed = asyncio.Event()
+        self._changed: asyncio.Future[None] | None = None
         self._abandoned: set[asyncio.Future[Any]] = set()
         self._has_given_up = False
 
@@ -116,8 +116,7 @@ class Gate:
         """Say which models have a dead process now, and how many have died so far."""
         if (frozenset(models), incidents) != (self._broken, self._incidents):
             self._broken, self._incidents = frozenset(models), incidents
-            self._changed.set()
-            self._changed = asyncio.Event()
+            self._wake()
             for sending in list(self._abandoned):  # a dead process never answers
                 self._leave_last(sending)
 
@@ -129,7 +128,19 @@ class Gate:
                 turn.set_exception(self.count_refusal("stopping", TryAgainError(GIVEN_UP)))
                 turn.exception()  # retrieved, or asyncio would log it
         self._waiting.clear()
-        self._changed.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        """Wake all that wait for a change."""
+        if self._changed is not None:
+            self._changed.set_result(None)
+            self._changed = None
+
+    def _await_change(self) -> asyncio.Future[None]:
+        """Return what is done at the next change; many wait for it, so it must not be cancelled."""
+        if self._changed is None:
+            self._changed = asyncio.get_running_loop().create_future()
+        return self._changed
 
     async def ask(self, model: str, seconds: float, send: Callable[[float], Awaitable[Reply]]) -> Reply:
         """Send a request as soon as there is room, and return its answer.
@@ -282,12 +293,8 @@ class Gate:
         """
         while not sending.done():
             # Nothing is awaited between the look at what has changed and this, so that no change is missed.
-            changed = asyncio.ensure_future(self._changed.wait())
-            try:
-                left = None if deadline == float("inf") else max(0.0, deadline - self._clock())
-                await asyncio.wait((sending, changed), timeout=left, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                changed.cancel()
+            left = None if deadline == float("inf") else max(0.0, deadline - self._clock())
+            await asyncio.wait((sending, self._await_change()), timeout=left, return_when=asyncio.FIRST_COMPLETED)
             if not sending.done():
                 self._check_goes_on()
                 if self._clock() >= deadline:
@@ -307,19 +314,18 @@ class Gate:
         """Wait while the model is broken."""
         until = min(deadline, self._clock() + REPLACED_WITHIN_SECONDS)
         while model in self._broken and not self._has_given_up:
-            try:
-                async with asyncio.timeout(until - self._clock()):
-                    await self._changed.wait()
-            except TimeoutError:
+            left = until - self._clock()
+            if left <= 0:
                 kind = DeadlineExceededError if until == deadline else TryAgainError
-                raise self.count_refusal("broken", kind(f"{model} is being replaced: its process died")) from None
+                raise self.count_refusal("broken", kind(f"{model} is being replaced: its process died"))
+            await asyncio.wait((self._await_change(),), timeout=left)
 
     async def _wait_until_noticed(self, incidents: int) -> None:
         """Triton has said that a process is dead: wait until the launcher, which replaces it, has said so too."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(NOTICED_WITHIN_SECONDS):
                 while self._incidents == incidents and not self._has_given_up:
-                    await self._changed.wait()
+                    await asyncio.wait((self._await_change(),))
 
 
 def _look_at(sending: asyncio.Future[Any]) -> None:

@@ -61,15 +61,16 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no t
 
     def __init__(self, triton: Triton, admission: Admission, path: InferencePath) -> None:
         self._triton, self._admission, self._path = triton, admission, path
+        self._handlers = {SERVICE + name: self._make_handler(name) for name in METHODS}
 
     def service(self, details: grpc.HandlerCallDetails) -> Any:
         """Return the handler of a method, None for one that there is not."""
-        name = details.method.removeprefix(SERVICE)
-        if details.method != SERVICE + name or name not in METHODS:
-            return None
+        return self._handlers.get(details.method)
+
+    def _make_handler(self, name: str) -> Any:
         if name not in MESSAGES:
             return grpc.stream_stream_rpc_method_handler(self._make_refusal(name))
-        return grpc.unary_unary_rpc_method_handler(self._make_handler(name))
+        return grpc.unary_unary_rpc_method_handler(self._make_answer(name))
 
     def _make_refusal(self, name: str) -> Callable[[Any, Rpc], Awaitable[None]]:
         async def refuse(requests: Any, rpc: Rpc) -> None:  # noqa: ARG001
@@ -78,7 +79,7 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no t
 
         return refuse
 
-    def _make_handler(self, name: str) -> Handler:
+    def _make_answer(self, name: str) -> Handler:
         async def handle(body: bytes, rpc: Rpc) -> bytes:
             try:
                 return await self._answer(name, body, rpc)

@@ -84,10 +84,15 @@ class Triton:
         Raises:
             KvcastError: Triton's error.
         """
-        answering = asyncio.ensure_future(self._calls[INFER](body, metadata=metadata))
+        call = self._calls[INFER](body, metadata=metadata)
+        # To await the call itself would cancel it together with this coroutine.
+        ended = asyncio.get_running_loop().create_future()
+        call.add_done_callback(lambda _: None if ended.done() else ended.set_result(None))
         try:
-            reply: bytes = await asyncio.shield(answering)
+            await ended
+            reply: bytes = await call
         except asyncio.CancelledError:
+            answering = asyncio.ensure_future(call)
             done, _ = await asyncio.wait((answering,), timeout=LOST_AFTER_SECONDS)
             if done and not answering.cancelled():
                 answering.exception()  # retrieved, or asyncio would log it

@@ -4,6 +4,8 @@ A check returns the tensor in its contract dtype, or raises InvalidRequestError 
 what was expected and what came.
 """
 
+import functools
+
 import numpy as np
 import numpy.typing as npt
 
@@ -137,28 +139,34 @@ def check_finite(name: str, array: Floats) -> None:
 
 def _check_shape(name: str, array: npt.NDArray[np.generic], fields: tuple[Field, ...], row: str) -> Ids:
     """Check rank, number of fields and dtype."""
-    names = ", ".join(field.name for field in fields)
     if array.ndim != 3:
         raise InvalidRequestError(f"{name}: expected rank 3 [users, {row}s, fields], got shape {list(array.shape)}")
     if array.shape[0] == 0:
         raise InvalidRequestError(f"{name}: expected at least 1 user on the batch axis, got 0")
     if array.shape[2] != len(fields):
+        names = ", ".join(field.name for field in fields)
         raise InvalidRequestError(f"{name}: expected {len(fields)} fields ({names}) per {row}, got {array.shape[2]}")
+    if array.dtype == np.int64:
+        return array  # type: ignore[return-value]  # it is one
     # An empty list has no dtype of its own: numpy calls it float.
     if array.size and not (np.issubdtype(array.dtype, np.integer) and np.can_cast(array.dtype, np.int64)):
         raise InvalidRequestError(f"{name}: expected dtype INT64, got {array.dtype}")
     return array.astype(np.int64, copy=False)
 
 
+@functools.cache
+def _list_sizes(fields: tuple[Field, ...]) -> npt.NDArray[np.uint64]:
+    return np.array([field.vocab_size for field in fields], np.uint64)
+
+
 def _check_vocabularies(name: str, ids: Ids, fields: tuple[Field, ...], row: str) -> None:
     if not ids.size:
         return
-    sizes = np.array([field.vocab_size for field in fields])
     # One unsigned comparison a tensor on the usual path: a negative id is a huge unsigned one.
-    outside = ids.view(np.uint64) >= sizes.astype(np.uint64)
+    outside = ids.view(np.uint64) >= _list_sizes(fields)
     if outside.any():
         user, index, column = (int(place) for place in np.argwhere(outside)[0])
         raise InvalidRequestError(
-            f"{name}: expected field {fields[column].name!r} within 0..{sizes[column] - 1}, "
+            f"{name}: expected field {fields[column].name!r} within 0..{fields[column].vocab_size - 1}, "
             f"got {ids[user, index, column]} at {row} {index}" + (f" of user {user}" if len(ids) > 1 else "")
         )

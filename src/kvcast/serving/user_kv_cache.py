@@ -31,8 +31,7 @@ Encode = Callable[[list[int], list[Arrays | None]], list[Arrays]]
 ENTRY_OVERHEAD_BYTES = 2048
 
 
-@dataclass(frozen=True)
-class HistoryKey:
+class HistoryKey(NamedTuple):
     """What user KV depends on, in full. A dictionary compares it, so histories of equal hash do not meet."""
 
     kv_id: str
