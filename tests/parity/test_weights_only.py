@@ -1,6 +1,8 @@
 """An export with graphs of the cache: the files of a full one; or a trace, where anything but weights has changed."""
 
 import dataclasses
+import errno
+import importlib
 import math
 import os
 import shutil
@@ -63,6 +65,55 @@ class DerivesATensor(DerivesAFloat):
     def initialise(self, generator: torch.Generator) -> None:
         super().initialise(generator)
         self.scale = [self.score.weight[0] * 2]
+
+    def change_items(self, tokens: Tensor) -> Tensor:
+        return tokens * self.scale[0]
+
+
+class DerivesInItsClass(DerivesAFloat):
+    """The same where no module holds it: in the class."""
+
+    def initialise(self, generator: torch.Generator) -> None:
+        super().initialise(generator)
+        DerivesInItsClass.scale = vars(self).pop("scale")
+
+
+class ListsAWeight(Plain):
+    """A weight in a list is not found by its name: a constant of the trace."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.listed = [self.score.weight]
+
+    def change_items(self, tokens: Tensor) -> Tensor:
+        return tokens * self.listed[0][0]
+
+
+class KeepsABoundMethod(Plain):
+    """A method of torch's own, of a tensor."""
+
+    def initialise(self, generator: torch.Generator) -> None:
+        super().initialise(generator)
+        self.add = (self.score.weight[0] * 2).add
+
+    def change_items(self, tokens: Tensor) -> Tensor:
+        return self.add(tokens)
+
+
+class KeepsASparseTensor(Plain):
+    """A tensor whose bytes are not in one place; and one of a type that numpy lacks, which can be compared."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.other = [torch.ones(2, dtype=torch.bfloat16)]
+        self.sparse = torch.eye(2).to_sparse()
+
+
+class ReadsTheEnvironment(Plain):
+    """A number that comes from nowhere that can be looked at."""
+
+    def change_items(self, tokens: Tensor) -> Tensor:
+        return tokens * float(os.environ.get("SCALE", "1"))
 
 
 class KeepsAClosure(Plain):
@@ -166,15 +217,29 @@ def test_weights_and_the_place_of_files_do_not_change_a_key():
     assert make_key(build(GatesByAWeight, 0)) == make_key(build(GatesByAWeight, 1))
 
 
-@pytest.mark.parametrize("family", [DerivesAFloat, DerivesATensor])
+@pytest.mark.parametrize("family", [DerivesAFloat, DerivesATensor, DerivesInItsClass, ListsAWeight])
 def test_what_is_derived_of_weights_and_no_weight_changes_a_key(family):
     assert make_key(build(family, 0)) != make_key(build(family, 1))
     assert make_key(build(family, 1)) == make_key(build(family, 1))
 
 
-def test_what_cannot_be_compared_is_never_taken_from_the_cache():
-    with pytest.raises(NoKeyError, match="KeepsAClosure holds a function, whose content cannot be compared"):
-        make_key(build(KeepsAClosure))
+def test_what_the_code_reads_outside_changes_a_key(monkeypatch):
+    before = make_key(build(ReadsTheEnvironment))
+    monkeypatch.setenv("SCALE", "1.0000001")
+    assert make_key(build(ReadsTheEnvironment)) != before
+
+
+@pytest.mark.parametrize(
+    ("family", "held"),
+    [
+        (KeepsAClosure, "a function, whose content cannot be compared"),
+        (KeepsABoundMethod, "a builtin_function_or_method, whose content cannot be compared"),
+        (KeepsASparseTensor, "unsupported memory format"),
+    ],
+)
+def test_what_cannot_be_compared_is_never_taken_from_the_cache(family, held):
+    with pytest.raises(NoKeyError, match=f"{family.__name__} holds {held}"):
+        make_key(build(family))
 
 
 def test_code_configuration_and_libraries_change_a_key(tmp_path, monkeypatch):
@@ -193,6 +258,30 @@ def test_code_configuration_and_libraries_change_a_key(tmp_path, monkeypatch):
     assert len({known, *others}) == 1 + len(others)
 
 
+def test_the_sources_of_a_key_are_known_by_their_modules_and_a_family_that_is_installed_is_among_them(
+    tmp_path, monkeypatch
+):
+    texts = ["FACTOR = 1\n", "FACTOR = 2\n"]
+    for package, text in zip(("one_side", "other_side"), texts, strict=True):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("from . import gate\n")
+        (tmp_path / package / "gate.py").write_text(text)
+    (tmp_path / "one_side" / "family.py").write_text(
+        "import other_side\nfrom tests.unit.differing import Plain\nclass Own(Plain):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    network = make_network(name_family(importlib.import_module("one_side.family").Own))
+    keys = [make_key(network)]
+    for package, text in zip(("one_side", "other_side"), reversed(texts), strict=True):
+        (tmp_path / package / "gate.py").write_text(text)
+    keys.append(make_key(network))
+    monkeypatch.setattr("kvcast.export.cache.sysconfig.get_path", lambda _: str(tmp_path))
+    keys.append(make_key(network))
+    (tmp_path / "one_side" / "gate.py").write_text("FACTOR = 3\n")
+    keys.append(make_key(network))
+    assert len(set(keys)) == len(keys)
+
+
 # Templates.
 
 
@@ -207,6 +296,22 @@ def test_the_least_recently_used_entries_are_deleted(tmp_path, monkeypatch):
     assert cache.load("a") is None
     assert cache.load("b") == cache.load("c") == entry
     assert TraceCache(Path("/proc/nowhere")).store("a", entry) is None, "a cache that cannot be written is none"
+
+
+def test_entries_are_read_where_nothing_can_be_written_and_a_full_disk_keeps_no_part_of_one(tmp_path, monkeypatch):
+    cache, entry = TraceCache(tmp_path / "cache"), Entry((), LimitProofs("", 0, 0))
+    cache.store("a", entry)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.utime", refuse)
+        assert cache.load("a") == entry
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", refuse)
+        cache.store("b", entry)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["a.traces"]
 
 
 def test_values_of_one_name_in_two_branches_are_not_taken_for_each_other():
