@@ -13,6 +13,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kvcast.export.cache import Entry, LimitProofs, NoKeyError, TraceCache, make_key
@@ -22,6 +23,7 @@ from kvcast.export.trace import trace_model
 from kvcast.networks.interface import RankingNetwork
 from kvcast.networks.weights import draw_weights
 from kvcast.protocol.config import ModelConfig
+from kvcast.protocol.errors import ConfigError
 from kvcast.protocol.manifest import hash_file, read_manifest
 from kvcast.protocol.tensors import DOC_FUSION, EXPORTED_MODELS
 from tests.support import draw_request, make_config, make_network
@@ -192,6 +194,20 @@ def test_a_stale_entry_is_noticed_by_the_proofs_and_replaced(templates, tmp_path
     assert sum(TRACED in line for line in said) == len(EXPORTED_MODELS)
     assert not any(b"Sinh" in path.read_bytes() for path in (tmp_path / "made").rglob("*.onnx"))
     assert cache.load(key).templates == templates
+
+
+def test_weights_that_are_written_during_an_export_are_refused(templates, tmp_path, monkeypatch):
+    file = tmp_path / "weights.safetensors"
+    save_file(build(Plain, 0).state_dict(), file)
+
+    def trace(*_: object) -> dict[str, GraphTemplate]:
+        save_file(build(Plain, 1).state_dict(), file)
+        return {each.model: each for each in templates}
+
+    monkeypatch.setattr("kvcast.export.pipeline.trace_network", trace)
+    with pytest.raises(ConfigError, match=r"weights\.safetensors: they were written again during the export"):
+        export_release(name_family(Plain), WeightsSource(file), tmp_path / "made", lambda _: None)
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize(

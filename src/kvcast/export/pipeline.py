@@ -103,7 +103,7 @@ def export_release(
     say(f"weights: {weights.file or f'random, of seed {weights.seed or 0}'}")
     progress = Progress(say)
     with progress.step(f"build {config.name} ({config.network.family})"):
-        network = build_network(config)
+        network, written = build_network(config), _stamp(weights)
         mask = set_weights(network, weights, say)
     with progress.step("fingerprint the release"):
         release = fingerprint_release(network)
@@ -112,7 +112,7 @@ def export_release(
         proofs.prove_network()
     with contextlib.ExitStack() as stack:
         staging = Path(stack.enter_context(_stage_beside(repository)))
-        trace = partial(_trace_beside_each_other, config, weights, progress)
+        trace = partial(_trace_beside_each_other, config, weights, written, progress)
         graphs, limits = _make_graphs(proofs, release, staging, progress, trace, cache)
         parity = proofs.describe(limits.release)
         kv_id = fingerprint_kv(network, graphs.templates[USER_ENCODER.name])
@@ -273,10 +273,21 @@ def _write_and_prove(
 
 
 def _trace_beside_each_other(
-    config: ModelConfig, weights: WeightsSource, progress: Progress
+    config: ModelConfig, weights: WeightsSource, written: object, progress: Progress
 ) -> tuple[GraphTemplate, ...]:
     with progress.step("trace the four graphs, which takes longest"):
-        return tuple(trace_network(config, weights, lambda model: progress.say(f"    {model} is traced")).values())
+        traced = trace_network(config, weights, lambda model: progress.say(f"    {model} is traced"))
+    if _stamp(weights) != written:  # the processes that trace have read the file again
+        raise ConfigError(f"weights {weights.file}: they were written again during the export: export again")
+    return tuple(traced.values())
+
+
+def _stamp(weights: WeightsSource) -> object:
+    """Return what changes when the file of weights is written."""
+    if weights.file is None or not weights.file.exists():
+        return None
+    found = weights.file.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _make_key(network: RankingNetwork, cache: TraceCache | None, progress: Progress) -> str:
