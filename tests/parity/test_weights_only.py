@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kvcast.export.cache import Entry, LimitProofs, NoKeyError, TraceCache, make_key
+from kvcast.export.cache import CACHE_VARIABLE, Entry, LimitProofs, NoKeyError, TraceCache, find_cache, make_key
 from kvcast.export.pipeline import WeightsSource, export_release
 from kvcast.export.template import GraphTemplate, split_folding, write_graphs
 from kvcast.export.trace import trace_model
@@ -328,6 +328,18 @@ def test_entries_are_read_where_nothing_can_be_written_and_a_full_disk_keeps_no_
         patch.setattr(Path, "replace", refuse)
         cache.store("b", entry)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["a.traces"]
+
+
+def test_a_user_without_a_home_exports_without_a_cache(tmp_path, monkeypatch):
+    assert find_cache() is not None
+    for name in (CACHE_VARIABLE, "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def refuse() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", refuse)
+    assert find_cache() is None
 
 
 def test_values_of_one_name_in_two_branches_are_not_taken_for_each_other():

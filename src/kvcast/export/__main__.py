@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from kvcast.export.cache import CACHE_VARIABLE, TraceCache, find_cache_folder
+from kvcast.export.cache import CACHE_VARIABLE, find_cache
 from kvcast.export.pipeline import export_release
 from kvcast.networks.weights import WeightsSource
 from kvcast.protocol.config import DEFAULT_CONFIG, list_configs, load_config
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = load_config(arguments.config)
         source = WeightsSource(arguments.weights, arguments.seed, arguments.accept_undirected)
-        cache = None if arguments.no_cache else TraceCache(find_cache_folder())
+        cache = None if arguments.no_cache else find_cache()
         export_release(config, source, arguments.repository, lambda line: print(line, flush=True), cache)
     except KvcastError as error:
         print(f"kvcast export: {error}", file=sys.stderr)

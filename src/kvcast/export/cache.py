@@ -105,10 +105,14 @@ class TraceCache:
                 path.unlink(missing_ok=True)
 
 
-def find_cache_folder() -> Path:
-    """Return the folder that $KVCAST_CACHE names, else `kvcast` in the user's cache folder."""
-    own = os.environ.get(CACHE_VARIABLE)
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvcast"
+def find_cache() -> TraceCache | None:
+    """Return the cache in the folder that $KVCAST_CACHE names, else in the user's cache folder, if the user has one."""
+    if own := os.environ.get(CACHE_VARIABLE):
+        return TraceCache(Path(own))
+    try:
+        return TraceCache(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvcast")
+    except RuntimeError:  # a container's user may have no home
+        return None
 
 
 @torch.inference_mode()
