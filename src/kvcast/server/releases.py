@@ -17,7 +17,14 @@ import msgspec
 
 from kvcast.protocol.decoding import decode_json
 from kvcast.protocol.golden import read_golden
-from kvcast.protocol.manifest import MANIFEST_FILE, RELEASES_FILE, hash_file, link_or_copy, read_manifest
+from kvcast.protocol.manifest import (
+    MANIFEST_FILE,
+    RELEASES_FILE,
+    WEIGHTS_FILE,
+    hash_file,
+    link_or_copy,
+    read_manifest,
+)
 from kvcast.protocol.tensors import EXPORTED_MODELS, MODELS
 from kvcast.server.installation import ServerError
 from kvcast.server.view import CONFIG_FILE, ENSEMBLE_VERSION
@@ -277,7 +284,7 @@ class ReleaseStore:
                 copy.mkdir()
                 for path in _list_files(folder):
                     digest, target = described.get(path.name, ""), copy / path.name
-                    if digest in copies:  # the weights, which all models share
+                    if path.name == WEIGHTS_FILE and digest in copies:  # which all models share
                         link_or_copy(copies[digest], target)
                     else:
                         shutil.copyfile(path, target)
