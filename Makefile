@@ -86,7 +86,7 @@ test: $(READY) ## every test, those against a real tritonserver included
 	@$(MAKE) --no-print-directory test-fast
 	$(BIN)/python -m pytest tests/e2e tests/chaos tests/deploy
 
-test-fast: $(READY) ## unit and parity tests, which need no server: 3 minutes on 2 cores
+test-fast: $(READY) ## unit and parity tests, which need no server: 5 minutes on 2 cores
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/unit tests/parity
 
 # Of constraints-numpy2.txt, what differs from constraints.txt; the rest is seen in $(VENV). Its server refuses numpy 2.
