@@ -294,7 +294,7 @@ def _explaining(graph: Graph) -> Iterator[None]:
             f"{type(chain[-1]).__name__}: {words}{_say_where(frames)}\n"
             "  Sizes come from the tensors that are given, and no Python loop runs over them (over events: nn.GRU or "
             "nn.LSTM, no cell); a choice by content is torch.where or branch.choose; a constant tensor is a registered "
-            "buffer (docs/bring-your-own.md)"
+            "buffer; a weight is transposed by .transpose(0, 1), not by .T (docs/bring-your-own.md)"
         ) from error
 
 

@@ -110,22 +110,14 @@ def export_release(
     proofs = Proofs(network)
     with progress.step("prove the network (torch): properties 1 to 6, negative control"):
         proofs.prove_network()
-    with contextlib.ExitStack() as stack:
-        staging = Path(stack.enter_context(_stage_beside(repository)))
+    with _stage_beside(repository) as staging:
         trace = partial(_trace_beside_each_other, config, weights, written, progress)
         graphs, limits = _make_graphs(proofs, release, staging, progress, trace, cache)
         parity = proofs.describe(limits.release)
         kv_id = fingerprint_kv(network, graphs.templates[USER_ENCODER.name])
         with progress.step(f"write {repository}"):
-            _furnish_repository(repository)
-            golden = proofs.record_golden().to_json()
-            for model in EXPORTED_MODELS:
-                folder = graphs.folder / model.name
-                (folder / GOLDEN_FILE).write_text(golden)
-                manifest = _describe(network, release, kv_id, parity, model.name, folder)
-                (folder / MANIFEST_FILE).write_text(manifest.to_json())
-            for model in EXPORTED_MODELS:
-                _move_into_place(graphs.folder / model.name, repository / model.name / VERSION_FOLDER)
+            describe = partial(_describe, network, release, kv_id, parity)
+            manifest = _write_repository(repository, graphs.folder, proofs.record_golden(), describe)
     say(
         f"release {release[:12]} of {config.name}: graphs = network to {parity.graphs:.1e}, cached = monolith to "
         f"{parity.torch:.1e} (torch) and {parity.onnx:.1e} (ONNX); the undirected mask would move scores by up to "
@@ -301,6 +293,20 @@ def _make_key(network: RankingNetwork, cache: TraceCache | None, progress: Progr
         return ""
 
 
+def _write_repository(
+    repository: Path, made: Path, golden: Golden, describe: Callable[[str, Path], Manifest]
+) -> Manifest:
+    """Describe each model's files, and move them into the repository; return the last manifest."""
+    _furnish_repository(repository)
+    for model in EXPORTED_MODELS:
+        (made / model.name / GOLDEN_FILE).write_text(golden.to_json())
+        manifest = describe(model.name, made / model.name)
+        (made / model.name / MANIFEST_FILE).write_text(manifest.to_json())
+    for model in EXPORTED_MODELS:
+        _move_into_place(made / model.name, repository / model.name / VERSION_FOLDER)
+    return manifest
+
+
 def _describe(network: RankingNetwork, release: str, kv_id: str, parity: Parity, model: str, folder: Path) -> Manifest:
     config = network.config
     return Manifest(
@@ -331,11 +337,11 @@ def _describe(network: RankingNetwork, release: str, kv_id: str, parity: Parity,
 
 
 @contextlib.contextmanager
-def _stage_beside(repository: Path) -> Iterator[str]:
+def _stage_beside(repository: Path) -> Iterator[Path]:
     """Make a folder on the repository's file system but outside it, where Triton takes every folder for a model."""
     repository.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=repository.parent, prefix=".kvcast-export-") as folder:
-        yield folder
+        yield Path(folder)
 
 
 def _furnish_repository(repository: Path) -> None:

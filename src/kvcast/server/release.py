@@ -14,10 +14,8 @@ import urllib3
 
 from kvcast.protocol.config import list_configs
 from kvcast.protocol.errors import KvcastError
-from kvcast.protocol.manifest import read_manifest
-from kvcast.protocol.tensors import EXPORTED_MODELS
 from kvcast.server.installation import ServerError
-from kvcast.server.releases import Record, Release, ReleaseStore
+from kvcast.server.releases import AlreadyPublishedError, Record, Release, ReleaseStore
 
 POLL_SECONDS = 0.2
 DEFAULT_SERVER = "127.0.0.1:8000"
@@ -120,12 +118,11 @@ def push(store: ReleaseStore, weights: Path, config: str) -> int:
         command = [sys.executable, "-m", "kvcast.export", "--config", config, "--repository", str(source)]
         if subprocess.run([*command, "--weights", str(weights)], check=False).returncode:
             raise ServerError(f"{weights} could not be exported; what is served stays as it is")
-        release_id = read_manifest(source / EXPORTED_MODELS[0].name / "1").release
-        for known in store.read().releases:
-            if known.release_id == release_id:
-                print(f"release {known.release_number} has these weights")
-                return known.release_number
-        return publish(store, source).release_number
+        try:
+            return publish(store, source).release_number
+        except AlreadyPublishedError as error:
+            print(f"release {error.release.release_number} has these weights")
+            return error.release.release_number
 
 
 def publish(store: ReleaseStore, source: Path) -> Release:

@@ -67,6 +67,14 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return found[0]
 
 
+class AlreadyPublishedError(ServerError):
+    """An export that is a known release, of which nothing is new."""
+
+    def __init__(self, message: str, release: Release) -> None:
+        super().__init__(message)
+        self.release = release
+
+
 class ReleaseStore:
     """The releases of one repository. Files are read when a method is called; every method may raise ServerError."""
 
@@ -128,13 +136,13 @@ class ReleaseStore:
             ServerError: one is missing or altered, or they are not of one release.
         """
         number = release.release_number
-        known: dict[int, str] = {}  # of files that have several names, the SHA-256
+        known: dict[tuple[int, int], str] = {}  # of files that have several names, the SHA-256
         for name, expected in release.files.items():
             model, _, file = name.partition("/")
             path = self.find_folder(model, number) / file
             try:
-                inode = path.stat().st_ino
-                got = known[inode] = known.get(inode) or hash_file(path)
+                same = _identify(path.stat())
+                got = known[same] = known.get(same) or hash_file(path)
             except OSError as error:
                 raise ServerError(f"{path}: cannot be read ({error.strerror}): publish the release again") from error
             if got != expected:
@@ -183,16 +191,21 @@ class ReleaseStore:
             self._write(msgspec.structs.replace(record, releases=tuple(kept)))
         for release in deleted:
             for model in EXPORTED_MODELS:
-                folder = self.find_folder(model.name, release.release_number)
-                folder.chmod(WRITABLE_FOLDER)
-                shutil.rmtree(folder)
+                self._delete_folder(self.find_folder(model.name, release.release_number))
         return deleted
+
+    @staticmethod
+    def _delete_folder(folder: Path) -> None:
+        """Delete what is there of a model's artefact."""
+        with contextlib.suppress(OSError):  # it is not recorded any more
+            folder.chmod(WRITABLE_FOLDER)
+        shutil.rmtree(folder, ignore_errors=True)
 
     def _count_bytes(self, release: Release) -> int:
         """Return the bytes of a release's files, of those that models share once."""
         folders = [self.find_folder(model.name, release.release_number) for model in EXPORTED_MODELS]
         found = [path.stat() for folder in folders if folder.is_dir() for path in _list_files(folder)]
-        return sum({each.st_ino: each.st_size for each in found}.values())
+        return sum({_identify(each): each.st_size for each in found}.values())
 
     @contextlib.contextmanager
     def switching(self, tell: Callable[[], None]) -> Iterator[None]:
@@ -210,8 +223,9 @@ class ReleaseStore:
         """Copy a complete export into the repository as its next release; it is not served yet.
 
         Raises:
-            ServerError, ArtefactError: the export is incomplete, damaged, of several releases, was published before, or
-                scores otherwise than a release with the same id; or the repository cannot be written. Nothing has
+            AlreadyPublishedError: it is a known release.
+            ServerError, ArtefactError: the export is incomplete, damaged, of several releases, or scores otherwise than
+                a release with the same id; or the repository cannot be written. Nothing has
                 changed then.
         """
         try:
@@ -243,8 +257,7 @@ class ReleaseStore:
             except BaseException:  # without a record the newest export is served: leave nothing that is not recorded
                 if all(each.release_number != number for each in self.read().releases):
                     for folder in moved:
-                        folder.chmod(WRITABLE_FOLDER)
-                        shutil.rmtree(folder, ignore_errors=True)
+                        self._delete_folder(folder)
                 raise
         return release
 
@@ -272,7 +285,7 @@ class ReleaseStore:
             )
         old, new = read_manifest(before), read_manifest(folder)
         if (old.config, old.limits, old.workload) == (new.config, new.limits, new.workload):
-            raise ServerError(published)
+            raise AlreadyPublishedError(published, known)
 
     def _copy(self, folders: dict[str, Path], number: int, moved: list[Path]) -> Release:
         """Copy to a folder aside, check the copies, and move them into place; `moved` lists what was moved."""
@@ -335,6 +348,11 @@ def _find_newest(source: Path, model: str) -> Path:
     if not folders:
         raise ServerError(f"{source} has no exported {model}: `kvcast export --repository {source}` first")
     return max(folders, key=lambda folder: int(folder.name))
+
+
+def _identify(status: os.stat_result) -> tuple[int, int]:
+    """Return what the names of one file have in common."""
+    return status.st_dev, status.st_ino
 
 
 def _list_files(folder: Path) -> Iterable[Path]:
